@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements: raw samples, how they were taken, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping  # noqa: TC003  (a field's type)
+from dataclasses import dataclass
+
+from edgekd.domain.artifact import Json  # noqa: TC001  (a field's type)
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Latency of one model at one setting on one device.
+
+    ``blocks_ns[i]`` are the raw samples of round ``i``, integer nanoseconds; in each round all subjects that share a
+    runtime ran once, interleaved, so that round ``i`` of two measurements is a pair.
+    ``subject`` is a candidate's id, or ``teacher``. ``environment`` holds machine identity and state as it was read,
+    with ``unknown`` where it could not be.
+    """
+
+    subject: str
+    runtime: str
+    runtime_version: str
+    threads: int
+    model_digest: str
+    blocks_ns: tuple[tuple[int, ...], ...]
+    warmup_runs: int
+    load_ns: int
+    first_ns: int
+    peak_rss_bytes: int | None
+    environment: Mapping[str, Json]
+    notes: tuple[str, ...] = ()
+
+    def samples_ns(self) -> list[int]:
+        """Return all samples in the order in which they were taken."""
+        return [sample for block in self.blocks_ns for sample in block]

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks and verdicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """What a check, or all of them, ended in."""
+
+    PASS = "PASS"  # noqa: S105  (an outcome, not a password)
+    FAIL = "FAIL"
+    INCONCLUSIVE = "INCONCLUSIVE"
+
+    @property
+    def exit_code(self) -> int:
+        """Return the exit code of a build that ended so."""
+        return {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}[self.value]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A two-sided confidence interval."""
+
+    low: float
+    high: float
+    level: float = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One budget line, or one limit of the target, judged.
+
+    ``name`` is the key of the budget (``max_accuracy_drop_pp``), ``limit.memory_mib`` or ``limit.storage_mib``, or
+    ``parity``. ``value``, ``interval`` and ``limit`` are in the unit of the key. ``reason`` says why, where the outcome
+    is not PASS; ``advice`` is the next command or the next thing to change.
+    """
+
+    name: str
+    outcome: Outcome
+    limit: float | None
+    unit: str
+    value: float | None = None
+    interval: Interval | None = None
+    reason: str | None = None
+    advice: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """All checks of one target. FAIL if one fails, else INCONCLUSIVE if one is, else PASS; no check is INCONCLUSIVE."""
+
+    target: str
+    checks: tuple[Check, ...]
+
+    @property
+    def outcome(self) -> Outcome:
+        """Return the worst outcome."""
+        found = {check.outcome for check in self.checks}
+        if Outcome.FAIL in found:
+            return Outcome.FAIL
+        if Outcome.INCONCLUSIVE in found or not found:
+            return Outcome.INCONCLUSIVE
+        return Outcome.PASS

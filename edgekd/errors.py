@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong, as a tree; the exit code of the process is on the class.
+
+EdgekdError                     5
+|-- UsageError                  2   the command line or an output path
+|   |-- RecipeError             2   the recipe, a target profile, the data or the user's code
+|-- UnavailableError            3   a named device cannot be reached; a runtime or a tool is missing
+|-- StageError                  5   a stage failed
+    |-- StorageError            5   the cache or the output folder cannot be written or read
+
+A message has five parts: what failed, where, what was found (with its unit), what is allowed, the next command.
+Lower case, no full stop at its end. PASS is 0, FAIL 1, INCONCLUSIVE 4 (domain.verdict); 70 is an internal error
+and 130 an interrupt (``__main__``).
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class EdgekdError(Exception):
+    """Base of all errors that a user can act on."""
+
+    exit_code: ClassVar[int] = 5
+
+
+class UsageError(EdgekdError):
+    """The command line or an output path cannot be used."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class RecipeError(UsageError):
+    """The recipe, a target profile, the data or the user's code is wrong.
+
+    Args:
+        problems: One line each; all that were found, not only the first.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class UnavailableError(EdgekdError):
+    """A device that was named cannot be reached, or a runtime or a tool is missing."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class StageError(EdgekdError):
+    """A stage failed."""
+
+
+class StorageError(StageError):
+    """The cache or the output folder cannot be written or read."""
+
+
+def did_you_mean(found: str, allowed: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for a near miss, else the empty string."""
+    near = difflib.get_close_matches(found, list(allowed), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def expected_one_of(found: str, allowed: Iterable[str]) -> str:
+    """Return ``expected one of a, b, c`` with a suggestion for a near miss."""
+    names = sorted(allowed)
+    return f"expected one of {', '.join(names)}{did_you_mean(found, names)}"

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipe x targets -> plan: the steps and the candidates. Every impossibility that can be known is refused here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgekd import registry
+from edgekd.domain.artifact import Candidate
+from edgekd.domain.scheme import FLOAT32
+from edgekd.errors import RecipeError, expected_one_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from edgekd.domain.artifact import Json
+    from edgekd.domain.recipe import Recipe
+    from edgekd.domain.target import RuntimeEntry, Target
+    from edgekd.ports import Stage, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a build will do: steps in an order in which inputs come first, and each target's candidates."""
+
+    recipe: Recipe
+    targets: tuple[Target, ...]
+    steps: tuple[Step, ...]
+    candidates: Mapping[str, tuple[Candidate, ...]]
+
+
+def resolve(recipe: Recipe, targets: Sequence[Target], pipeline: Sequence[Stage]) -> Plan:
+    """Return the plan.
+
+    Raises:
+        RecipeError: if a target leaves no candidate, or the recipe asks for what a target does not allow.
+    """
+    found = {target.name: candidates(recipe, target) for target in targets}
+    steps = tuple(step for stage in pipeline for step in stage.steps(recipe, targets))
+    return Plan(recipe, tuple(targets), steps, found)
+
+
+def candidates(recipe: Recipe, target: Target) -> tuple[Candidate, ...]:
+    """Return what the target allows and the recipe asks for: one candidate a (runtime, scheme).
+
+    Raises:
+        RecipeError: if that is nothing, or the recipe names a scheme or runtime that the target does not have.
+    """
+    wanted = recipe.for_target(target.name).quantize
+    schemes = _chosen(wanted.schemes, target.schemes, f"target {target.name}: quantize.schemes")
+    runtimes = _chosen(wanted.runtimes, [entry.name for entry in target.runtimes], f"target {target.name}: quantize.runtimes")
+    made = tuple(
+        _candidate(entry, scheme, wanted.io, target)
+        for entry in target.runtimes
+        if entry.name in runtimes
+        for scheme in schemes
+        if scheme in registry.runtime(entry.name).SCHEMES
+    )
+    if not made:
+        message = f"target {target.name}: no candidate: none of the runtimes {', '.join(runtimes)} has one of the schemes {', '.join(schemes)}"
+        raise RecipeError(message)
+    return made
+
+
+def runtimes_of(recipe: Recipe, targets: Iterable[Target]) -> tuple[str, ...]:
+    """Return the names of the runtimes for which something is exported, in a stable order."""
+    return tuple(sorted({candidate.runtime for target in targets for candidate in candidates(recipe, target)}))
+
+
+def quantized(recipe: Recipe, targets: Iterable[Target]) -> dict[str, Candidate]:
+    """Return the candidates that have to be quantized, by the id of their step; targets share them."""
+    return {
+        candidate.model_step: candidate
+        for target in targets
+        for candidate in candidates(recipe, target)
+        if candidate.scheme != FLOAT32
+    }
+
+
+def _candidate(entry: RuntimeEntry, scheme: str, io: str, target: Target) -> Candidate:
+    runtime = registry.runtime(entry.name)
+    if scheme == FLOAT32:
+        params: dict[str, Json] = {"scheme": scheme}
+        step = f"export/student/{entry.name}"
+    else:
+        variant = runtime.variant(scheme, target.cpu.features, target.device.arch)
+        params = {"scheme": scheme, "io": io, **variant}
+        marks = [f"{key}={value}" for key, value in sorted(variant.items())] + ([f"io={io}"] if io != "float32" else [])
+        step = "/".join(["quantize", entry.name, scheme, "ptq", *marks])
+    return Candidate(step, entry.name, scheme, "ptq", step, f"evaluate/{step}", entry.threads, params)
+
+
+def _chosen(wanted: str | tuple[str, ...], allowed: Sequence[str], where: str) -> tuple[str, ...]:
+    if wanted == "auto":
+        return tuple(allowed)
+    names = (wanted,) if isinstance(wanted, str) else wanted
+    problems = [f"{where}: '{name}' is not allowed there; {expected_one_of(name, allowed)}" for name in names if name not in allowed]
+    if problems:
+        raise RecipeError(*problems)
+    return names

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runtimes and devices by name: built-in modules, and those that other packages offer as entry points. Loaded when asked."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from typing import TYPE_CHECKING, Any, cast
+
+from edgekd.errors import RecipeError, expected_one_of
+
+if TYPE_CHECKING:
+    from edgekd.ports import Device, Runtime
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """Return the names of a kind (``runtimes`` or ``devices``), sorted; imports none of them."""
+    package = importlib.import_module(f"edgekd.{kind}")
+    return tuple(sorted({module.name for module in pkgutil.iter_modules(package.__path__)} | set(_entry_points(kind))))
+
+
+def runtime(name: str) -> Runtime:
+    """Return a runtime.
+
+    Raises:
+        RecipeError: if there is none of that name.
+    """
+    return cast("Runtime", _load("runtimes", name))
+
+
+def device(kind: str) -> Device:
+    """Return a device kind.
+
+    Raises:
+        RecipeError: if there is none of that name.
+    """
+    return cast("Device", _load("devices", kind))
+
+
+def _load(kind: str, name: str) -> Any:
+    if name.isidentifier() and importlib.util.find_spec(f"edgekd.{kind}.{name}") is not None:
+        return importlib.import_module(f"edgekd.{kind}.{name}")
+    offered = _entry_points(kind)
+    if name in offered:
+        return offered[name].load()
+    message = f"'{name}' is not one of edgekd's {kind}; {expected_one_of(name, names(kind))}"
+    raise RecipeError(message)
+
+
+def _entry_points(kind: str) -> dict[str, Any]:
+    from importlib.metadata import entry_points  # noqa: PLC0415  (60 ms; only plug-ins need it)
+
+    return {point.name: point for point in entry_points(group=f"edgekd.{kind}")}
