@@ -58,8 +58,8 @@ def candidates(recipe: Recipe, target: Target) -> tuple[Candidate, ...]:
         if scheme in registry.runtime(entry.name).SCHEMES
     )
     if not made:
-        message = f"target {target.name}: no candidate: none of the runtimes {', '.join(runtimes)} has one of the schemes {', '.join(schemes)}"
-        raise RecipeError(message)
+        names = f"none of the runtimes {', '.join(runtimes)} has one of the schemes {', '.join(schemes)}"
+        raise RecipeError(f"target {target.name}: no candidate: {names}")
     return made
 
 
@@ -71,10 +71,7 @@ def runtimes_of(recipe: Recipe, targets: Iterable[Target]) -> tuple[str, ...]:
 def quantized(recipe: Recipe, targets: Iterable[Target]) -> dict[str, Candidate]:
     """Return the candidates that have to be quantized, by the id of their step; targets share them."""
     return {
-        candidate.model_step: candidate
-        for target in targets
-        for candidate in candidates(recipe, target)
-        if candidate.scheme != FLOAT32
+        candidate.model_step: candidate for target in targets for candidate in candidates(recipe, target) if candidate.scheme != FLOAT32
     }
 
 

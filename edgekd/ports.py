@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgekd.domain.artifact import Artifact, Json
-
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
+    from edgekd.domain.artifact import Artifact, Json
     from edgekd.domain.recipe import Recipe, TensorSpec
     from edgekd.domain.target import Target
 
@@ -120,7 +120,9 @@ class Runtime(Protocol):
         """Write a torch module (in eval mode, batch 1) as a float32 model file; the same module gives the same bytes."""
         ...
 
-    def quantize(self, source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> Mapping[str, Json]:
+    def quantize(
+        self, source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]
+    ) -> Mapping[str, Json]:
         """Write a quantized model file and return its scheme file's content, with the why-not list.
 
         ``params``: ``scheme``, ``io``, and what :meth:`variant` returned. ``calibration``: samples, each a list of

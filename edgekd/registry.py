@@ -49,6 +49,6 @@ def _load(kind: str, name: str) -> Any:
 
 
 def _entry_points(kind: str) -> dict[str, Any]:
-    from importlib.metadata import entry_points  # noqa: PLC0415  (60 ms; only plug-ins need it)
+    from importlib.metadata import entry_points
 
     return {point.name: point for point in entry_points(group=f"edgekd.{kind}")}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping  # noqa: TC003  (read at run time by config)
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 

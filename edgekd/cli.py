@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: the only place that prints and exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekd import __version__
+from edgekd.errors import EdgekdError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+EXIT_ORDER = (5, 3, 1, 4)  # of several targets, the first that is present
+UNTIL = ("inspect", "teach", "supervise", "distill", "export", "quantize", "evaluate")
+
+recipe_option = click.option(
+    "--recipe", "-r", "recipe", type=click.Path(path_type=Path), default=Path("edgekd.toml"), show_default=True, help="The recipe."
+)
+targets_option = click.option(
+    "--target",
+    "-t",
+    "targets",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="A profile's name or file; may be repeated. Default: the recipe's [target.*], else host.",
+)
+cache_option = click.option(
+    "--cache",
+    "cache",
+    type=click.Path(path_type=Path),
+    envvar="EDGEKD_CACHE",
+    help="The cache folder.  [default: edgekd in the user's cache folder]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code."""
+    try:
+        code = main.main(args=list(arguments), prog_name="edgekd", standalone_mode=False)
+    except click.exceptions.Abort as error:
+        raise KeyboardInterrupt from error
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code if error.exit_code != 1 else 2
+    except EdgekdError as error:
+        _tell_error(error)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code if isinstance(code, int) else 0
+
+
+@click.group(context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="edgekd")
+def main() -> None:
+    """From a teacher network to a small model that provably runs on the device.
+
+    Every build ends in PASS (0), FAIL (1) or INCONCLUSIVE (4). Other exit codes: 2 usage or recipe, 3 a device, runtime or
+    tool is missing, 5 a stage failed.
+    """
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path())
+def init(folder: Path) -> None:
+    """Write a commented recipe that runs."""
+    from edgekd import scaffold
+
+    for path in scaffold.write(folder):
+        click.echo(f"wrote {path}")
+    click.echo(f"next: edgekd build --recipe {folder / 'edgekd.toml'}")
+
+
+@main.command()
+@recipe_option
+@targets_option
+@cache_option
+@click.option(
+    "--out",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="The output folder; each target gets a folder below it.  [default: build beside the recipe]",
+)
+@click.option("--until", type=click.Choice(UNTIL), help="Stop after this stage and write what it made to OUT/until-STAGE.")
+@click.option("--depfile", type=click.Path(path_type=Path), help="Write what the build read, as make rules.")
+@click.option("--remeasure", is_flag=True, help="Measure anew although the last verdict stands.")
+@click.option("--inconclusive-ok", is_flag=True, help="End with 0 and ship the model although the verdict is INCONCLUSIVE.")
+@json_option
+def build(recipe: Path, out: Path | None, cache: Path | None, *, as_json: bool, **options: Any) -> int:
+    """Build the recipe for its targets, and judge what came out."""
+    from edgekd import build as building
+    from edgekd.report import terminal
+
+    request = building.Request(recipe=recipe, out=out or recipe.parent / "build", cache=_cache_folder(cache), **options)
+    with terminal.teller() as teller:
+        results = building.build(request, teller)
+    if as_json:
+        click.echo(json.dumps([result.document for result in results], indent=1, sort_keys=True))
+    else:
+        for result in results:
+            click.echo(terminal.verdict(result.document, standing=result.standing), nl=False)
+    codes = {result.exit_code for result in results}
+    return next((code for code in EXIT_ORDER if code in codes), 0)
+
+
+@main.command()
+@recipe_option
+@targets_option
+@cache_option
+@click.option("--explain", is_flag=True, help="Say for each step whether it would run, and why.")
+@json_option
+def plan(recipe: Path, targets: tuple[str, ...], cache: Path | None, *, explain: bool, as_json: bool) -> None:
+    """Show what a build would do; runs nothing."""
+    from edgekd import build as building
+
+    shown = building.show_plan(recipe, targets, _cache_folder(cache), explain=explain)
+    if as_json:
+        click.echo(json.dumps(shown, indent=1, sort_keys=True))
+        return
+    for line in building.plan_lines(shown):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("name", required=False)
+@json_option
+def targets(name: str | None, *, as_json: bool) -> None:
+    """List the target profiles, or show one."""
+    from edgekd import config
+
+    if name is not None:
+        path = config.find_target(name)
+        config.load_target(name)
+        click.echo(path.read_text(encoding="utf-8"), nl=False)
+        return
+    found = [config.load_target(known) for known in config.target_names()]
+    if as_json:
+        rows = [
+            {"name": target.name, "title": target.title, "runtimes": [r.name for r in target.runtimes], "schemes": list(target.schemes)}
+            for target in found
+        ]
+        click.echo(json.dumps(rows, indent=1, sort_keys=True))
+        return
+    width = max(len(target.name) for target in found)
+    for target in found:
+        click.echo(f"{target.name:<{width}}  {target.title}")
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--target", "-t", default="host", show_default=True, metavar="NAME|FILE", help="The profile whose protocol and threads hold.")
+@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Measure at these thread counts instead of the profile's.")
+@json_option
+def measure(models: tuple[Path, ...], target: str, threads: tuple[int, ...], *, as_json: bool) -> None:
+    """Measure model files (.tflite, .onnx) on this machine, interleaved; the first is the reference."""
+    from edgekd import build as building
+    from edgekd.report import terminal
+
+    with terminal.teller() as teller:
+        rows = building.measure_files(models, target, threads, teller)
+    if as_json:
+        click.echo(json.dumps(rows, indent=1, sort_keys=True))
+    else:
+        click.echo(terminal.measurements(rows), nl=False)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
+def report(folder: Path, form: str) -> int:
+    """Tell the verdict of an earlier build again (FOLDER is build/TARGET); the exit code is the verdict's."""
+    from edgekd.report import document, markdown, terminal
+
+    found = document.read(folder)
+    if form == "json":
+        click.echo(json.dumps(found, indent=1, sort_keys=True))
+    else:
+        click.echo(markdown.render(found) if form == "markdown" else terminal.verdict(found, standing=True), nl=False)
+    return document.exit_code(found)
+
+
+@main.group()
+def cache() -> None:
+    """List, verify or prune the cache."""
+
+
+@cache.command("list")
+@cache_option
+@json_option
+def cache_list(cache: Path | None, *, as_json: bool) -> None:
+    """List the stored steps."""
+    rows = [
+        {
+            "key": key,
+            "stage": entry.material["stage"] if entry else "damaged",
+            "seconds": entry.seconds if entry else None,
+            "bytes": size,
+            "used": used,
+        }
+        for key, entry, size, used in _cache(cache).entries()
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1, sort_keys=True))
+        return
+    for row in rows:
+        click.echo(f"{row['key'][:12]}  {row['stage']:<10}  {row['bytes'] / 2**20:9.2f} MiB  {row['seconds'] or 0:8.1f} s")
+    click.echo(f"{len(rows)} entries, {sum(row['bytes'] for row in rows) / 2**20:.1f} MiB in {_cache_folder(cache)}")
+
+
+@cache.command("verify")
+@cache_option
+def cache_verify(cache: Path | None) -> int:
+    """Read every byte of the cache; damaged entries are removed, and their steps run again."""
+    store = _cache(cache)
+    keys = [key for key, *_ in store.entries()]
+    damaged = {key: names for key in keys if (names := store.damaged(key))}
+    for key, names in damaged.items():
+        store.remove(key)
+        click.echo(f"{key[:12]}: damaged and removed: {', '.join(names)}")
+    click.echo(f"{len(keys)} entries read, {len(damaged)} damaged")
+    return 5 if damaged else 0
+
+
+@cache.command("prune")
+@cache_option
+@click.option("--max-gib", type=click.FloatRange(min=0), help="Remove the least recently used entries above this size.")
+@click.option("--older-than-days", type=click.FloatRange(min=0), help="Remove entries that were not used for so long.")
+def cache_prune(cache: Path | None, max_gib: float | None, older_than_days: float | None) -> None:
+    """Remove entries that were not used for long, or that exceed a size."""
+    if max_gib is None and older_than_days is None:
+        raise UsageError("cache prune: nothing to prune by; give --max-gib or --older-than-days")
+    removed, freed = _cache(cache).prune(max_gib, older_than_days)
+    click.echo(f"removed {removed} entries, {freed / 2**20:.1f} MiB")
+
+
+@main.command()
+@click.option("--deep", is_flag=True, help="Import each package, which takes half a minute.")
+@json_option
+def doctor(*, deep: bool, as_json: bool) -> int:
+    """Say what of the environment is missing, and the command that mends it."""
+    from edgekd import doctor as diagnosis
+
+    findings = diagnosis.check(_cache_folder(None), deep=deep)
+    click.echo(diagnosis.as_json(findings) if as_json else diagnosis.as_text(findings), nl=False)
+    return diagnosis.exit_code(findings)
+
+
+def _cache(folder: Path | None) -> Any:
+    from edgekd.cache import Cache
+
+    store = Cache(_cache_folder(folder), lambda text: click.echo(text, err=True))
+    store.prepare()
+    return store
+
+
+def _cache_folder(given: Path | None) -> Path:
+    if given is not None:
+        return given.absolute()
+    if found := os.environ.get("EDGEKD_CACHE"):
+        return Path(found).absolute()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("edgekd", appauthor=False)
+
+
+def _tell_error(error: EdgekdError) -> None:
+    for line in str(error).splitlines() or [type(error).__name__]:
+        click.echo(f"edgekd: {line}", err=True)

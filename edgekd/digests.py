@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Digests: of values, files, folders and the environment; what keys and records are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+
+def canonical(value: object) -> bytes:
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN.
+
+    >>> canonical({"b": 1, "a": [1.0, None]})
+    b'{"a":[1.0,null],"b":1}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(value: object) -> str:
+    """Return the SHA-256 of a value's canonical JSON, in hex."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def changed(record: Mapping[str, Any], recipe_dir: Path, digest_of: Callable[[Path], str] = file_digest) -> str | None:
+    """Return what of a record no longer holds, in words, or None if all of it does."""
+    for name, old in record.get("files", {}).items():
+        path = recipe_dir / name
+        now = digest_of(path) if path.is_file() else None
+        if now != old:
+            return f"{name} {'changed' if now and old else 'appeared' if now else 'is gone'}"
+    for name, old in record.get("listings", {}).items():
+        if listing_digest(recipe_dir / name) != old:
+            return f"the files in {name} changed"
+    for name, old in record.get("env", {}).items():
+        if env_digest(name) != old:
+            return f"the environment variable {name} changed"
+    return next((f"{name} {old} -> {now}" for name, old in record.get("modules", {}).items() if (now := tool_version(name)) != old), None)
+
+
+def listing_digest(folder: Path) -> str | None:
+    """Return the SHA-256 of a folder's sorted names, or None if there is no such folder."""
+    try:
+        return digest(sorted(path.name for path in folder.iterdir()))
+    except OSError:
+        return None
+
+
+def env_digest(name: str) -> str | None:
+    """Return the SHA-256 of an environment variable's value, or None if it is not set."""
+    value = os.environ.get(name)
+    return None if value is None else hashlib.sha256(os.fsencode(value)).hexdigest()
+
+
+def tool_version(distribution: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
