@@ -146,12 +146,14 @@ class Cache:
             raise StorageError(message)
         return entry
 
+    def matching_record(self, base: str, recipe_dir: Path) -> Mapping[str, Any] | None:
+        """Return the record under a base key that still holds: nothing that the user's code read has changed."""
+        return next((record for record in self._records(base) if changed(record, recipe_dir, self.digest_of) is None), None)
+
     def find_recorded(self, base: str, recipe_dir: Path) -> str | None:
-        """Return the key of the entry whose record still holds: nothing that the user's code read has changed."""
-        for record in self._records(base):
-            if changed(record, recipe_dir, self.digest_of) is None:
-                return digest([base, record])
-        return None
+        """Return the key of the entry whose record still holds."""
+        record = self.matching_record(base, recipe_dir)
+        return None if record is None else digest([base, record])
 
     def add_record(self, base: str, record: Record) -> str:
         """Remember what the user's code read, and return the key under which the entry is stored."""

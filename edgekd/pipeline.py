@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from edgekd import locks
 from edgekd.cache import Cache, Entry, storage_error
 from edgekd.digests import canonical, changed, digest, file_digest, tool_version
-from edgekd.errors import StageError
+from edgekd.errors import StageError, UnavailableError
 from edgekd.ports import Context
 from edgekd.stages import distill, evaluate, export, inspect, quantize, supervise, teach
 
@@ -114,6 +114,7 @@ def _run_step(step: Step, done: Mapping[str, Done], site: Site) -> Done:
     material = _material(step, done)
     entry = cache.get(_find_key(cache, material, recipe_dir))
     if entry is None:
+        _need_tools(step)
         _mend(step, done, site)
         site.before(step, done)
         base = digest(material)
@@ -144,6 +145,12 @@ def _execute(step: Step, done: Mapping[str, Done], site: Site, material: Mapping
     seconds = time.monotonic() - started
     key = base if result.record is None else cache.add_record(base, result.record)
     return cache.put(out, key, material, result, seconds)
+
+
+def _need_tools(step: Step) -> None:
+    missing = [tool for tool in step.tools if tool_version(tool) is None]
+    if missing:
+        raise UnavailableError(f"{step.id} needs {', '.join(missing)}, which is not installed; run: pip install 'edgekd[build]'")
 
 
 def _mend(step: Step, done: Mapping[str, Done], site: Site) -> None:

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole build: the recipe and the targets are read, the steps run, and each target ends in a verdict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd import conclude, config, pipeline
+from edgekd.cache import Cache
+from edgekd.digests import digest
+from edgekd.domain.verdict import Outcome
+from edgekd.errors import RecipeError, UsageError
+from edgekd.harness import runner
+from edgekd.plan import Plan, resolve
+from edgekd.stages import package
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from edgekd.domain.recipe import Recipe
+    from edgekd.domain.target import Target
+    from edgekd.pipeline import Done, Teller
+    from edgekd.ports import Step
+
+TRAINING = ("teach", "supervise", "distill")  # the stages before which a user wants to be warned
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line asked for. No targets: those that the recipe names, else ``host``."""
+
+    recipe: Path
+    targets: tuple[str, ...]
+    out: Path
+    cache: Path
+    until: str | None = None
+    depfile: Path | None = None
+    remeasure: bool = False
+    inconclusive_ok: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How one target ended. ``standing``: the last verdict stands and was not made anew."""
+
+    document: Mapping[str, Any]
+    standing: bool
+    exit_code: int
+
+
+def build(request: Request, teller: Teller) -> list[Result]:
+    """Build a recipe for its targets.
+
+    Raises:
+        EdgekdError: of the class that its exit code asks for; nothing is half-written then.
+    """
+    plan = _plan(request.recipe, request.targets)
+    folders = {target.name: request.out / target.name for target in plan.targets}
+    for folder in folders.values():
+        package.check_writable(folder)
+    if request.depfile is not None:
+        package.check_writable(request.depfile.parent)
+    cache = Cache(request.cache, teller.say)
+    cache.prepare()
+    recipe_dir = request.recipe.parent.absolute()
+    try:
+        done = pipeline.run(plan, pipeline.Site(cache, recipe_dir, teller, _warner(plan, teller)), request.until)
+        if request.until is not None:
+            return [_stopped(request, plan, done)]
+        read = _files_read(request, plan, cache, done)
+        results = []
+        for target in plan.targets:
+            concluded = conclude.conclude(
+                conclude.Case(plan, target, done, folders[target.name], read, request.inconclusive_ok, request.remeasure), teller
+            )
+            results.append(Result(concluded.document, concluded.standing, _exit_code(concluded.document, request)))
+        if request.depfile is not None:
+            stamps = [folder / package.STAMP for folder in folders.values()]
+            package.write_depfile(request.depfile, stamps, [recipe_dir / name for name in read])
+    finally:
+        cache.close()
+    return results
+
+
+def show_plan(recipe: Path, names: Sequence[str], cache_folder: Path, *, explain: bool) -> dict[str, Any]:
+    """Return the plan as a mapping: targets with their candidates, and the steps (with hit or miss if asked)."""
+    plan = _plan(recipe, tuple(names))
+    shown: dict[str, Any] = {
+        "recipe": plan.recipe.name,
+        "targets": {
+            target.name: [{"candidate": candidate.id, "threads": list(candidate.settings)} for candidate in plan.candidates[target.name]]
+            for target in plan.targets
+        },
+    }
+    if not explain:
+        shown["steps"] = [{"step": step.id} for step in plan.steps]
+        return shown
+    cache = Cache(cache_folder, lambda text: None)
+    cache.prepare()
+    told = pipeline.explain(plan, cache, recipe.parent.absolute())
+    cache.close()
+    shown["steps"] = [{"step": item.step.id, "what": item.what, "why": item.why} for item in told]
+    return shown
+
+
+def plan_lines(shown: Mapping[str, Any]) -> list[str]:
+    """Return a plan as lines for people."""
+    lines = [f"recipe {shown['recipe']}"]
+    for name, rows in shown["targets"].items():
+        lines.append(f"target {name}")
+        lines += [f"  candidate {row['candidate']}  threads {', '.join(map(str, row['threads']))}" for row in rows]
+    width = max(len(row["step"]) for row in shown["steps"])
+    lines.append("steps")
+    lines += [f"  {row['step']:<{width}}  {row.get('what', '')} {row.get('why', '')}".rstrip() for row in shown["steps"]]
+    return lines
+
+
+def measure_files(models: Sequence[Path], target_name: str, threads: Sequence[int], teller: Teller) -> list[dict[str, Any]]:
+    """Measure model files on this machine, interleaved; the first is the reference of the speed-up."""
+    from edgekd.stages import measure
+
+    target = config.load_target(target_name, runner.facts())
+    return conclude.measured_rows(measure.measure_files(models, target, threads, teller))
+
+
+def _plan(recipe_path: Path, names: tuple[str, ...]) -> Plan:
+    recipe = config.load_recipe(recipe_path)
+    facts = runner.facts()
+    wanted = names or tuple(recipe.target) or ("host",)
+    targets = [config.load_target(name, facts) for name in wanted]
+    twice = sorted({target.name for target in targets if [other.name for other in targets].count(target.name) > 1})
+    if twice:
+        raise RecipeError(*(f"target {name}: named twice; each target has one output folder" for name in twice))
+    return resolve(recipe, targets, pipeline.PIPELINE)
+
+
+def _warner(plan: Plan, teller: Teller) -> Callable[[Step, Mapping[str, Done]], None]:
+    told: list[str] = []
+
+    def before(step: Step, done: Mapping[str, Done]) -> None:
+        if step.stage in TRAINING and not told:
+            told.append(step.id)
+            for line in conclude.provable_warnings(plan, done):
+                teller.say(f"warning: {line}")
+
+    return before
+
+
+def _stopped(request: Request, plan: Plan, done: Mapping[str, Done]) -> Result:
+    stage = str(request.until)
+    folder = request.out / f"until-{stage}"
+    for item in done.values():
+        if item.step.stage == stage:
+            below = folder.joinpath(*item.step.id.split("/")[1:])
+            for name, artifact in item.entry.artifacts.items():
+                package.copy(artifact.path, below / name)
+    document = {"schema": 1, "recipe": plan.recipe.name, "outcome": Outcome.INCONCLUSIVE.value, "until": stage, "folder": str(folder)}
+    return Result(document, standing=False, exit_code=_exit_code(document, request))
+
+
+def _exit_code(document: Mapping[str, Any], request: Request) -> int:
+    outcome = Outcome(document["outcome"])
+    return 0 if outcome is Outcome.INCONCLUSIVE and request.inconclusive_ok else outcome.exit_code
