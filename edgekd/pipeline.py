@@ -144,7 +144,9 @@ def _execute(step: Step, done: Mapping[str, Done], site: Site, material: Mapping
         raise storage_error(f"{step.id} cannot write", cache.root, error) from error
     seconds = time.monotonic() - started
     key = base if result.record is None else cache.add_record(base, result.record)
-    return cache.put(out, key, material, result, seconds)
+    entry = cache.put(out, key, material, result, seconds)
+    site.teller.say(f"{step.id}: done in {seconds:.1f} s")
+    return entry
 
 
 def _need_tools(step: Step) -> None:

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples a second of edgekd's distillation with stored teacher outputs, against training the student alone.
+
+Blocks of three loops take turns in one process on the same student (19,354 parameters), data in memory (28x28 images)
+and batches of 128: ``distil`` is edgekd's loop with KL and CE, ``alone`` the same loop with CE only, ``plain`` the loop
+that one writes in PyTorch by hand. The ratio of neighbouring blocks is what counts; its median has an interval that
+assumes no distribution. Ends with 1 if the median of distil / alone or of distil / plain is below the bar.
+
+    python benchmarks/distill_step.py [rounds]
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from edgekd.domain.recipe import Entry, Loss
+from edgekd.kd import losses, train
+from edgekd.kd.data import Samples
+from edgekd.kd.repeatable import repeatable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+BAR = 0.95
+ROUNDS, STEPS, BATCH = 21, 10, 128
+TERMS = (Loss("kl", 0.9, 4.0), Loss("ce", 0.1))
+
+
+def student() -> nn.Module:
+    """Return a small convolutional network."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10)),
+    )
+
+
+def ours(samples: Samples, objective: Callable[..., torch.Tensor]) -> Callable[[], None]:
+    """Return one block of edgekd's loop."""
+    settings = train.Settings(1000, BATCH, "adamw", 0.001, 0.01, 0, torch.get_num_threads())
+    job = train.Job("distill", Entry("bench.py", "student"), student, samples, samples, objective, settings)
+    layout = train._layout(job)  # noqa: SLF001  (what fit does before its first epoch)
+    run = train._fresh(job, layout)  # noqa: SLF001
+
+    def block() -> None:
+        with repeatable(settings.threads):
+            train._train_epoch(job, run, layout, 1, lambda share, text: None)  # noqa: SLF001
+
+    return block
+
+
+def plain(samples: Samples) -> Callable[[], None]:
+    """Return one block of the loop that one writes by hand: the student alone, from labels."""
+    module, (images,), labels = student().train(), samples.inputs, samples.labels
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.001, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.001, total_steps=1_000_000)
+
+    def block() -> None:
+        for rows in torch.randperm(len(labels)).split(BATCH):
+            loss = nn.functional.cross_entropy(module(images[rows]), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            loss.item()
+
+    return block
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Return the median and an interval between order statistics.
+
+    Source: Conover, Practical Nonparametric Statistics, 3rd ed., section 3.2 (binomial ranks).
+    """
+    ordered, n = sorted(values), len(values)
+    below, tail = 0, 0.5**n
+    while tail + math.comb(n, below + 1) * 0.5**n <= (1 - confidence) / 2:
+        below += 1
+        tail += math.comb(n, below) * 0.5**n
+    return statistics.median(ordered), ordered[below], ordered[n - 1 - below]
+
+
+def main() -> int:
+    """Run the rounds and print."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    torch.manual_seed(0)
+    count = STEPS * BATCH
+    samples = Samples((torch.randn(count, 1, 28, 28),), torch.randint(0, 10, (count,)), torch.randn(count, 10))
+    blocks = {
+        "distil": ours(samples, lambda logits, outputs, labels: losses.total(TERMS, logits, outputs, labels)),
+        "alone": ours(samples, lambda logits, _, labels: losses.ce(logits, labels)),
+        "plain": plain(samples),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in blocks}
+    for block in blocks.values():
+        block()
+    for turn in range(rounds):
+        for name in list(blocks) if turn % 2 else reversed(list(blocks)):
+            started = time.perf_counter()
+            blocks[name]()
+            speeds[name].append(count / (time.perf_counter() - started))
+    for name, found in speeds.items():
+        print(f"{name:6} {statistics.median(found):8.0f} samples/s (median of {rounds} blocks of {STEPS} steps)")
+    slow = False
+    for other in ("alone", "plain"):
+        ratios = [mine / its for mine, its in zip(speeds["distil"], speeds[other], strict=True)]
+        median, low, high = median_interval(ratios)
+        slow = slow or median < BAR
+        print(f"distil / {other}: {median:.3f} [{low:.3f}, {high:.3f}], bar {BAR}")
+    return int(slow)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The splits that ``inspect`` keeps as arrays, as tensors."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgekd.kd.losses import UNLABELLED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import numpy as np
+    from torch import Tensor
+
+    from edgekd.domain.artifact import Artifact
+    from edgekd.domain.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """A split: the inputs of each sample, its class (-1 where it has none) and the teacher's logits.
+
+    Shapes:
+        inputs: one tensor (n, ...) for each input of the student; labels: (n,) int64; outputs: (n, C) or None.
+    """
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor
+    outputs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pick(self, rows: Tensor) -> Samples:
+        """Return a batch."""
+        outputs = None if self.outputs is None else self.outputs[rows]
+        return Samples(tuple(item[rows] for item in self.inputs), self.labels[rows], outputs)
+
+
+def references(recipe: Recipe, split: str, *, labels: bool = False, outputs: bool = False) -> dict[str, str]:
+    """Return the inputs of a step that reads a split: the step's own name -> artifact."""
+    found = {f"{split}.inputs.{index}": f"inspect:{split}.inputs.{index}.npy" for index in range(len(recipe.student.inputs))}
+    if labels:
+        found[f"{split}.labels"] = f"inspect:{split}.labels.npy"
+    if outputs:
+        found[f"{split}.outputs"] = f"supervise:{split}.outputs.npy"
+    return found
+
+
+def arrays(artifacts: Mapping[str, Artifact], split: str) -> list[np.ndarray]:
+    """Return the inputs of a split, one array (n, ...) for each input of the student."""
+    count = sum(name.startswith(f"{split}.inputs.") for name in artifacts)
+    return [_array(artifacts[f"{split}.inputs.{index}"].path) for index in range(count)]
+
+
+def samples(artifacts: Mapping[str, Artifact], split: str) -> Samples:
+    """Return a split with what the step has of it; labels that are no classes count as none."""
+    import numpy as np
+    import torch
+
+    inputs = arrays(artifacts, split)
+    labels = np.full(len(inputs[0]), UNLABELLED, dtype=np.int64)
+    if (found := artifacts.get(f"{split}.labels")) is not None:
+        given = np.load(found.path, allow_pickle=False)
+        labels = given if given.dtype == np.int64 and given.ndim == 1 else labels
+    outputs = artifacts.get(f"{split}.outputs")
+    return Samples(
+        tuple(torch.from_numpy(item) for item in inputs),
+        torch.from_numpy(labels),
+        None if outputs is None else torch.from_numpy(_array(outputs.path)),
+    )
+
+
+def joined(first: Samples, second: Samples) -> Samples:
+    """Return two splits as one."""
+    import torch
+
+    outputs = None if first.outputs is None or second.outputs is None else torch.cat([first.outputs, second.outputs])
+    inputs = tuple(torch.cat(pair) for pair in zip(first.inputs, second.inputs, strict=True))
+    return Samples(inputs, torch.cat([first.labels, second.labels]), outputs)
+
+
+def _array(path: Path) -> np.ndarray:
+    """Return an array: in memory if it takes less than half of what is free, else mapped from its file."""
+    import numpy as np
+
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # copy-on-write: torch wants arrays that could be written; nothing writes
+    found: np.ndarray = np.load(path, mmap_mode="c" if path.stat().st_size > free_bytes // 2 else None, allow_pickle=False)
+    return found

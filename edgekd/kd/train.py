@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop, for a teacher that is taught (labels) and a student that is distilled (the teacher's outputs too).
+
+The same job gives the same bytes, also if it is killed and started again: each epoch draws from generators seeded by
+(seed, epoch) alone, the learning rate is a function of the step, and a checkpoint after each epoch holds the rest.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgekd import usercode
+from edgekd.errors import RecipeError, StageError
+from edgekd.kd.losses import UNLABELLED
+from edgekd.kd.repeatable import derive, keep, kept, repeatable, seed_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+    from edgekd.domain.recipe import Entry
+    from edgekd.kd.data import Samples
+    from edgekd.ports import Progress
+
+CHECKPOINT = "checkpoint"
+_WARM_UP, _START, _END = 0.3, 1 / 25, 1 / 250_000  # share of the steps; learning rates as shares of the peak
+_PROBED = 8  # samples of the batch that is tried before anything long
+_TOLD = 20  # times an epoch tells how far it is
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to train; ``threads`` and the processor change the last bits of the weights."""
+
+    epochs: int
+    batch_size: int
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    seed: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is trained, on what, towards what.
+
+    ``section`` is the recipe's, for messages. ``build`` makes the module with fresh weights. ``objective`` maps
+    (logits, the teacher's outputs or None, labels) to the loss. ``augment`` maps (inputs, generator) to inputs.
+    """
+
+    section: str
+    entry: Entry
+    build: Callable[[], nn.Module]
+    train: Samples
+    validation: Samples
+    objective: Callable[[Tensor, Tensor | None, Tensor], Tensor]
+    settings: Settings
+    augment: Callable[[tuple[Tensor, ...], torch.Generator], tuple[Tensor, ...]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """One line of the curve; ``learning_rate`` is the last step's, ``validation_accuracy`` None without classes."""
+
+    epoch: int
+    train_loss: float
+    validation_loss: float
+    validation_accuracy: float | None
+    learning_rate: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Return what the epochs are compared by: accuracy, then the lower loss, both on the validation split."""
+        return (0.0 if self.validation_accuracy is None else self.validation_accuracy, -self.validation_loss)
+
+
+@dataclass(slots=True)
+class Run:
+    """A run between two epochs: what a checkpoint holds. ``best`` are the weights of the best epoch."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    curve: list[Epoch]
+    best: dict[str, Tensor]
+
+
+def fit(job: Job, work: Path, progress: Progress) -> tuple[dict[str, Tensor], list[Epoch]]:
+    """Train and return the weights of the best epoch (the first of equals) and the curve.
+
+    Args:
+        job: What is trained.
+        work: Where the checkpoint lies; it belongs to this job alone.
+        progress: Is told how far it is.
+
+    Raises:
+        RecipeError: if the module cannot be trained on these samples, or its code fails.
+        StageError: if the loss is not finite.
+    """
+    settings = job.settings
+    with repeatable(settings.threads):
+        layout = _layout(job)
+        run = _resumed(job, layout, work) or _fresh(job, layout)
+        for epoch in range(len(run.curve), settings.epochs):
+            seed_all(derive(settings.seed, "epoch", epoch))
+            train_loss = _train_epoch(job, run, layout, epoch, progress)
+            loss, accuracy = _score(job, run.module, layout)
+            _check_finite(job, loss, f"on the validation split after epoch {epoch + 1}")
+            line = Epoch(epoch + 1, train_loss, loss, accuracy, run.optimizer.param_groups[0]["lr"])
+            if not run.curve or line.rank > max(earlier.rank for earlier in run.curve):
+                run.best = {name: value.detach().clone() for name, value in run.module.state_dict().items()}
+            run.curve.append(line)
+            _save(run, work)
+            progress((epoch + 1) / settings.epochs, _told(line, settings.epochs))
+    return run.best, run.curve
+
+
+def best_of(curve: list[Epoch]) -> Epoch:
+    """Return the epoch whose weights were kept."""
+    return max(curve, key=lambda line: line.rank)  # max returns the first of equals, as fit keeps it
+
+
+def one_cycle(step: int, steps: int, peak: float) -> float:
+    """Return the learning rate of a step: half a cosine up to the peak, half a cosine down to nearly nothing.
+
+    Source:
+        Smith and Topin, arXiv 1708.07120; shares as torch's OneCycleLR has them by default.
+    """
+    top = _WARM_UP * steps
+    if step < top:
+        low, share = _START, 1 - step / top
+    else:
+        low, share = _END, (step - top) / max(steps - top, 1)
+    return peak * (low + (1 - low) * (1 + math.cos(math.pi * share)) / 2)
+
+
+def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, progress: Progress) -> float:
+    """Train one epoch and return the mean loss of its samples."""
+    import torch
+
+    settings, module, optimizer = job.settings, run.module.train(), run.optimizer
+    shuffling = torch.Generator().manual_seed(derive(settings.seed, "shuffle", epoch))
+    augmenting = torch.Generator().manual_seed(derive(settings.seed, "augment", epoch))
+    batches = _batches(torch.randperm(len(job.train), generator=shuffling), settings.batch_size)
+    summed = 0.0
+    for step, rows in enumerate(batches):
+        batch = job.train.pick(rows)
+        inputs = batch.inputs if job.augment is None else job.augment(batch.inputs, augmenting)
+        rate = one_cycle(epoch * len(batches) + step, settings.epochs * len(batches), settings.learning_rate)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        logits = usercode.call(module, job.entry, *_laid_out(inputs, layout))
+        loss = job.objective(logits, batch.outputs, batch.labels)
+        optimizer.zero_grad(set_to_none=True)
+        usercode.call(loss.backward, job.entry)
+        optimizer.step()
+        value = loss.item()
+        _check_finite(job, value, f"in epoch {epoch + 1}, step {step + 1} of {len(batches)}")
+        summed += value * len(rows)
+        if step % max(1, len(batches) // _TOLD) == 0:
+            progress((epoch + step / len(batches)) / settings.epochs, f"epoch {epoch + 1}/{settings.epochs}, loss {value:.3f}")
+    return summed / len(job.train)
+
+
+def _score(job: Job, module: nn.Module, layout: torch.memory_format) -> tuple[float, float | None]:
+    """Return loss and accuracy on the validation split; accuracy is None if no sample has a class."""
+    import torch
+
+    module.eval()
+    summed, right, labelled = 0.0, 0, 0
+    with torch.inference_mode():
+        for rows in _batches(torch.arange(len(job.validation)), job.settings.batch_size):
+            batch = job.validation.pick(rows)
+            logits = usercode.call(module, job.entry, *_laid_out(batch.inputs, layout))
+            summed += job.objective(logits, batch.outputs, batch.labels).item() * len(rows)
+            right += int((logits.argmax(dim=1) == batch.labels).sum())
+            labelled += int((batch.labels != UNLABELLED).sum())
+    return summed / len(job.validation), right / labelled if labelled else None
+
+
+def _batches(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Return rows in batches of at most ``size``, as equal as they can be: no tiny last one to upset batch norm."""
+    return rows.tensor_split(math.ceil(len(rows) / size))
+
+
+def _laid_out(inputs: tuple[Tensor, ...], layout: torch.memory_format) -> list[Tensor]:
+    images = 4
+    return [item.contiguous(memory_format=layout) if item.ndim == images else item for item in inputs]
+
+
+def _layout(job: Job) -> torch.memory_format:
+    """Return the memory layout to train in, after one batch was tried on a module of its own.
+
+    Channels-last makes small convolutional networks 1.2 to 1.4 times faster on CPUs (measured: a plain, a depthwise and
+    a residual network). Code that calls ``view`` on an image cannot run in it; it trains in the default layout.
+
+    Raises:
+        RecipeError: if the module cannot be trained on these samples.
+    """
+    import torch
+
+    try:
+        _try_one_batch(job, torch.channels_last)
+    except RecipeError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
+        _try_one_batch(job, torch.contiguous_format)
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _try_one_batch(job: Job, layout: torch.memory_format) -> None:
+    import torch
+
+    seed_all(job.settings.seed)
+    module = _placed(job, layout).train()
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise RecipeError(f"{job.entry}: the module has no parameter to train")
+    batch = job.train.pick(torch.arange(min(_PROBED, len(job.train))))
+    logits = usercode.call(module, job.entry, *_laid_out(batch.inputs, layout))
+    _check_logits(job, logits, len(batch))
+    usercode.call(job.objective(logits, batch.outputs, batch.labels).backward, job.entry)
+
+
+def _check_logits(job: Job, logits: Any, samples: int) -> None:
+    import torch
+
+    matrix = 2
+    if not isinstance(logits, torch.Tensor):
+        raise RecipeError(f"{job.entry}: answered with {type(logits).__name__}; expected one tensor of logits (n, classes)")
+    if logits.ndim != matrix or len(logits) != samples or not logits.is_floating_point():
+        found = f"{logits.dtype} {list(logits.shape)}".removeprefix("torch.")
+        raise RecipeError(f"{job.entry}: answered {samples} samples with {found}; expected float logits [{samples}, classes]")
+    classes = logits.shape[1]
+    if job.train.outputs is not None and job.train.outputs.shape[1] != classes:
+        raise RecipeError(f"{job.entry}: answers with {classes} classes; the teacher answers with {job.train.outputs.shape[1]}")
+    for split, samples_of in (("train", job.train), ("validation", job.validation)):
+        highest = int(samples_of.labels.max())
+        if highest >= classes:
+            raise RecipeError(f"{job.entry}: answers with {classes} classes; the {split} split has the label {highest}")
+
+
+def _check_finite(job: Job, loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        rate = job.settings.learning_rate
+        raise StageError(
+            f"{job.section}: the loss is {loss} {where}; lower {job.section}.learning_rate (now {rate:g}), or check the scale of the inputs"
+        )
+
+
+def _fresh(job: Job, layout: torch.memory_format) -> Run:
+    seed_all(derive(job.settings.seed, "init"))
+    module = _placed(job, layout)
+    return Run(module, _optimizer(module, job.settings), [], {})
+
+
+def _placed(job: Job, layout: torch.memory_format) -> nn.Module:
+    return job.build().to(memory_format=layout)  # type: ignore[call-overload,no-any-return]  # an overload torch forgot
+
+
+def _optimizer(module: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    import torch
+
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, rate, momentum=0.9, nesterov=True, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=True)
+
+
+def _save(run: Run, work: Path) -> None:
+    import torch
+
+    state = {
+        "module": run.module.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "curve": [asdict(line) for line in run.curve],
+        "best": run.best,
+    }
+    packed = io.BytesIO()
+    torch.save(state, packed)
+    keep(work / CHECKPOINT, packed.getvalue())
+
+
+def _resumed(job: Job, layout: torch.memory_format, work: Path) -> Run | None:
+    """Return the run that a checkpoint holds, or None if there is none that is undamaged."""
+    import torch
+
+    packed = kept(work / CHECKPOINT)
+    if packed is None:
+        return None
+    state = torch.load(io.BytesIO(packed), weights_only=True)
+    run = _fresh(job, layout)
+    run.module.load_state_dict(state["module"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    return Run(run.module, run.optimizer, [Epoch(**line) for line in state["curve"]], state["best"])
+
+
+def _told(line: Epoch, epochs: int) -> str:
+    right = "" if line.validation_accuracy is None else f", {100 * line.validation_accuracy:.2f} %"
+    return f"epoch {line.epoch}/{epochs}, validation loss {line.validation_loss:.3f}{right}"

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supervise: the frozen teacher answers every sample once; whatever is distilled from it later reads these logits."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+from edgekd.domain.recipe import Entry
+from edgekd.errors import RecipeError
+from edgekd.harness import runner
+from edgekd.kd import data
+from edgekd.ports import StageResult, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    import numpy as np
+
+    from edgekd.domain.artifact import Artifact
+    from edgekd.domain.recipe import Recipe
+    from edgekd.domain.target import Target
+    from edgekd.ports import Context
+
+NAME = "supervise"
+VERSION = 1
+SPLITS = ("train", "validation", "unlabelled")
+BATCH_SIZE = 128
+_CHUNK_BATCHES = 16  # a kill costs at most this much
+
+
+def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
+    """Return the one step. Its key reads nothing of the distillation: a changed temperature asks no teacher."""
+    del targets  # a teacher's answers do not depend on them
+    machine = runner.facts()
+    artifact = recipe.teacher.artifact
+    params = {
+        "model": None if recipe.teacher.model is None else str(recipe.teacher.model),
+        "batch_size": BATCH_SIZE,
+        "threads": machine["cores"],
+        "instruction_set": machine["instruction_set"],
+    }
+    inputs = {"teacher": artifact, "code": "inspect:teacher.code.json"}
+    for split in SPLITS:
+        inputs |= data.references(recipe, split)
+    runtime = ("onnxruntime",) if artifact.endswith(".onnx") else ()
+    return [Step(NAME, NAME, params, inputs, ("torch", "numpy", "safetensors", *runtime))]
+
+
+def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+    """Let the teacher answer; write ``SPLIT.outputs.npy``, float32 logits (n, C), for each split."""
+    import numpy as np
+
+    from edgekd.kd import models
+    from edgekd.kd.repeatable import repeatable
+
+    params = cast("dict[str, Any]", step.params)
+    entry = None if params["model"] is None else Entry(*params["model"].rsplit(":", 1))
+    splits = {split: data.arrays(inputs, split) for split in SPLITS}
+    total = sum(len(found[0]) for found in splits.values())
+    done, classes = 0, 0
+    with repeatable(params["threads"]):
+        teacher = models.load_teacher(context.recipe_dir, entry, inputs["teacher"].path)
+        for split, arrays in splits.items():
+            answers = []
+            for rows in _chunks(len(arrays[0]), params["batch_size"]):
+                path = context.work / f"{split}.{rows.start}"
+                if (found := _kept(path)) is None:
+                    found = _ask(teacher, arrays, rows, params["batch_size"])
+                    _check_finite(found, split, rows.start)
+                    _keep(path, found)
+                answers.append(found)
+                done += len(rows)
+                context.progress(done / total, f"{split}: {rows.stop} of {len(arrays[0])} samples")
+            classes = answers[0].shape[1] if answers else classes
+            outputs = np.concatenate(answers) if answers else np.zeros((0, classes), dtype=np.float32)
+            np.save(context.out / f"{split}.outputs.npy", outputs, allow_pickle=False)
+    return StageResult(metrics={"samples": total, "classes": classes})
+
+
+def _chunks(samples: int, batch_size: int) -> list[range]:
+    size = batch_size * _CHUNK_BATCHES
+    return [range(start, min(start + size, samples)) for start in range(0, samples, size)]
+
+
+def _ask(teacher: Callable[[list[np.ndarray]], np.ndarray], arrays: list[np.ndarray], rows: range, batch_size: int) -> np.ndarray:
+    import numpy as np
+
+    cuts = [slice(start, min(start + batch_size, rows.stop)) for start in range(rows.start, rows.stop, batch_size)]
+    return np.concatenate([teacher([array[cut] for array in arrays]) for cut in cuts])
+
+
+def _kept(path: Path) -> np.ndarray | None:
+    """Return the answers that an earlier run stored before it was killed, or None."""
+    import numpy as np
+
+    from edgekd.kd.repeatable import kept
+
+    packed = kept(path)
+    found: np.ndarray | None = None if packed is None else np.load(io.BytesIO(packed), allow_pickle=False)
+    return found
+
+
+def _keep(path: Path, answers: np.ndarray) -> None:
+    import numpy as np
+
+    from edgekd.kd.repeatable import keep
+
+    buffer = io.BytesIO()
+    np.save(buffer, answers, allow_pickle=False)
+    keep(path, buffer.getvalue())
+
+
+def _check_finite(answers: np.ndarray, split: str, first: int) -> None:
+    import numpy as np
+
+    if math.isfinite(float(answers.sum(dtype=np.float64))):  # NaN and infinity spread: one pass finds any
+        return
+    row, column = np.argwhere(~np.isfinite(answers))[0]
+    raise RecipeError(
+        f"teacher: its answer to {split}[{first + row}] is {answers[row, column]} for class {column}; "
+        "expected finite logits; check the weights and the scale of the inputs"
+    )

@@ -1,0 +1,13 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A firmware in miniature: it carries the model and checks that it is one. A real one hands it to its interpreter. */
+#include <stdio.h>
+#include <string.h>
+
+extern const unsigned char model_begin[], model_end[];
+
+int main(void) {
+    const unsigned long bytes = (unsigned long)(model_end - model_begin);
+    const int is_tflite = bytes > 8 && memcmp(model_begin + 4, "TFL3", 4) == 0;
+    printf("model: %lu bytes, %s\n", bytes, is_tflite ? "TFLite" : "not TFLite");
+    return is_tflite ? 0 : 1;
+}

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which stages run again when a field changes: the cache's documentation, kept as a golden table.
+
+Every field of the recipe and of the target is changed in turn; a stage *moves* when its own step changes. What lies
+behind a stage that moves runs again if the bytes that it makes change (``then``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from edgekd import pipeline
+from edgekd.domain import recipe as words
+from edgekd.domain import target as profile
+from edgekd.plan import resolve
+
+GOLDEN = Path(__file__).parent / "key_sensitivity.txt"
+
+RECIPE = words.Recipe(
+    schema=1,
+    name="toy",
+    data=words.Data(words.Entry("data.py", "splits")),
+    teacher=words.Teacher(words.Entry("models.py", "teacher"), train=words.Training(epochs=2, augment=words.Entry("data.py", "augment"), threads=1)),
+    student=words.Student(words.Entry("models.py", "student"), (words.TensorSpec("image", (1, 1, 8, 8)),)),
+    distill=words.Distill(epochs=3, threads=1),
+    budget=words.Budget(
+        max_accuracy_drop_pp=1.0,
+        min_accuracy_pct=90.0,
+        max_class_drop_pp=5.0,
+        max_latency_p50_ms=1.0,
+        max_latency_p95_ms=1.0,
+        max_latency_p99_ms=1.0,
+        min_speedup_x=2.0,
+        max_peak_rss_mib=50.0,
+        max_size_kib=64.0,
+    ),
+)
+TARGET = profile.Target(
+    schema=1,
+    name="board",
+    title="A board",
+    cpu=profile.Cpu("armv8-a", "cortex-a72", 4, 1800, ("asimd",)),
+    limits=profile.Limits(1024, 1024),
+    runtimes=(profile.RuntimeEntry("litert", "ai-edge-litert", (1, 4)), profile.RuntimeEntry("onnxruntime", "onnxruntime", (1,))),
+    schemes=("float32", "static_wi8_ai8", "dynamic_wi8_afp32"),
+    device=profile.DeviceEntry(("ssh",), "aarch64"),
+    protocol=profile.Protocol(20, 300, 10),
+)
+OTHER = {
+    "student.inputs[0].dtype": "int64",
+    "quantize.schemes": ("static_wi8_ai8",),
+    "quantize.runtimes": ("litert",),
+    "quantize.io": "int8",
+    "evaluate.metric": words.Entry("metrics.py", "f1"),
+    "evaluate.score": words.Entry("metrics.py", "score"),
+    "teacher.weights": "teacher.safetensors",
+    "teacher.file": "teacher.onnx",
+    "teacher.train.optimizer": "sgd",
+    "distill.optimizer": "sgd",
+    "distill.losses[1].temperature": 2.0,
+    "distill.losses[0].kind": "ce",
+    "distill.losses[1].kind": "kl",
+    "cpu.isa": "x86-64",
+    "cpu.lacks": ("avx2",),
+    "device.arch": "x86_64",
+    "device.kinds": ("adb",),
+    "device.qemu_cpu": "cortex-a72",
+    "protocol.governor": "performance",
+    "protocol.max_temp_c": 75,
+    "schemes": ("float32",),
+    "runtimes": (profile.RuntimeEntry("litert", "ai-edge-litert", (1, 4)),),
+    "target": {"board": words.ForTarget(words.Budget(max_size_kib=1.0), words.Quantize())},
+}
+SKIPPED = {"schema", "runtimes[0].name", "runtimes[1].name"}  # one value only; another runtime is another list
+
+
+def _leaves(value, path=""):
+    """Yield (path, value) for every field, down to those that are not dataclasses."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, words.Entry):
+        for field in dataclasses.fields(value):
+            yield from _leaves(getattr(value, field.name), f"{path}.{field.name}" if path else field.name)
+    elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        if path == "runtimes":
+            yield path, value
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _replace(value, path, new):
+    head, _, rest = path.partition(".")
+    name, _, index = head.partition("[")
+    old = getattr(value, name)
+    if index:
+        position = int(index.rstrip("]"))
+        changed = (*old[:position], _replace(old[position], rest, new), *old[position + 1 :])
+    else:
+        changed = _replace(old, rest, new) if rest else new
+    return dataclasses.replace(value, **{name: changed})
+
+
+def _another(path, old):
+    if path in OTHER:
+        return OTHER[path]
+    if isinstance(old, words.Entry):
+        return words.Entry("other.py", old.function)
+    if isinstance(old, bool) or old is None:
+        raise AssertionError(f"{path} needs a value in OTHER")
+    if isinstance(old, int | float):
+        return old * 2 + 1
+    if isinstance(old, str):
+        return old + "x"
+    if isinstance(old, tuple) and old and isinstance(old[0], int):
+        return (*old[:-1], old[-1] + 1)
+    return (*old, "x")
+
+
+def _steps(recipe, target):
+    return {step.id: step for step in resolve(recipe, [target], pipeline.PIPELINE).steps}
+
+
+def _moved(before, after):
+    stages = [stage.NAME for stage in pipeline.PIPELINE]
+    moved = {step.stage for step_id, step in after.items() if before.get(step_id) != step}
+    moved |= {step.stage for step_id, step in before.items() if step_id not in after}
+    behind = set(moved)
+    for _ in stages:
+        behind |= {step.stage for step in after.values() if any(after[ref.partition(":")[0]].stage in behind for ref in step.inputs.values())}
+    return [name for name in stages if name in moved], [name for name in stages if name in behind - moved]
+
+
+def _table():
+    before = _steps(RECIPE, TARGET)
+    rows = []
+    for what, whole in (("recipe", RECIPE), ("target", TARGET)):
+        for path, old in _leaves(whole):
+            if path in SKIPPED:
+                continue
+            changed = _replace(whole, path, _another(path, old))
+            after = _steps(changed, TARGET) if what == "recipe" else _steps(RECIPE, changed)
+            moved, behind = _moved(before, after)
+            rows.append(f"{what}: {path:<34} {' '.join(moved) or '-':<40} {'then ' + ' '.join(behind) if behind else ''}".rstrip())
+    return "\n".join(rows) + "\n"
+
+
+def test_the_stages_that_a_field_moves_are_those_of_the_golden_table():
+    table = _table()
+    if os.environ.get("EDGEKD_GOLDEN"):
+        GOLDEN.write_text(table)
+    assert table == GOLDEN.read_text()
+
+
+def test_no_budget_and_no_limit_moves_a_stage():
+    rows = [row for row in _table().splitlines() if row.split()[1].startswith(("budget.", "limits.", "protocol."))]
+    assert len(rows) == 9 + 2 + 5
+    assert all(row.split()[2] == "-" for row in rows)
+
+
+@pytest.mark.parametrize("path", ["distill.losses[0].temperature", "distill.losses[0].weight", "distill.epochs", "distill.seed"])
+def test_the_teacher_is_not_asked_again_for_another_distillation(path):
+    row = next(row for row in _table().splitlines() if row.split()[1] == path)
+    assert row.split()[2] == "distill"
+    assert "supervise" not in row

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kill -9`` at random moments of a build, then build again: the same bytes, and no finished stage runs twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from edgekd.cache import Cache
+from edgekd.digests import file_digest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"
+KILLS = 20
+
+
+def _start(folder, cache, locks):
+    environment = {**os.environ, "EDGEKD_CACHE": str(cache), "EDGEKD_LOCK_DIR": str(locks)}
+    command = [sys.executable, "-m", "edgekd", "build", "--target", "host", "--recipe", str(folder / "edgekd.toml")]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def _models(cache):
+    """Return the digest of every cached file but sidecars, by stage and name."""
+    return {
+        (entry.material["stage"], key): {name: item.digest for name, item in entry.artifacts.items()}
+        for key, entry, *_ in Cache(cache, lambda text: None).entries()
+        if entry is not None
+    }
+
+
+@pytest.mark.long
+def test_killed_builds_end_in_the_same_bytes(tmp_path):
+    folder = tmp_path / "digits"
+    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("build", "__pycache__"))
+    locks = tmp_path / "locks"
+    locks.mkdir()
+    begun = time.monotonic()
+    undisturbed = _start(folder, tmp_path / "undisturbed", locks)
+    assert undisturbed.wait(300) == 0, undisturbed.stderr.read()
+    seconds = time.monotonic() - begun
+    wanted = _models(tmp_path / "undisturbed")
+    model = next(folder.glob("build/host/*.tflite"), None) or next(folder.glob("build/host/*.onnx"))
+    shipped = file_digest(model)
+
+    made = random.Random(20)
+    ran = []
+    for _ in range(KILLS):
+        shutil.rmtree(folder / "build", ignore_errors=True)
+        build = _start(folder, tmp_path / "killed", locks)
+        time.sleep(made.uniform(0.1, seconds))
+        os.killpg(build.pid, signal.SIGKILL)
+        ran.append(build.stderr.read())
+        build.wait()
+    last = _start(folder, tmp_path / "killed", locks)
+    told = last.communicate(timeout=300)[1]
+    assert last.returncode == 0, told
+    assert _models(tmp_path / "killed") == wanted
+    assert file_digest(next(folder.glob(f"build/host/*{model.suffix}"))) == shipped
+    finished = [step for text in [*ran, told] for step in re.findall(r"^(\S+): done", text, re.MULTILINE)]
+    assert len(finished) == len(set(finished))

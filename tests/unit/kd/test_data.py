@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from edgekd.domain.artifact import Artifact
+from edgekd.kd import data
+
+
+def stored(folder, **arrays):
+    found = {}
+    for name, array in arrays.items():
+        path = folder / f"{name}.npy"
+        np.save(path, array)
+        found[name.replace("__", ".")] = Artifact(path, "", path.stat().st_size)
+    return found
+
+
+def test_a_split_is_read_with_what_there_is_of_it(tmp_path):
+    artifacts = stored(
+        tmp_path,
+        train__inputs__0=np.ones((4, 2), np.float32),
+        train__inputs__1=np.arange(4)[:, None],
+        train__labels=np.array([3, 1, 0, 2]),
+        train__outputs=np.zeros((4, 5), np.float32),
+        unlabelled__inputs__0=np.zeros((0, 2), np.float32),
+        unlabelled__inputs__1=np.zeros((0, 1), np.int64),
+    )
+    train = data.samples(artifacts, "train")
+    batch = train.pick(torch.tensor([2, 0]))
+    assert [tuple(item.shape) for item in train.inputs] == [(4, 2), (4, 1)]
+    assert batch.inputs[1].flatten().tolist() == [2, 0]
+    assert batch.labels.tolist() == [0, 3]
+    assert tuple(batch.outputs.shape) == (2, 5)
+    unlabelled = data.samples(artifacts, "unlabelled")
+    assert len(unlabelled) == 0
+    assert unlabelled.outputs is None
+
+
+def test_labels_that_are_no_classes_count_as_none(tmp_path):
+    artifacts = stored(tmp_path, train__inputs__0=np.ones((3, 2), np.float32), train__labels=np.array([0.5, 1.5, 2.0]))
+    assert data.samples(artifacts, "train").labels.tolist() == [-1, -1, -1]
+
+
+def test_an_array_that_does_not_fit_is_mapped_and_gives_the_same_batch(tmp_path, monkeypatch):
+    artifacts = stored(tmp_path, train__inputs__0=np.arange(12, dtype=np.float32).reshape(6, 2))
+    rows = torch.tensor([5, 0, 3])
+    whole = data.samples(artifacts, "train").pick(rows)
+    monkeypatch.setattr(data.os, "sysconf", lambda _: 1)
+    mapped = data.arrays(artifacts, "train")[0]
+    assert isinstance(mapped, np.memmap)
+    assert torch.equal(data.samples(artifacts, "train").pick(rows).inputs[0], whole.inputs[0])
+
+
+def test_splits_are_joined_in_order():
+    first = data.Samples((torch.zeros(2, 1),), torch.tensor([1, 0]), torch.zeros(2, 3))
+    second = data.Samples((torch.ones(1, 1),), torch.tensor([-1]), torch.ones(1, 3))
+    found = data.joined(first, second)
+    assert found.labels.tolist() == [1, 0, -1]
+    assert found.inputs[0].flatten().tolist() == [0, 0, 1]
+    assert found.outputs[:, 0].tolist() == [0, 0, 1]

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from edgekd.domain.artifact import Artifact
+from edgekd.domain.recipe import Data, Distill, Entry, Loss, Recipe, Student, Teacher, TensorSpec
+from edgekd.errors import RecipeError
+from edgekd.kd import models
+from edgekd.ports import Context
+from edgekd.stages import distill
+
+CODE = """
+from torch import nn
+
+def student():
+    return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, 3))
+
+def four():
+    return nn.Linear(4, 4)
+"""
+KL = Loss("kl", 0.9, 2.0)
+CE = Loss("ce", 0.1)
+
+
+def entry(function):
+    return Entry("distill_user.py", function)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "distill_user.py").write_text(CODE)
+    yield tmp_path
+    sys.modules.pop("distill_user", None)
+
+
+def recipe(function="student", **changes):
+    return Recipe(
+        schema=1,
+        name="t",
+        data=Data(entry("splits")),
+        teacher=Teacher(entry("teacher"), "w.safetensors"),
+        student=Student(entry(function), (TensorSpec("x", (1, 4)),)),
+        distill=Distill(**{"epochs": 8, "losses": (KL, CE), "batch_size": 16, "learning_rate": 0.02, "threads": 1, **changes}),
+    )
+
+
+def artifacts(folder, unlabelled=0, labels=lambda classes: classes):
+    generator = np.random.default_rng(1)
+    found = {}
+    for split, count in (("train", 60), ("validation", 60), ("unlabelled", unlabelled)):
+        classes = generator.integers(0, 3, count)
+        arrays = {
+            "inputs.0": (generator.standard_normal((count, 4)) + 2 * classes[:, None]).astype(np.float32),
+            "labels": labels(classes),
+            "outputs": (6 * np.eye(3)[classes] + generator.standard_normal((count, 3))).astype(np.float32),
+        }
+        if split == "unlabelled":
+            del arrays["labels"]
+        for name, array in arrays.items():
+            np.save(folder / f"{split}.{name}.npy", array)
+            found[f"{split}.{name}"] = Artifact(folder / f"{split}.{name}.npy", "", 0)
+    return found
+
+
+def run(folder, given, inputs):
+    for name in ("out", "work"):
+        (folder / name).mkdir(exist_ok=True)
+    [step] = distill.steps(given, [])
+    result = distill.run(step, inputs, Context(folder, folder / "out", folder / "work", lambda share, text: None))
+    for path in (folder / "work").iterdir():
+        path.unlink()
+    return result, {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+
+
+def test_the_step_names_all_that_changes_the_student():
+    [step] = distill.steps(recipe(), [])
+    assert (step.id, step.stage) == ("distill", "distill")
+    assert step.params["losses"] == [{"kind": "kl", "weight": 0.9, "temperature": 2.0}, {"kind": "ce", "weight": 0.1, "temperature": None}]
+    assert json.loads(json.dumps(step.params)) == step.params
+    assert {"model", "epochs", "optimizer", "learning_rate", "weight_decay", "batch_size", "seed", "threads", "instruction_set"} <= set(
+        step.params
+    )
+    assert step.inputs == {
+        "train.inputs.0": "inspect:train.inputs.0.npy",
+        "train.labels": "inspect:train.labels.npy",
+        "train.outputs": "supervise:train.outputs.npy",
+        "validation.inputs.0": "inspect:validation.inputs.0.npy",
+        "validation.labels": "inspect:validation.labels.npy",
+        "validation.outputs": "supervise:validation.outputs.npy",
+        "unlabelled.inputs.0": "inspect:unlabelled.inputs.0.npy",
+        "unlabelled.outputs": "supervise:unlabelled.outputs.npy",
+        "code": "inspect:student.code.json",
+    }
+
+
+def test_no_split_but_train_validation_and_unlabelled_is_seen():
+    [step] = distill.steps(recipe(), [])
+    assert not [name for name in step.inputs.values() if "evaluation" in name or "calibration" in name]
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ((Loss("kl", 1.0),), r"distill.losses\[0\]: 'kl' needs a temperature, such as 4.0"),
+        ((KL, Loss("ce", 1.0, 3.0)), r"distill.losses\[1\]: 'ce' has no temperature"),
+    ],
+)
+def test_a_temperature_that_is_missing_or_means_nothing_is_refused_in_the_plan(losses, message):
+    with pytest.raises(RecipeError, match=message):
+        distill.steps(recipe(losses=losses), [])
+
+
+def test_a_student_is_distilled_and_comes_back(folder):
+    result, files = run(folder, recipe(), artifacts(folder))
+    assert sorted(files) == ["curve.json", "student.safetensors"]
+    curve = json.loads(files["curve.json"])
+    assert result.metrics == curve["epochs"][curve["best_epoch"] - 1]
+    assert result.metrics["validation_accuracy"] > 0.6
+    module = models.load_student(folder, entry("student"), folder / "out" / "student.safetensors")
+    with torch.no_grad():
+        found = module(torch.from_numpy(np.load(folder / "validation.inputs.0.npy"))).argmax(1).numpy()
+    assert (found == np.load(folder / "validation.labels.npy")).mean() == pytest.approx(result.metrics["validation_accuracy"])
+
+
+def test_the_same_step_gives_the_same_bytes_and_the_temperature_changes_them(folder):
+    inputs = artifacts(folder)
+    first = run(folder, recipe(), inputs)[1]
+    assert run(folder, recipe(), inputs)[1] == first
+    assert run(folder, recipe(losses=(replace(KL, temperature=4.0), CE)), inputs)[1] != first
+
+
+def test_labels_do_not_matter_to_kl_alone_but_for_the_accuracy(folder):
+    kl_only = recipe(losses=(KL,))
+    result, _ = run(folder, kl_only, artifacts(folder, labels=lambda classes: classes.astype(np.float64) / 2))
+    assert result.metrics["validation_accuracy"] is None
+    assert result.metrics["validation_loss"] < 2
+
+
+def test_ce_without_classes_is_refused(folder):
+    with pytest.raises(RecipeError, match="'ce' needs classes, and the labels of the train split are none"):
+        run(folder, recipe(), artifacts(folder, labels=lambda classes: classes.astype(np.float64)))
+
+
+def test_unlabelled_samples_are_learnt_from_through_kl_only(folder):
+    inputs = artifacts(folder, unlabelled=200)
+    assert len(distill._training_set(inputs, [KL, CE])) == 260
+    assert distill._training_set(inputs, [KL, CE]).labels[60:].unique().tolist() == [-1]
+    assert len(distill._training_set(inputs, [CE])) == 60
+    with_more = run(folder, recipe(), inputs)[1]
+    assert run(folder, recipe(), artifacts(folder))[1] != with_more
+
+
+def test_classes_that_differ_from_the_teachers_are_refused(folder):
+    with pytest.raises(RecipeError, match="distill_user.py:four: answers with 4 classes; the teacher answers with 3"):
+        run(folder, recipe("four"), artifacts(folder))

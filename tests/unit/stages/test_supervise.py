@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from edgekd.domain.artifact import Artifact
+from edgekd.domain.recipe import Data, Distill, Entry, Loss, Recipe, Student, Teacher, TensorSpec
+from edgekd.errors import RecipeError
+from edgekd.kd import models
+from edgekd.ports import Context
+from edgekd.stages import supervise
+
+CODE = """
+import torch
+from torch import nn
+
+class Counting(nn.Sequential):
+    batches = []
+    def forward(self, x, y):
+        self.batches.append(len(x))
+        return super().forward(torch.cat([x, y], dim=1))
+
+def teacher():
+    return Counting(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+"""
+ENTRY = Entry("supervise_user.py", "teacher")
+COUNTS = {"train": 5000, "validation": 40, "unlabelled": 0}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "supervise_user.py").write_text(CODE)
+    (tmp_path / "work").mkdir()
+    yield tmp_path
+    sys.modules.pop("supervise_user", None)
+
+
+def recipe():
+    return Recipe(
+        schema=1,
+        name="t",
+        data=Data(ENTRY),
+        teacher=Teacher(ENTRY, "teacher.safetensors"),
+        student=Student(ENTRY, (TensorSpec("x", (1, 4)), TensorSpec("y", (1, 1)))),
+        distill=Distill(epochs=1),
+    )
+
+
+def artifacts(folder, counts=COUNTS):
+    generator = np.random.default_rng(1)
+    found = {}
+    for split, count in counts.items():
+        for index, width in enumerate((4, 1)):
+            path = folder / f"{split}.inputs.{index}.npy"
+            np.save(path, generator.standard_normal((count, width)).astype(np.float32))
+            found[f"{split}.inputs.{index}"] = Artifact(path, "", 0)
+    torch.manual_seed(1)
+    models.save_weights(models.student(folder, ENTRY), folder / "teacher.safetensors")
+    found["teacher"] = Artifact(folder / "teacher.safetensors", "", 0)
+    return found
+
+
+def run(folder, inputs, progress=lambda share, text: None):
+    out = folder / "out"
+    out.mkdir(exist_ok=True)
+    [step] = supervise.steps(recipe(), [])
+    result = supervise.run(step, inputs, Context(folder, out, folder / "work", progress))
+    return result, {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def asked():
+    return sum(sys.modules["supervise_user"].Counting.batches)
+
+
+def test_the_key_reads_the_teacher_and_the_samples_and_nothing_of_the_distillation():
+    [step] = supervise.steps(recipe(), [])
+    assert step.inputs["teacher"] == "inspect:teacher.safetensors"
+    assert step.inputs["code"] == "inspect:teacher.code.json"
+    expected = {f"{split}.inputs.{index}": f"inspect:{split}.inputs.{index}.npy" for split in COUNTS for index in (0, 1)}
+    assert expected.items() <= step.inputs.items()
+    assert len(step.inputs) == 8
+    assert set(step.params) == {"model", "batch_size", "threads", "instruction_set"}
+    changed = replace(recipe(), distill=Distill(epochs=9, losses=(Loss("kl", 1.0, 2.0),), seed=5, threads=1))
+    assert supervise.steps(changed, []) == [step]
+
+
+def test_a_teacher_in_a_file_needs_no_entry_and_onnx_its_runtime():
+    [step] = supervise.steps(replace(recipe(), teacher=Teacher(file="net/teacher.onnx")), [])
+    assert step.params["model"] is None
+    assert step.inputs["teacher"] == "inspect:teacher.onnx"
+    assert "onnxruntime" in step.tools
+    assert "onnxruntime" not in supervise.steps(recipe(), [])[0].tools
+
+
+def test_every_sample_is_answered_once_with_raw_logits(folder):
+    inputs, told = artifacts(folder), []
+    result, files = run(folder, inputs, lambda share, text: told.append((share, text)))
+    assert sorted(files) == ["train.outputs.npy", "unlabelled.outputs.npy", "validation.outputs.npy"]
+    assert asked() == 5040
+    assert max(sys.modules["supervise_user"].Counting.batches) == supervise.BATCH_SIZE
+    module = models.load_student(folder, ENTRY, folder / "teacher.safetensors")
+    for split, count in COUNTS.items():
+        found = np.load(folder / "out" / f"{split}.outputs.npy")
+        assert (found.shape, found.dtype) == ((count, 3), np.float32)
+        with torch.no_grad():
+            expected = module(*[torch.from_numpy(np.load(inputs[f"{split}.inputs.{index}"].path)) for index in (0, 1)])
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
+    assert result.metrics == {"samples": 5040, "classes": 3}
+    assert told[-1] == (1.0, "validation: 40 of 40 samples")
+    assert [share for share, _ in told] == sorted(share for share, _ in told)
+
+
+class Stop(BaseException):
+    """As little expected as a kill."""
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_bytes(folder):
+    inputs = artifacts(folder)
+    _, whole = run(folder, inputs)
+    for path in (folder / "work").iterdir():
+        path.unlink()
+    before = asked()
+
+    def stop(share, text):
+        if share > 0.5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(folder, inputs, stop)
+    assert 0 < asked() - before < 5040
+    assert run(folder, inputs)[1] == whole
+    assert asked() - before == 5040  # none twice
+
+
+def test_damaged_partial_work_is_made_again(folder):
+    inputs = artifacts(folder)
+    _, whole = run(folder, inputs)
+    for path in (folder / "work").iterdir():
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert run(folder, inputs)[1] == whole
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_an_answer_that_is_not_finite_is_told_with_its_sample(folder, value):
+    inputs = artifacts(folder)
+    path = inputs["train.inputs.0"].path
+    array = np.load(path)
+    array[4321, 2] = value
+    np.save(path, array)
+    with pytest.raises(RecipeError, match=r"teacher: its answer to train\[4321\] is -?(nan|inf) for class \d; expected finite logits"):
+        run(folder, inputs)
+
+
+def test_the_step_is_the_same_in_json():
+    [step] = supervise.steps(recipe(), [])
+    assert json.loads(json.dumps(step.params)) == step.params
