@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 BAR = 0.95
-ROUNDS, STEPS, BATCH = 21, 10, 128
+ROUNDS, STEPS, BATCH = 41, 4, 128
 TERMS = (Loss("kl", 0.9, 4.0), Loss("ce", 0.1))
 
 
@@ -52,7 +52,7 @@ def ours(samples: Samples, objective: Callable[..., torch.Tensor]) -> Callable[[
 
     def block() -> None:
         with repeatable(settings.threads):
-            train._train_epoch(job, run, layout, 1, lambda share, text: None)  # noqa: SLF001
+            train._train_epoch(job, run, layout, 1, lambda *_: None)  # noqa: SLF001
 
     return block
 
@@ -64,10 +64,10 @@ def plain(samples: Samples) -> Callable[[], None]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.001, total_steps=1_000_000)
 
     def block() -> None:
-        for rows in torch.randperm(len(labels)).split(BATCH):
+        for rows in torch.randperm(len(labels)).split(BATCH):  # type: ignore[no-untyped-call]  # torch's own
             loss = nn.functional.cross_entropy(module(images[rows]), labels[rows])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own
             optimizer.step()
             schedule.step()
             loss.item()

@@ -26,7 +26,7 @@ def of_module(module: nn.Module, entry: Entry) -> Callable[[list[np.ndarray]], n
 
     module.eval()
     for parameter in module.parameters():  # a TorchScript module has no requires_grad_
-        parameter.requires_grad_(requires_grad=False)
+        parameter.requires_grad = False
 
     def answer(batch: list[np.ndarray]) -> np.ndarray:
         # torch.tensor copies: equal alignment gives equal bits, and the arrays may be read-only

@@ -28,12 +28,17 @@ def test_all_global_state_is_put_back_also_after_an_error():
     expected = draws()
     threads, filling = torch.get_num_threads(), deterministic.fill_uninitialized_memory
     seed_all(1)
-    with pytest.raises(ZeroDivisionError), repeatable(threads + 1):
-        assert torch.get_num_threads() == threads + 1
-        assert torch.are_deterministic_algorithms_enabled()
-        seed_all(99)
-        draws()
-        raise ZeroDivisionError
+
+    def disturb():
+        with repeatable(threads + 1):
+            assert torch.get_num_threads() == threads + 1
+            assert torch.are_deterministic_algorithms_enabled()
+            seed_all(99)
+            draws()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        disturb()
     assert torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()
     assert deterministic.fill_uninitialized_memory == filling

@@ -42,7 +42,7 @@ class Viewing(Noisy):
         return self.head(self.body[:5](x).view(len(x), 24))
 
 
-def samples(count, seed, outputs=True):
+def samples(count, seed, *, outputs=True):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, CLASSES, (count,), generator=generator)
     images = torch.randn(count, 1, 8, 8, generator=generator) + labels[:, None, None, None]
@@ -74,7 +74,7 @@ def job(**changes):
     return train.Job(**{**parts, **changes})
 
 
-def quiet(share, text):
+def quiet(*_):
     pass
 
 
@@ -109,7 +109,7 @@ class Stop(BaseException):
 def stopping(after):
     calls = []
 
-    def progress(share, text):
+    def progress(share, _):
         assert 0 <= share <= 1
         calls.append(share)
         if len(calls) > after:
@@ -143,7 +143,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda whole: b"", lambda whole: whole[: len(whole) // 2], lambda whole: whole[:-300] + b"\0" + whole[-299:]]
+    "damage", [lambda _: b"", lambda whole: whole[: len(whole) // 2], lambda whole: whole[:-300] + b"\0" + whole[-299:]]
 )
 def test_a_damaged_checkpoint_is_ignored(tmp_path, damage):
     first = packed(train.fit(job(), tmp_path, quiet))

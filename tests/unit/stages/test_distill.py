@@ -73,7 +73,7 @@ def run(folder, given, inputs):
     for name in ("out", "work"):
         (folder / name).mkdir(exist_ok=True)
     [step] = distill.steps(given, [])
-    result = distill.run(step, inputs, Context(folder, folder / "out", folder / "work", lambda share, text: None))
+    result = distill.run(step, inputs, Context(folder, folder / "out", folder / "work", lambda *_: None))
     for path in (folder / "work").iterdir():
         path.unlink()
     return result, {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
@@ -158,5 +158,5 @@ def test_unlabelled_samples_are_learnt_from_through_kl_only(folder):
 
 
 def test_classes_that_differ_from_the_teachers_are_refused(folder):
-    with pytest.raises(RecipeError, match="distill_user.py:four: answers with 4 classes; the teacher answers with 3"):
+    with pytest.raises(RecipeError, match=r"distill_user.py:four: answers with 4 classes; the teacher answers with 3"):
         run(folder, recipe("four"), artifacts(folder))

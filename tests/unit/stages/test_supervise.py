@@ -66,7 +66,7 @@ def artifacts(folder, counts=COUNTS):
     return found
 
 
-def run(folder, inputs, progress=lambda share, text: None):
+def run(folder, inputs, progress=lambda *_: None):
     out = folder / "out"
     out.mkdir(exist_ok=True)
     [step] = supervise.steps(recipe(), [])
@@ -127,7 +127,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_bytes(folder):
         path.unlink()
     before = asked()
 
-    def stop(share, text):
+    def stop(share, _):
         if share > 0.5:
             raise Stop
 

@@ -141,5 +141,5 @@ def test_an_augmentation_that_misbehaves_is_told(folder, function, message):
 
 
 def test_labels_that_are_no_classes_are_refused(folder):
-    with pytest.raises(RecipeError, match="teacher.train: the train split has samples without a class"):
+    with pytest.raises(RecipeError, match=r"teacher.train: the train split has samples without a class"):
         run(folder, recipe(), artifacts(folder, labels=lambda classes: classes.astype(np.float64)))

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mappings -> frozen dataclasses, driven by their fields and ``Annotated`` rules; every problem is collected, with its key."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from edgekd.domain.recipe import Entry
+from edgekd.domain.rules import Between, Name, NonEmpty, OneOf
+from edgekd.errors import did_you_mean, expected_one_of
+
+_BAD = object()  # stands for a value that was refused; its problem is already told
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_KINDS = {bool: "a boolean", int: "a whole number", float: "a number", str: "a string", list: "an array", dict: "a table"}
+
+
+class Reader:
+    """Collects problems, one line each, while it reads one file."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.problems: list[str] = []
+
+    def problem(self, key: str, text: str) -> object:
+        """Note a problem at a key."""
+        self.problems.append(f"{self.where}: {key}: {text}" if key else f"{self.where}: {text}")
+        return _BAD
+
+    def table(self, kind: type[Any], value: object, key: str = "", base: object = None) -> Any:
+        """Read a table as a dataclass; ``base`` gives the values of keys that are not there. None if that is not possible."""
+        if not isinstance(value, dict):
+            self.problem(key, f"{_found(value)}; expected a table")
+            return None
+        known = {field.name: field for field in dataclasses.fields(kind)}
+        for name in value:
+            if name not in known:
+                allowed = f"expected one of {', '.join(sorted(known))}{did_you_mean(name, known)}"
+                self.problem(_join(key, name), f"unknown key; {allowed}")
+        read: dict[str, Any] = {}
+        for name, hint in _hints(kind).items():
+            if name in value:
+                read[name] = self.value(hint, value[name], _join(key, name))
+            elif base is not None:
+                read[name] = getattr(base, name)
+            elif known[name].default is dataclasses.MISSING and known[name].default_factory is dataclasses.MISSING:
+                read[name] = self.problem(_join(key, name), f"missing; expected {_describe(hint)}")
+        return None if any(item is _BAD or item is None and _required(known[name]) for name, item in read.items()) else kind(**read)
+
+    def value(self, hint: Any, value: object, key: str) -> Any:
+        """Read one value as a type hint says."""
+        if typing.get_origin(hint) is typing.Annotated:
+            inner, *rules = typing.get_args(hint)
+            read = self.value(inner, value, key)
+            return read if read is _BAD or not self._breaks(rules, read, key) else _BAD
+        origin = typing.get_origin(hint)
+        if origin in {types.UnionType, typing.Union}:
+            return self._union(typing.get_args(hint), value, key)
+        if origin is tuple:
+            if not isinstance(value, list):
+                return self.problem(key, f"{_found(value)}; expected an array")
+            item = typing.get_args(hint)[0]
+            items = [self.value(item, each, f"{key}[{index}]") for index, each in enumerate(value)]
+            return _BAD if any(each is _BAD for each in items) else tuple(items)
+        if origin is Mapping:
+            return value if isinstance(value, dict) else self.problem(key, f"{_found(value)}; expected a table")
+        if hint is Entry:
+            return self._entry(value, key)
+        if dataclasses.is_dataclass(hint):
+            read = self.table(typing.cast("type[Any]", hint), value, key)
+            return _BAD if read is None else read
+        return self._plain(hint, value, key)
+
+    def _union(self, hints: tuple[Any, ...], value: object, key: str) -> Any:
+        options = [hint for hint in hints if hint is not type(None)]
+        if len(options) == 1:
+            return self.value(options[0], value, key)
+        if isinstance(value, list):
+            return self.value(next(hint for hint in options if typing.get_origin(hint) is tuple), value, key)
+        if not isinstance(value, str):
+            return self.problem(key, f"{_found(value)}; expected {' or '.join(_describe(hint) for hint in options)}")
+        return self.value(Entry, value, key) if Entry in options and ":" in value else value
+
+    def _entry(self, value: object, key: str) -> Any:
+        file, _, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+        if not file.endswith(".py") or not function.isidentifier():
+            return self.problem(key, f"{_found(value)} names no code; expected 'file.py:function'")
+        return Entry(file, function)
+
+    def _plain(self, hint: Any, value: object, key: str) -> Any:
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if type(value) is not hint:
+            return self.problem(key, f"{_found(value)}; expected {_KINDS[hint]}")
+        if hint is float and value != value:  # noqa: PLR0124  (nan)
+            return self.problem(key, "nan; expected a number")
+        return value
+
+    def _breaks(self, rules: list[Any], value: Any, key: str) -> bool:
+        for rule in rules:
+            if isinstance(rule, Between) and value is not None:
+                low, high = rule.low, rule.high
+                below = low is not None and (value <= low if rule.above else value < low)
+                if below or (high is not None and value > high):
+                    self.problem(key, f"{value} is out of range; expected {_range(rule)}")
+                    return True
+            elif isinstance(rule, OneOf) and value not in rule.choices:
+                self.problem(key, f"'{value}' is not {rule.what}; {expected_one_of(value, rule.choices)}")
+                return True
+            elif isinstance(rule, Name) and not _SAFE_NAME.fullmatch(value):
+                self.problem(key, f"'{value}' cannot name a folder; expected letters, digits, '.', '_' and '-', a letter or digit first")
+                return True
+            elif isinstance(rule, NonEmpty) and not value:
+                self.problem(key, "is empty; expected at least one item" if isinstance(value, tuple) else "is empty; expected some text")
+                return True
+        return False
+
+
+@cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _found(value: object) -> str:
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        return "an array"
+    return f"'{value}'" if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Annotated:
+        return _describe(typing.get_args(hint)[0])
+    if typing.get_origin(hint) is tuple:
+        return "an array"
+    if typing.get_origin(hint) in {types.UnionType, typing.Union}:
+        return " or ".join(_describe(option) for option in typing.get_args(hint) if option is not type(None))
+    if hint is Entry:
+        return "'file.py:function'"
+    return _KINDS.get(hint, "a table")
+
+
+def _range(rule: Between) -> str:
+    if rule.low == rule.high:
+        return f"{rule.low:g}"
+    if rule.high is None:
+        return f"more than {rule.low:g}" if rule.above else f"at least {rule.low:g}"
+    return f"a number from {rule.low:g} to {rule.high:g}"

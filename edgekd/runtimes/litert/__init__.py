@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LiteRT (and tflite-runtime): exported with litert-torch, quantized with AI Edge Quantizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgekd.domain.scheme import DYNAMIC_INT8, FLOAT32, STATIC_INT8
+from edgekd.errors import StageError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import numpy as np
+
+    from edgekd.domain.artifact import Json
+    from edgekd.domain.recipe import TensorSpec
+    from edgekd.ports import Session
+
+NAME = "litert"
+PACKAGE = "ai-edge-litert"
+FORMAT = "tflite"
+SCHEMES = (FLOAT32, STATIC_INT8, DYNAMIC_INT8)
+EXPORT_TOOLS = ("torch", "litert-torch", "litert-converter")
+QUANTIZE_TOOLS = ("ai-edge-quantizer", "ai-edge-litert", "numpy")
+
+
+def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
+    """Write a float32 TFLite file."""
+    from edgekd.runtimes.litert.convert import export as write
+
+    write(model, inputs, path)
+
+
+def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> Mapping[str, Json]:
+    """Write a quantized TFLite file and return its scheme file's content."""
+    from edgekd.runtimes.litert.quantize import quantize as write
+
+    return write(source, path, params, calibration)
+
+
+def variant(scheme: str, cpu_features: Sequence[str], arch: str) -> Mapping[str, Json]:  # noqa: ARG001  (the protocol's signature)
+    """Return nothing: XNNPACK's int8 kernels compute the same on every processor."""
+    return {}
+
+
+def why_unfit(scheme: str, variant: Mapping[str, Json], instruction_set: str) -> str | None:  # noqa: ARG001
+    """Return None: XNNPACK's int8 kernels were seen to be bit-identical between x86 and ARM."""
+    return None
+
+
+def open(path: Path, threads: int) -> Session:  # noqa: A001  (the protocol's word)
+    """Load a TFLite file.
+
+    Raises:
+        UnavailableError: if no LiteRT is installed.
+        StageError: if it cannot load the file.
+    """
+    from edgekd.harness import runner
+
+    try:
+        return runner.open_session(NAME, path, threads)  # type: ignore[no-any-return,no-untyped-call]  # the harness has no types
+    except ImportError as error:
+        raise UnavailableError("LiteRT is not installed; run: pip install 'edgekd[litert]'") from error
+    except (ValueError, RuntimeError) as error:
+        raise StageError(f"{path.name}: LiteRT cannot load it: {str(error).splitlines()[0]}") from error

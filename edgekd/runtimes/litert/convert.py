@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Torch module -> float32 TFLite by litert-torch; inputs keep torch's layout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgekd.errors import StageError
+from edgekd.quiet import quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from edgekd.domain.recipe import TensorSpec
+
+
+def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
+    """Write the file.
+
+    Raises:
+        StageError: if the converter refuses the model.
+    """
+    import torch
+
+    samples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
+    with quiet() as said:
+        import litert_torch
+
+        try:
+            litert_torch.convert(model, samples).export(str(path))
+        except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError, AssertionError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise StageError(f"export to tflite: litert-torch refuses the model: {lines[0] if lines else said()}") from error
