@@ -35,7 +35,7 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
 
 def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> Mapping[str, Json]:
     """Write a quantized TFLite file and return its scheme file's content."""
-    from edgekd.runtimes.litert.quantize import quantize as write
+    from edgekd.runtimes.litert.int8 import quantize as write
 
     return write(source, path, params, calibration)
 

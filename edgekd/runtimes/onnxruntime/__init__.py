@@ -29,14 +29,14 @@ _VNNI = ("avx512_vnni", "avx_vnni")
 
 def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
     """Write a float32 ONNX file."""
-    from edgekd.runtimes.onnxruntime.export import export as write
+    from edgekd.runtimes.onnxruntime.convert import export as write
 
     write(model, inputs, path)
 
 
 def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> Mapping[str, Json]:
     """Write a quantized ONNX file and return its scheme file's content."""
-    from edgekd.runtimes.onnxruntime.quantize import quantize as write
+    from edgekd.runtimes.onnxruntime.int8 import quantize as write
 
     return write(source, path, params, calibration)
 

@@ -86,6 +86,8 @@ class Watch:
                 self._note(self.read, path)
         elif event in {"os.listdir", "os.scandir"}:
             path = arguments[0]
+            if sys._getframe(1).f_code.co_filename.startswith("<frozen importlib"):  # noqa: SLF001
+                return  # the import system looks around; what it finds stands in sys.modules
             if path is None or isinstance(path, str | bytes | os.PathLike):
                 self._note(self.listed, path or ".")
         elif event == "sqlite3.connect" and isinstance(arguments[0], str | os.PathLike):

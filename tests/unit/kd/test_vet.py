@@ -59,6 +59,7 @@ def encoder():
         (encoder, (torch.ones(4, 5, 8),)),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")  # export speaks of the flat weights of a GRU
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_ordinary_networks_pass_and_answer(tmp_path, make, inputs, dynamic):
     inputs = inputs if dynamic else tuple(item[:1] for item in inputs)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd.domain.scheme import DYNAMIC_INT8
 from edgekd.errors import StageError
 from edgekd.quiet import quiet
-from edgekd.runtimes.onnxruntime.export import stripped
+from edgekd.runtimes.onnxruntime.convert import stripped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
