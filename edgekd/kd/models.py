@@ -62,6 +62,15 @@ def load_teacher_module(recipe_dir: Path, entry: Entry, weights: Path) -> nn.Mod
     return load_student(recipe_dir, entry, weights).requires_grad_(requires_grad=False)
 
 
+def load_exported_module(path: Path) -> nn.Module:
+    """Return the module of a ``torch.export`` file; it was traced in one mode and has no other.
+
+    Raises:
+        RecipeError: if it cannot be loaded, or could run code.
+    """
+    return teachers.exported_module(path)[0]
+
+
 def load_teacher(recipe_dir: Path, entry: Entry | None, artifact: Path) -> Callable[[list[np.ndarray]], np.ndarray]:
     """Return the frozen teacher as a callable: a batch of inputs -> float32 logits.
 

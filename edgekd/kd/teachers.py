@@ -60,6 +60,16 @@ def of_exported(path: Path) -> Callable[[list[np.ndarray]], np.ndarray]:
     Raises:
         RecipeError: if it cannot be loaded, could run code, or has another fixed batch.
     """
+    module, fixed = exported_module(path)
+    return _batched(_frozen_export(module, path.name), fixed, path.name)
+
+
+def exported_module(path: Path) -> tuple[nn.Module, int | None]:
+    """Return the module of a ``torch.export`` file, and its batch size if that is fixed.
+
+    Raises:
+        RecipeError: if it cannot be loaded, or could run code.
+    """
     from torch.export.pt2_archive._package import load_pt2
 
     content = vet.exported_program(path)
@@ -71,7 +81,7 @@ def of_exported(path: Path) -> Callable[[list[np.ndarray]], np.ndarray]:
     wanted = set(program.graph_signature.user_inputs)
     shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
     batch = next((shape[0] for shape in shapes if len(shape) > 0), None)
-    return _batched(_frozen_export(module, path.name), batch if isinstance(batch, int) else None, path.name)
+    return module, batch if isinstance(batch, int) else None
 
 
 def of_onnx(path: Path) -> Callable[[list[np.ndarray]], np.ndarray]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 
@@ -151,7 +152,7 @@ class Payload:
         self.marker = marker
 
     def __reduce__(self):
-        return open, (str(self.marker), "w")
+        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.bin", "w.safetensors"])

@@ -111,6 +111,13 @@ def test_an_exported_program_keeps_its_weights(tmp_path):
     assert hashlib.sha256(path.read_bytes()).digest() == before
 
 
+@pytest.mark.parametrize("batch", [None, 1])
+def test_the_module_of_an_exported_program_can_be_exported_again(tmp_path, batch):
+    module = models.load_exported_module(export(tmp_path / "teacher.pt2", batch))
+    again = torch.export.export(module, (torch.zeros(1, 1, 8, 8),)).module()
+    torch.testing.assert_close(again(torch.tensor(IMAGES[:1])).detach(), torch.tensor(expected()[:1]), rtol=1e-5, atol=1e-6)
+
+
 def test_another_fixed_batch_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="fixed batch of 4; export it with a dynamic batch, or with 1"):
         models.load_teacher(tmp_path, None, export(tmp_path / "teacher.pt2", 4))
