@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd import conclude, config, pipeline
+from edgekd import conclude, config, pipeline, registry
 from edgekd.cache import Cache
 from edgekd.digests import digest
 from edgekd.domain.verdict import Outcome
@@ -79,7 +79,7 @@ def build(request: Request, teller: Teller) -> list[Result]:
             results.append(Result(concluded.document, concluded.standing, _exit_code(concluded.document, request)))
         if request.depfile is not None:
             stamps = [folder / package.STAMP for folder in folders.values()]
-            package.write_depfile(request.depfile, stamps, [recipe_dir / name for name in read])
+            package.write_depfile(request.depfile, stamps, [recipe_dir / name for name, known in read.items() if known is not None])
     finally:
         cache.close()
     return results
@@ -123,7 +123,8 @@ def measure_files(models: Sequence[Path], target_name: str, threads: Sequence[in
     from edgekd.stages import measure
 
     target = config.load_target(target_name, runner.facts())
-    return conclude.measured_rows(measure.measure_files(models, target, threads, teller))
+    with teller.step("measure") as progress:
+        return conclude.measured_rows(measure.measure_files(models, target, threads, registry.device("local"), progress))
 
 
 def _plan(recipe_path: Path, names: tuple[str, ...]) -> Plan:
@@ -147,6 +148,17 @@ def _warner(plan: Plan, teller: Teller) -> Callable[[Step, Mapping[str, Done]], 
                 teller.say(f"warning: {line}")
 
     return before
+
+
+def _files_read(request: Request, plan: Plan, cache: Cache, done: Mapping[str, Done]) -> dict[str, str | None]:
+    """Return the files that the build read, with digests, by their names from the recipe's folder."""
+    recipe_dir = request.recipe.parent.absolute()
+    names = {request.recipe.name: cache.digest_of(request.recipe)}
+    for target in plan.targets:
+        path = config.find_target(next((name for name in request.targets if name.endswith(".toml") and Path(name).stem == target.name), target.name))
+        names[os.path.relpath(path.absolute(), recipe_dir)] = cache.digest_of(path)
+    record = cache.matching_record(digest(done["inspect"].entry.material), recipe_dir) or {}
+    return {**names, **record.get("files", {})}
 
 
 def _stopped(request: Request, plan: Plan, done: Mapping[str, Done]) -> Result:

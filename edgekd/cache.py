@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekd import locks
-from edgekd.digests import canonical, changed, digest, file_digest
+from edgekd.digests import canonical, changed, digest, file_digest, flush, write_atomically
 from edgekd.domain.artifact import Artifact
 from edgekd.errors import StorageError
 
@@ -118,7 +118,7 @@ class Cache:
         try:
             files = {}
             for path in sorted(out.iterdir()):
-                _flush(path)
+                flush(path)
                 files[path.name] = {"sha256": self.digest_of(path), "size": path.stat().st_size}
             body = {
                 "schema": SCHEMA,
@@ -131,11 +131,11 @@ class Cache:
             }
             sidecar = out / "entry.json"
             sidecar.write_text(json.dumps({**body, "self": digest(body)}, indent=1, sort_keys=True) + "\n")
-            _flush(sidecar)
+            flush(sidecar)
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             out.rename(folder)
-            _flush(folder.parent)
+            flush(folder.parent)
         except OSError as error:
             shutil.rmtree(out, ignore_errors=True)
             raise storage_error("an entry cannot be stored", self.root, error) from error
@@ -246,20 +246,6 @@ class Cache:
         return [record for record in found if isinstance(record, dict)] if isinstance(found, list) else []
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: written aside, flushed, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(content)
-        _flush(aside)
-        aside.replace(path)
-    except OSError:
-        with suppress(OSError):
-            aside.unlink()
-        raise
-
-
 def storage_error(what: str, where: Path, error: OSError) -> StorageError:
     """Return the error for a disk that cannot be written or read."""
     return StorageError(
@@ -290,11 +276,3 @@ def _read_json(path: Path) -> object:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

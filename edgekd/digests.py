@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests: of values, files, folders and the environment; what keys and records are made of."""
+"""Digests: of values, files, folders and the environment; what keys and records are made of. And files written whole."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,3 +72,26 @@ def tool_version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: written aside, flushed, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(content)
+        flush(aside)
+        aside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def flush(path: Path) -> None:
+    """Have a file or folder written through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

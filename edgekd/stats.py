@@ -157,3 +157,14 @@ def provable_drop(n: int) -> tuple[float, float]:
     """
     z = 1.959963984540054
     return z**2 / (n + z**2), z * math.sqrt(DISCORDANT_SHARE / n)
+
+
+def median(samples: Sequence[int]) -> float:
+    """Return the median.
+
+    >>> median([3, 1, 2])
+    2.0
+    """
+    import numpy as np
+
+    return float(np.median(samples))

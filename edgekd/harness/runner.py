@@ -234,14 +234,14 @@ def _tensor_order(item):
 OPENERS = {"onnxruntime": _open_onnxruntime, "litert": _open_litert}
 
 
-def _samples(session, path):
-    """Return up to 64 samples: those of an .npz (inputs "0", "1", ... with a leading sample axis), else random ones."""
+def _samples(session, paths):
+    """Return up to 64 samples: the first of .npy files (one an input, leading sample axis), else random ones."""
     import numpy as np
 
-    if path:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = [stored[str(index)] for index in range(len(session.inputs))]
-        return [[array[row : row + 1] for array in arrays] for row in range(min(64, len(arrays[0])))]
+    if paths:
+        arrays = [np.array(np.load(path, mmap_mode="r", allow_pickle=False)[:64]) for path in paths]
+        arrays = [_as_wanted(np, array, item) for array, item in zip(arrays, session.inputs)]
+        return [[np.ascontiguousarray(array[row : row + 1]) for array in arrays] for row in range(len(arrays[0]))]
     made = np.random.default_rng(0)
     samples = []
     for _ in range(16):
@@ -253,6 +253,13 @@ def _samples(session, path):
                 row.append(made.integers(0, 2, item["shape"]).astype(item["dtype"]))
         samples.append(row)
     return samples
+
+
+def _as_wanted(np, array, item):
+    if item["dtype"] == array.dtype.name or item["scale"] is None:
+        return array.astype(item["dtype"])
+    limits = np.iinfo(item["dtype"])
+    return np.clip(np.round(array / item["scale"]) + item["zero_point"], limits.min, limits.max).astype(item["dtype"])
 
 
 def peak_rss_bytes():

@@ -10,7 +10,7 @@ import zipfile
 from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
-from edgekd.cache import write_atomically
+from edgekd.digests import write_atomically
 from edgekd.errors import RecipeError, expected_one_of
 from edgekd.kd import teachers
 

@@ -8,7 +8,7 @@ import random
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from edgekd.cache import write_atomically
+from edgekd.digests import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -30,7 +30,7 @@ class Subject:
     runtime: str
     path: Path
     threads: int
-    inputs: Path | None = None
+    inputs: Sequence[Path] = ()
 
     @property
     def key(self) -> str:
@@ -54,7 +54,7 @@ def measure(
                 "runtime": subject.runtime,
                 "path": str(subject.path),
                 "threads": subject.threads,
-                "inputs": None if subject.inputs is None else str(subject.inputs),
+                "inputs": [str(path) for path in subject.inputs],
             }
             for subject in subjects
         ],

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report for people, in Markdown: ``report.md``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgekd.report import words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+WORST_CLASSES = 5
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """Return the whole report."""
+    target = document["target"]
+    parts = [
+        f"# {document['recipe']} on {target['name']}: {document['outcome']}\n",
+        f"{words.shipped_line(document)}.\n",
+        f"{words.teacher_line(document)}.\n",
+        _table(("check", "value", "95 % interval", "limit", "outcome"), (words.check_cells(check) for check in document["checks"])),
+        _reasons(document["checks"]),
+        "## Loss of accuracy by stage\n",
+        _table(("stage", "points", "95 % interval", "p"), (_charge(row) for row in document["charges"])),
+        "## Candidates\n",
+        _table(
+            ("candidate", "size KiB", "float ops", "accuracy %", "drop pp", "agreement %", "p50 ms", "speed-up", "ships, or why not"),
+            (_candidate(row) for row in document["candidates"]),
+        ),
+        _latencies(document),
+        _classes(document["classes"]),
+        "## How it was made\n",
+        _table(("step", "key", "from the cache", "seconds"), ((s["step"], s["key"], "yes" if s["hit"] else "no", f"{s['seconds']:.1f}") for s in document["steps"])),
+        _environment(document),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _reasons(checks: Iterable[Mapping[str, Any]]) -> str:
+    lines = [f"- **{check['name']}**: {check['reason']}" + (f"; {check['advice']}" if check["advice"] else "") for check in checks if check["reason"]]
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _charge(row: Mapping[str, Any]) -> tuple[str, ...]:
+    p = "" if row["p"] is None else f"{row['p']:.2g}"
+    return row["stage"], f"{row['pp']:+.2f}", words.interval(row["interval_pp"]), p
+
+
+def _candidate(row: Mapping[str, Any]) -> tuple[str, ...]:
+    best = min(row["latency"], key=lambda item: item["p50"]["ms"], default=None)
+    speed = f"{best['speedup']['x']:.1f}x {words.interval(best['speedup']['interval'])}" if best and best["speedup"] else ""
+    return (
+        row["id"],
+        f"{row['size_bytes'] / 1024:.1f}",
+        str(row["float_ops"]),
+        f"{100 * row['accuracy']:.2f}",
+        f"{row['drop']['pp']:+.2f} {words.interval(row['drop']['interval_pp'])}",
+        f"{100 * row['agreement']:.2f}",
+        words.number(best["p50"]["ms"]) if best else "",
+        speed,
+        row["why_not"] or "**ships**",
+    )
+
+
+def _latencies(document: Mapping[str, Any]) -> str:
+    rows = [(row["id"], item) for row in document["candidates"] for item in row["latency"]]
+    rows += [("teacher, float32", item) for item in document["teacher"]["latency"]]
+    if not rows:
+        return ""
+    cells = (
+        (
+            name,
+            item["runtime"],
+            str(item["threads"]),
+            *(f"{words.number(item[q]['ms'])} {words.interval(item[q]['interval'])}" for q in ("p50", "p95", "p99")),
+            str(item["runs"]),
+            words.number(item["peak_rss_mib"]),
+        )
+        for name, item in rows
+    )
+    return "## Latency\n\n" + _table(("model", "runtime", "threads", "p50 ms", "p95 ms", "p99 ms", "runs", "peak MiB"), cells)
+
+
+def _classes(classes: Mapping[str, Mapping[str, Any]]) -> str:
+    if not classes:
+        return ""
+    worst = sorted(classes.items(), key=lambda item: -item[1]["drop"])[:WORST_CLASSES]
+    rows = (
+        (name, str(r["samples"]), f"{100 * r['teacher']:.1f}", f"{100 * r['accuracy']:.1f}", f"{100 * r['drop']:+.1f} {words.interval([100 * x for x in r['interval']])}")
+        for name, r in worst
+    )
+    return f"## The {len(worst)} classes that lose most\n\n" + _table(("class", "samples", "teacher %", "shipped %", "drop pp"), rows)
+
+
+def _environment(document: Mapping[str, Any]) -> str:
+    inherited = document["inherited"]
+    lines = [f"- target: {document['target']['title']}; evaluated on {document['instruction_set']}"]
+    if inherited["also_wrong"] is not None:
+        lines.append(
+            f"- of the teacher's {inherited['teacher_errors']} errors the shipped model makes {100 * inherited['also_wrong']:.0f} % too, "
+            f"{100 * inherited['same_answer']:.0f} % with the same wrong answer"
+        )
+    lines += [f"- {note}" for note in document["notes"]]
+    lines.append("- tools: " + ", ".join(f"{name} {version}" for name, version in sorted(document["tools"].items())))
+    if document["measured_at"]:
+        lines.append(f"- judged at {document['measured_at']}")
+    return "\n".join(lines) + "\n"

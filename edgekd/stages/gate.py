@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gate: each budget line and each limit of the target judged. A function of numbers; missing data never passes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from edgekd import stats
+from edgekd.domain.units import bytes_to_kib, bytes_to_mib, ns_to_ms
+from edgekd.domain.verdict import Check, Interval, Outcome, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edgekd.domain.measurement import Measurement
+    from edgekd.domain.recipe import Budget
+    from edgekd.domain.target import Limits
+    from edgekd.scores import Difference
+
+PERCENTILES = {"max_latency_p50_ms": 0.50, "max_latency_p95_ms": 0.95, "max_latency_p99_ms": 0.99}
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """What is known of a candidate's accuracy (fractions). ``unfit``: why it does not stand for the target, or None."""
+
+    value: float
+    interval: Interval
+    drop: Difference
+    classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    unfit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that a verdict is made of. ``unmeasured``: why there is no Measurement."""
+
+    accuracy: Accuracy
+    parity: Mapping[str, Any]
+    size_bytes: int
+    measurement: Measurement | None = None
+    teacher: Measurement | None = None
+    unmeasured: str = "it was not measured"
+    advice: str = "edgekd build --remeasure"
+
+
+def judge(target: str, budget: Budget, limits: Limits, evidence: Evidence) -> Verdict:
+    """Return the verdict on what would ship."""
+    checks = accuracy_checks(budget, evidence.accuracy)
+    for name, quantile in PERCENTILES.items():
+        limit = getattr(budget, name)
+        if limit is not None:
+            checks.append(_latency(name, quantile, limit, evidence))
+    if budget.min_speedup_x is not None:
+        checks.append(_speedup(budget.min_speedup_x, evidence))
+    if budget.max_peak_rss_mib is not None:
+        checks.append(_memory("max_peak_rss_mib", budget.max_peak_rss_mib, evidence))
+    if budget.max_size_kib is not None:
+        checks.append(_exact("max_size_kib", bytes_to_kib(evidence.size_bytes), budget.max_size_kib, "KiB", "size"))
+    checks.append(_parity(evidence.parity))
+    checks.append(_memory("limit.memory_mib", limits.memory_mib, evidence))
+    checks.append(_exact("limit.storage_mib", bytes_to_mib(evidence.size_bytes), limits.storage_mib, "MiB", "size"))
+    return Verdict(target, tuple(checks))
+
+
+def accuracy_checks(budget: Budget, accuracy: Accuracy) -> list[Check]:
+    """Return the checks of accuracy alone: what decides which candidates are measured."""
+    checks = []
+    if budget.max_accuracy_drop_pp is not None:
+        value, interval = 100 * accuracy.drop.value, _times(accuracy.drop.interval, 100)
+        advice = "more evaluation samples would narrow the interval"
+        checks.append(at_most("max_accuracy_drop_pp", value, interval, budget.max_accuracy_drop_pp, "pp", "accuracy drop", advice))
+    if budget.min_accuracy_pct is not None:
+        value, interval = 100 * accuracy.value, _times(accuracy.interval, 100)
+        checks.append(at_least("min_accuracy_pct", value, interval, budget.min_accuracy_pct, "%", "accuracy"))
+    if budget.max_class_drop_pp is not None:
+        checks.append(_classes(budget.max_class_drop_pp, accuracy))
+    if accuracy.unfit is not None:
+        advice = "evaluate on the target, or on a machine with VNNI"
+        checks = [Check(c.name, Outcome.INCONCLUSIVE, c.limit, c.unit, c.value, c.interval, accuracy.unfit, advice) for c in checks]
+    return checks
+
+
+def at_most(name: str, value: float, interval: Interval | None, limit: float, unit: str, what: str, advice: str | None = None) -> Check:  # noqa: PLR0913,PLR0917
+    """Judge a value that must not exceed a limit, by the far end of its interval."""
+    return _judged(name, value, interval, limit, unit, what, advice, sign=1)
+
+
+def at_least(name: str, value: float, interval: Interval | None, limit: float, unit: str, what: str, advice: str | None = None) -> Check:  # noqa: PLR0913,PLR0917
+    """Judge a value that must reach a limit, by the far end of its interval."""
+    return _judged(name, value, interval, limit, unit, what, advice, sign=-1)
+
+
+def _judged(  # noqa: PLR0913,PLR0917
+    name: str, value: float, interval: Interval | None, limit: float, unit: str, what: str, advice: str | None, *, sign: int
+) -> Check:
+    if interval is None or not all(map(math.isfinite, (value, interval.low, interval.high))):
+        return Check(name, Outcome.INCONCLUSIVE, limit, unit, value if math.isfinite(value) else None, None, f"{what} has no interval", advice)
+    near, far = (interval.low, interval.high) if sign > 0 else (interval.high, interval.low)
+    told = f"{what} {value:.4g} {unit} [{interval.low:.4g}, {interval.high:.4g}]"
+    if sign * far <= sign * limit:
+        return Check(name, Outcome.PASS, limit, unit, value, interval)
+    if sign * near > sign * limit:
+        verb = "exceeds" if sign > 0 else "misses"
+        return Check(name, Outcome.FAIL, limit, unit, value, interval, f"{told} {verb} the budget {limit:g} {unit}")
+    return Check(name, Outcome.INCONCLUSIVE, limit, unit, value, interval, f"{told} holds the budget {limit:g} {unit}: it cannot be decided", advice)
+
+
+def _classes(limit: float, accuracy: Accuracy) -> Check:
+    if not accuracy.classes:
+        return Check("max_class_drop_pp", Outcome.INCONCLUSIVE, limit, "pp", reason="there are no scores by class")
+    checks = [
+        at_most("max_class_drop_pp", 100 * row["drop"], Interval(100 * row["interval"][0], 100 * row["interval"][1]), limit, "pp", f"drop in class {label}")
+        for label, row in accuracy.classes.items()
+    ]
+    rank = {Outcome.FAIL: 0, Outcome.INCONCLUSIVE: 1, Outcome.PASS: 2}
+    return min(checks, key=lambda check: (rank[check.outcome], -(check.value or 0.0)))
+
+
+def _latency(name: str, quantile: float, limit: float, evidence: Evidence) -> Check:
+    measured = evidence.measurement
+    if measured is None:
+        return Check(name, Outcome.INCONCLUSIVE, limit, "ms", reason=f"latency is unknown: {evidence.unmeasured}", advice=evidence.advice)
+    samples = measured.samples_ns()
+    value, interval = stats.quantile_interval(samples, quantile)
+    if interval is None:
+        reason = f"{len(samples)} runs cannot carry a p{quantile * 100:g}; it needs {stats.runs_needed(quantile)}"
+        return Check(name, Outcome.INCONCLUSIVE, limit, "ms", reason=reason, advice="raise protocol.min_runs in the profile")
+    scaled = Interval(ns_to_ms(interval.low), ns_to_ms(interval.high), interval.level)
+    return at_most(name, ns_to_ms(value), scaled, limit, "ms", f"latency p{quantile * 100:g}", "measure longer: protocol.min_seconds")
+
+
+def _speedup(limit: float, evidence: Evidence) -> Check:
+    if evidence.measurement is None or evidence.teacher is None:
+        missing = evidence.unmeasured if evidence.measurement is None else "the teacher has no model on this runtime"
+        return Check("min_speedup_x", Outcome.INCONCLUSIVE, limit, "x", reason=f"speed-up is unknown: {missing}", advice=evidence.advice)
+    value, interval = stats.ratio_of_medians(evidence.teacher.blocks_ns, evidence.measurement.blocks_ns)
+    return at_least("min_speedup_x", value, interval, limit, "x", "speed-up", "measure longer: protocol.min_seconds")
+
+
+def _memory(name: str, limit: float, evidence: Evidence) -> Check:
+    peak = None if evidence.measurement is None else evidence.measurement.peak_rss_bytes
+    if peak is None:
+        return Check(name, Outcome.INCONCLUSIVE, limit, "MiB", reason=f"peak memory is unknown: {evidence.unmeasured}", advice=evidence.advice)
+    return _exact(name, bytes_to_mib(peak), limit, "MiB", "peak memory")
+
+
+def _exact(name: str, value: float, limit: float, unit: str, what: str) -> Check:
+    if value <= limit:
+        return Check(name, Outcome.PASS, limit, unit, value)
+    return Check(name, Outcome.FAIL, limit, unit, value, reason=f"{what} {value:.4g} {unit} exceeds {limit:g} {unit}")
+
+
+def _parity(parity: Mapping[str, Any]) -> Check:
+    error, tolerance = parity["max_abs_error"], parity["tolerance"]
+    if parity["ok"]:
+        return Check("parity", Outcome.PASS, tolerance, "abs", error)
+    reason = f"the exported model differs from PyTorch by {'nan' if error is None else f'{error:.3g}'}; allowed is {tolerance:.3g}"
+    return Check("parity", Outcome.FAIL, tolerance, "abs", error, reason=reason)
+
+
+def _times(interval: Interval, factor: float) -> Interval:
+    return Interval(factor * interval.low, factor * interval.high, interval.level)
