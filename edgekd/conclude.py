@@ -142,7 +142,7 @@ def _standing(case: Case, machine: Mapping[str, Any]) -> str:
     identity = runner.identity(machine)
     wanted = case.plan.recipe.for_target(case.target.name)
     versions = {entry.package: digests.tool_version(entry.package) for entry in case.target.runtimes}
-    return digest([steps, asdict(wanted), asdict(case.target), identity, versions, case.inconclusive_ok])
+    return digest([steps, asdict(wanted), asdict(case.target), identity, versions])
 
 
 def _concerns(case: Case, step: str) -> bool:
@@ -155,7 +155,7 @@ def _stands(previous: Mapping[str, Any], case: Case, why_not_here: str | None) -
     if previous["outcome"] != Outcome.INCONCLUSIVE:
         return True
     # nothing can be measured, so the same numbers would give the same verdict
-    return why_not_here is not None and bool(previous["inconclusive_ok"]) == case.inconclusive_ok
+    return why_not_here is not None and (previous["shipped"] is not None) == case.inconclusive_ok
 
 
 def _candidates(case: Case) -> tuple[Candidate, ...]:

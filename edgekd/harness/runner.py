@@ -136,7 +136,7 @@ def _storage_bytes(root):
         stat = os.statvfs(root)
     except OSError:
         return None
-    return stat.f_bavail * stat.f_frsize
+    return stat.f_blocks * stat.f_frsize  # the size, not what is free: a fact, not a state
 
 
 def _temp_c(root):

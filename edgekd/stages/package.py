@@ -152,12 +152,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _near(path: Path) -> str:
     """Return a path as make will see it: relative to where the build runs, if it lies below."""
-    from pathlib import Path as _Path
-
-    try:
-        return str(path.absolute().relative_to(_Path.cwd()))
-    except ValueError:
-        return str(path)
+    whole = os.path.normpath(path.absolute())
+    near = os.path.relpath(whole)
+    return whole if near.startswith(os.pardir) else near
 
 
 def _escape(name: str) -> str:

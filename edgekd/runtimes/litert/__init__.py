@@ -58,9 +58,11 @@ def open(path: Path, threads: int) -> Session:  # noqa: A001  (the protocol's wo
         StageError: if it cannot load the file.
     """
     from edgekd.harness import runner
+    from edgekd.quiet import quiet
 
     try:
-        return runner.open_session(NAME, path, threads)  # type: ignore[no-any-return,no-untyped-call]  # the harness has no types
+        with quiet():  # its XNNPACK delegate says that it was made
+            return runner.open_session(NAME, path, threads)  # type: ignore[no-any-return,no-untyped-call]  # the harness has no types
     except ImportError as error:
         raise UnavailableError("LiteRT is not installed; run: pip install 'edgekd[litert]'") from error
     except (ValueError, RuntimeError) as error:
