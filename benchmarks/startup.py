@@ -19,7 +19,11 @@ ROUNDS = 15
 def main(arguments: list[str]) -> None:
     """Time the commands and print a table."""
     edgekd = [sys.executable, "-m", "edgekd"]
-    commands = {"python -c pass": [sys.executable, "-c", "pass"], "edgekd --help": [*edgekd, "--help"], "edgekd targets": [*edgekd, "targets"]}
+    commands = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        "edgekd --help": [*edgekd, "--help"],
+        "edgekd targets": [*edgekd, "targets"],
+    }
     if arguments:
         recipe, *targets = arguments
         names = [part for target in targets for part in ("--target", target)]

@@ -12,7 +12,7 @@ from edgekd import conclude, config, pipeline, registry
 from edgekd.cache import Cache
 from edgekd.digests import digest
 from edgekd.domain.verdict import Outcome
-from edgekd.errors import RecipeError, UsageError
+from edgekd.errors import RecipeError
 from edgekd.harness import runner
 from edgekd.plan import Plan, resolve
 from edgekd.stages import package
@@ -20,8 +20,6 @@ from edgekd.stages import package
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from edgekd.domain.recipe import Recipe
-    from edgekd.domain.target import Target
     from edgekd.pipeline import Done, Teller
     from edgekd.ports import Step
 
@@ -98,7 +96,7 @@ def show_plan(recipe: Path, names: Sequence[str], cache_folder: Path, *, explain
     if not explain:
         shown["steps"] = [{"step": step.id} for step in plan.steps]
         return shown
-    cache = Cache(cache_folder, lambda text: None)
+    cache = Cache(cache_folder, lambda _: None)
     cache.prepare()
     told = pipeline.explain(plan, cache, recipe.parent.absolute())
     cache.close()
@@ -155,7 +153,9 @@ def _files_read(request: Request, plan: Plan, cache: Cache, done: Mapping[str, D
     recipe_dir = request.recipe.parent.absolute()
     names = {request.recipe.name: cache.digest_of(request.recipe)}
     for target in plan.targets:
-        path = config.find_target(next((name for name in request.targets if name.endswith(".toml") and Path(name).stem == target.name), target.name))
+        path = config.find_target(
+            next((name for name in request.targets if name.endswith(".toml") and Path(name).stem == target.name), target.name)
+        )
         names[os.path.relpath(path.absolute(), recipe_dir)] = cache.digest_of(path)
     record = cache.matching_record(digest(done["inspect"].entry.material), recipe_dir) or {}
     return {**names, **record.get("files", {})}

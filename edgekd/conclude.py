@@ -98,7 +98,9 @@ def conclude(case: Case, teller: Teller) -> Concluded:
     ships = verdict.outcome is Outcome.PASS or (verdict.outcome is Outcome.INCONCLUSIVE and case.inconclusive_ok)
     name = f"{case.plan.recipe.name}.{registry.runtime(choice.option.candidate.runtime).FORMAT}" if ships else None
     parts = _parts(case, scores, accuracies, options, choice, measurements)
-    told = document.with_verdict({**parts, "standing": standing, "shipped": name, "inconclusive_ok": bool(name) and case.inconclusive_ok}, verdict)
+    told = document.with_verdict(
+        {**parts, "standing": standing, "shipped": name, "inconclusive_ok": bool(name) and case.inconclusive_ok}, verdict
+    )
     summary = markdown.render(told)
     if name is None:
         package.withhold(case.folder, told, summary)
@@ -179,7 +181,11 @@ def _read_scores(case: Case) -> Scores:
 
     from edgekd import scores
 
-    found = {name: scores.read(item.entry.artifacts) for name, item in case.done.items() if item.step.stage == "evaluate" and _concerns(case, name)}
+    found = {
+        name: scores.read(item.entry.artifacts)
+        for name, item in case.done.items()
+        if item.step.stage == "evaluate" and _concerns(case, name)
+    }
     inspected = _artifacts(case, "inspect")
     return Scores(found, np.load(inspected["evaluation.labels.npy"].path), np.load(inspected["evaluation.groups.npy"].path))
 
@@ -212,7 +218,9 @@ def _measured(case: Case, outcomes: Mapping[str, Outcome], teller: Teller) -> li
     if not fit:
         return []
     inputs = _probe_inputs(case)
-    subjects = [measure.Subject(item.id, item.runtime, _model(case, item).path, threads, inputs) for item in fit for threads in item.settings]
+    subjects = [
+        measure.Subject(item.id, item.runtime, _model(case, item).path, threads, inputs) for item in fit for threads in item.settings
+    ]
     for name, threads in sorted({(item.runtime, threads) for item in fit for threads in item.settings}):
         model = _artifacts(case, f"export/teacher/{name}").get(f"model.{registry.runtime(name).FORMAT}")
         if model is not None:
@@ -229,7 +237,9 @@ def _probe_inputs(case: Case) -> list[Path]:
     return [inspected[f"evaluation.inputs.{index}.npy"].path for index in range(len(case.plan.recipe.student.inputs))]
 
 
-def _option(case: Case, candidate: Candidate, outcome: Outcome, accuracy: gate.Accuracy, measurements: Sequence[Measurement]) -> select.Option:
+def _option(
+    case: Case, candidate: Candidate, outcome: Outcome, accuracy: gate.Accuracy, measurements: Sequence[Measurement]
+) -> select.Option:
     floating = case.done[candidate.model_step].entry.metrics.get("float_ops", 0)
     own = tuple(item for item in measurements if item.subject == candidate.id)
     return select.Option(candidate, _model(case, candidate).size_bytes, int(floating), outcome, fraction_to_pp(accuracy.drop.value), own)  # type: ignore[arg-type]  # a count
@@ -238,7 +248,9 @@ def _option(case: Case, candidate: Candidate, outcome: Outcome, accuracy: gate.A
 def _teacher_of(measurement: Measurement | None, measurements: Sequence[Measurement]) -> Measurement | None:
     if measurement is None:
         return None
-    return next((m for m in measurements if m.subject == "teacher" and (m.runtime, m.threads) == (measurement.runtime, measurement.threads)), None)
+    return next(
+        (m for m in measurements if m.subject == "teacher" and (m.runtime, m.threads) == (measurement.runtime, measurement.threads)), None
+    )
 
 
 def _advice(target: Target, why_not_here: str | None) -> str:
@@ -247,7 +259,7 @@ def _advice(target: Target, why_not_here: str | None) -> str:
     return f"run this build on a {target.title}, or accept that with --inconclusive-ok"
 
 
-def _parts(  # noqa: PLR0913,PLR0917  (all that a report tells)
+def _parts(
     case: Case,
     scored: Scores,
     accuracies: Mapping[str, gate.Accuracy],
@@ -261,7 +273,11 @@ def _parts(  # noqa: PLR0913,PLR0917  (all that a report tells)
     chosen = choice.option.candidate
     own = scored.of[chosen.evaluate_step]
     rows = [_candidate_row(case, scored, accuracies[option.candidate.id], option, choice, measurements) for option in options]
-    steps = [{"step": name, "key": item.entry.key[:12], "hit": item.hit, "seconds": item.entry.seconds} for name, item in case.done.items() if _concerns(case, name)]
+    steps = [
+        {"step": name, "key": item.entry.key[:12], "hit": item.hit, "seconds": item.entry.seconds}
+        for name, item in case.done.items()
+        if _concerns(case, name)
+    ]
     tools = {tool: version for item in case.done.values() for tool, version in item.entry.material["tools"].items()}
     teacher_threads = [item for item in measurements if item.subject == "teacher"]
     return {
@@ -289,7 +305,7 @@ def _parts(  # noqa: PLR0913,PLR0917  (all that a report tells)
     }
 
 
-def _candidate_row(  # noqa: PLR0913,PLR0917
+def _candidate_row(
     case: Case, scored: Scores, accuracy: gate.Accuracy, option: select.Option, choice: select.Choice, measurements: Sequence[Measurement]
 ) -> dict[str, Any]:
     from edgekd import scores
@@ -318,7 +334,12 @@ def _latency(item: Measurement, reference: Measurement | None) -> dict[str, Any]
     from edgekd import stats
 
     samples = item.samples_ns()
-    found: dict[str, Any] = {"runtime": item.runtime, "runtime_version": item.runtime_version, "threads": item.threads, "runs": len(samples)}
+    found: dict[str, Any] = {
+        "runtime": item.runtime,
+        "runtime_version": item.runtime_version,
+        "threads": item.threads,
+        "runs": len(samples),
+    }
     for name, quantile in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
         value, interval = stats.quantile_interval(samples, quantile)
         found[name] = {"ms": value / 1e6, "interval": None if interval is None else [interval.low / 1e6, interval.high / 1e6]}

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
 from edgekd.domain.recipe import Budget, Entry, ForTarget, Loss, Quantize, Recipe
@@ -162,14 +162,19 @@ def _check_recipe(reader: Reader, recipe: Recipe, folder: Path) -> None:
     names = [spec.name for spec in recipe.student.inputs]
     for index, spec in enumerate(recipe.student.inputs):
         if spec.shape[0] != 1:
-            reader.problem(f"student.inputs[{index}].shape", f"starts with {spec.shape[0]}; expected 1, the batch axis of a model on a device")
+            reader.problem(
+                f"student.inputs[{index}].shape", f"starts with {spec.shape[0]}; expected 1, the batch axis of a model on a device"
+            )
         if names.index(spec.name) != index:
             reader.problem(f"student.inputs[{index}].name", f"'{spec.name}' is named twice; expected a name for each input")
     kinds = [loss.kind for loss in recipe.distill.losses]
     for index, loss in enumerate(recipe.distill.losses):
         _check_loss(reader, loss, f"distill.losses[{index}]", again=kinds.index(loss.kind) != index)
     _check_evaluate(reader, recipe)
-    for key, quantize in [("quantize", recipe.quantize), *((f"target.{name}.quantize", item.quantize) for name, item in recipe.target.items())]:
+    for key, quantize in [
+        ("quantize", recipe.quantize),
+        *((f"target.{name}.quantize", item.quantize) for name, item in recipe.target.items()),
+    ]:
         if isinstance(quantize.schemes, str) and quantize.schemes != "auto":
             reader.problem(f"{key}.schemes", f"'{quantize.schemes}'; expected \"auto\" or an array of schemes")
         if isinstance(quantize.runtimes, str) and quantize.runtimes != "auto":
@@ -216,7 +221,7 @@ def _check_evaluate(reader: Reader, recipe: Recipe) -> None:
         reader.problem("evaluate.score", "excludes evaluate.metric; expected one of the two")
     budgets = [recipe.budget, *(item.budget for item in recipe.target.values())]
     if isinstance(metric, Entry) and any(budget.max_class_drop_pp is not None for budget in budgets):
-        reader.problem("budget.max_class_drop_pp", "needs a score for each sample; expected evaluate.metric = \"top1\" or evaluate.score")
+        reader.problem("budget.max_class_drop_pp", 'needs a score for each sample; expected evaluate.metric = "top1" or evaluate.score')
 
 
 def _check_target(reader: Reader, target: Target, path: Path) -> None:
@@ -262,4 +267,4 @@ def _resolve_threads(entry: dict[str, Any], cores: int) -> dict[str, Any]:
     threads = entry.get("threads")
     if not isinstance(threads, list) or NATIVE not in threads:
         return entry
-    return {**entry, "threads": cast("list[Any]", list(dict.fromkeys(cores if item == NATIVE else item for item in threads)))}
+    return {**entry, "threads": list(dict.fromkeys(cores if item == NATIVE else item for item in threads))}

@@ -49,8 +49,7 @@ class Finding:
 
 def check(cache: Path, *, deep: bool) -> list[Finding]:
     """Return what was found; ``deep`` imports each package in a process of its own."""
-    findings = [_python(), *(_package(name, deep=deep) for name in PACKAGES), *(_tool(name) for name in TOOLS), _cache(cache), *_machine()]
-    return [finding for finding in findings if finding is not None]
+    return [_python(), *(_package(name, deep=deep) for name in PACKAGES), *(_tool(name) for name in TOOLS), _cache(cache), *_machine()]
 
 
 def as_text(findings: Sequence[Finding]) -> str:
@@ -59,7 +58,9 @@ def as_text(findings: Sequence[Finding]) -> str:
     lines = []
     for finding in findings:
         mark = "ok     " if finding.ok else "MISSING" if finding.needed else "absent "
-        lines.append(f"{mark}  {finding.name:<{width}}  {finding.found}" + ("" if finding.ok or not finding.mend else f"; run: {finding.mend}"))
+        lines.append(
+            f"{mark}  {finding.name:<{width}}  {finding.found}" + ("" if finding.ok or not finding.mend else f"; run: {finding.mend}")
+        )
     return "\n".join(lines) + "\n"
 
 

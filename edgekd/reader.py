@@ -8,7 +8,6 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from edgekd.domain.recipe import Entry
@@ -17,6 +16,7 @@ from edgekd.errors import did_you_mean, expected_one_of
 
 _BAD = object()  # stands for a value that was refused; its problem is already told
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_known_hints: dict[type[Any], dict[str, Any]] = {}  # resolving them is the costly part
 _KINDS = {bool: "a boolean", int: "a whole number", float: "a number", str: "a string", list: "an array", dict: "a table"}
 
 
@@ -50,7 +50,7 @@ class Reader:
                 read[name] = getattr(base, name)
             elif known[name].default is dataclasses.MISSING and known[name].default_factory is dataclasses.MISSING:
                 read[name] = self.problem(_join(key, name), f"missing; expected {_describe(hint)}")
-        return None if any(item is _BAD or item is None and _required(known[name]) for name, item in read.items()) else kind(**read)
+        return None if any(item is _BAD or (item is None and _required(known[name])) for name, item in read.items()) else kind(**read)
 
     def value(self, hint: Any, value: object, key: str) -> Any:
         """Read one value as a type hint says."""
@@ -121,9 +121,10 @@ class Reader:
         return False
 
 
-@cache
 def _hints(kind: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
+    if kind not in _known_hints:
+        _known_hints[kind] = typing.get_type_hints(kind, include_extras=True)
+    return _known_hints[kind]
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

@@ -72,7 +72,9 @@ def difference(first: Scored, second: Scored, groups: np.ndarray) -> Difference:
         return Difference(value, stats.difference_of_resampled(_resampled(first), _resampled(second)), None)
     p = None
     if np.isin(first.scores, (0, 1)).all() and np.isin(second.scores, (0, 1)).all():
-        p = stats.mcnemar_p(int(((first.scores == 1) & (second.scores == 0)).sum()), int(((first.scores == 0) & (second.scores == 1)).sum()))
+        p = stats.mcnemar_p(
+            int(((first.scores == 1) & (second.scores == 0)).sum()), int(((first.scores == 0) & (second.scores == 1)).sum())
+        )
     return Difference(value, stats.paired_difference(first.scores, second.scores, groups), p)
 
 

@@ -134,7 +134,9 @@ def quantile_interval(samples: Sequence[int], quantile: float, level: float = LE
     return value, Interval(float(ordered[max(low - 1, 0)]), float(ordered[min(high - 1, n - 1)]), level)
 
 
-def ratio_of_medians(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]], seed: int = 0, level: float = LEVEL) -> tuple[float, Interval]:
+def ratio_of_medians(
+    first: Sequence[Sequence[int]], second: Sequence[Sequence[int]], seed: int = 0, level: float = LEVEL
+) -> tuple[float, Interval]:
     """Return median(first) / median(second) and its interval; blocks were taken in turns, and the pair of blocks is the unit.
 
     Source: bootstrap of paired blocks (Efron, Tibshirani 1993, section 8.6), on each block's median.

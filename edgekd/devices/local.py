@@ -9,7 +9,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from edgekd.errors import StageError, UnavailableError
 from edgekd.harness import runner
@@ -45,7 +45,7 @@ def measure(job: Mapping[str, Any], progress: Progress) -> Mapping[str, Json]:
         StageError: if a harness process fails or hangs.
         UnavailableError: if it lacks the runtime.
     """
-    before = runner.facts()  # type: ignore[no-untyped-call]  # the harness has no types
+    before = runner.facts()
     found: dict[str, Any] = {subject["id"]: {"blocks_ns": []} for subject in job["subjects"]}
     runtimes = sorted({subject["runtime"] for subject in job["subjects"]})
     total = len(runtimes) * job["generations"]
@@ -54,10 +54,12 @@ def measure(job: Mapping[str, Any], progress: Progress) -> Mapping[str, Json]:
         for generation in range(job["generations"]):
             begun = number * job["generations"] + generation
             _generation(group, job, found, random.Random(generation), lambda share, b=begun: progress((b + share) / total, f"{runtime}"))  # noqa: S311,B023
-    return {"subjects": found, "before": before, "after": runner.facts()}  # type: ignore[no-untyped-call]
+    return {"subjects": found, "before": before, "after": runner.facts()}
 
 
-def _generation(group: Sequence[Mapping[str, Any]], job: Mapping[str, Any], found: dict[str, Any], order: random.Random, progress: Any) -> None:
+def _generation(
+    group: Sequence[Mapping[str, Any]], job: Mapping[str, Any], found: dict[str, Any], order: random.Random, progress: Any
+) -> None:
     protocol = job["protocol"]
     share = job["generations"]
     with ExitStack() as stack:
@@ -71,7 +73,7 @@ def _generation(group: Sequence[Mapping[str, Any]], job: Mapping[str, Any], foun
         while not all(is_enough(blocks, protocol, share) for blocks in taken.values()):
             for name in order.sample(sorted(harnesses), len(harnesses)):
                 taken[name].append(harnesses[name].ask(do="block", runs=runs[name])["ns"])
-            progress(min(min(len(b) * len(b[0]) * share / protocol["min_runs"] for b in taken.values()), 1.0))
+            progress(min(1.0, *(len(b) * len(b[0]) * share / protocol["min_runs"] for b in taken.values())))
         for name, harness in harnesses.items():
             found[name]["blocks_ns"] += taken[name]
             peak = harness.ask(do="stats")["peak_rss_bytes"]
@@ -99,10 +101,12 @@ class Harness:
     def __init__(self, subject: Mapping[str, Any]) -> None:
         self.subject = subject
 
-    def __enter__(self) -> Harness:
+    def __enter__(self) -> Self:
         """Start the process."""
         command = [sys.executable, str(Path(runner.__file__))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -143,4 +147,6 @@ class Harness:
         last = said[-1] if said else "nothing"
         if "ModuleNotFoundError" in last or "ImportError" in last:
             return UnavailableError(f"measure: {self.subject['runtime']} is not installed ({last}); run: pip install 'edgekd[litert,onnx]'")
-        return StageError(f"measure: {self.subject['id']}: the harness ended with exit code {self.process.returncode}; it said last: {last}")
+        return StageError(
+            f"measure: {self.subject['id']}: the harness ended with exit code {self.process.returncode}; it said last: {last}"
+        )

@@ -188,8 +188,9 @@ def _open_onnxruntime(path, threads, options):
 
 def _open_litert(path, threads, options):
     try:
-        from ai_edge_litert.interpreter import Interpreter
         from importlib.metadata import version
+
+        from ai_edge_litert.interpreter import Interpreter
 
         release = "ai-edge-litert " + version("ai-edge-litert")
     except ImportError:
@@ -283,7 +284,7 @@ def serve(stdin, stdout):
 
 
 def _do_open(state, command):
-    import numpy  # noqa: F401  (so that its import is not counted as loading)
+    import numpy as np  # noqa: F401  (so that its import is not counted as loading)
 
     before = peak_rss_bytes()
     started = time.perf_counter_ns()
@@ -302,6 +303,10 @@ def _do_stats(state, command):
     return {"peak_rss_bytes": peak_rss_bytes()}
 
 
+def _do_facts(state, command):
+    return facts()
+
+
 def _block(state, runs):
     run, samples, start = state["session"].run, state["samples"], state["next"]
     clock, count, times = time.perf_counter_ns, len(state["samples"]), []
@@ -314,7 +319,7 @@ def _block(state, runs):
     return times
 
 
-COMMANDS = {"open": _do_open, "block": _do_block, "stats": _do_stats, "facts": lambda state, command: facts()}
+COMMANDS = {"open": _do_open, "block": _do_block, "stats": _do_stats, "facts": _do_facts}
 
 
 if __name__ == "__main__":

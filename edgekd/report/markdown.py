@@ -32,7 +32,10 @@ def render(document: Mapping[str, Any]) -> str:
         _latencies(document),
         _classes(document["classes"]),
         "## How it was made\n",
-        _table(("step", "key", "from the cache", "seconds"), ((s["step"], s["key"], "yes" if s["hit"] else "no", f"{s['seconds']:.1f}") for s in document["steps"])),
+        _table(
+            ("step", "key", "from the cache", "seconds"),
+            ((s["step"], s["key"], "yes" if s["hit"] else "no", f"{s['seconds']:.1f}") for s in document["steps"]),
+        ),
         _environment(document),
     ]
     return "\n".join(part for part in parts if part)
@@ -44,7 +47,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _reasons(checks: Iterable[Mapping[str, Any]]) -> str:
-    lines = [f"- **{check['name']}**: {check['reason']}" + (f"; {check['advice']}" if check["advice"] else "") for check in checks if check["reason"]]
+    lines = [
+        f"- **{check['name']}**: {check['reason']}" + (f"; {check['advice']}" if check["advice"] else "")
+        for check in checks
+        if check["reason"]
+    ]
     return "\n".join(lines) + "\n" if lines else ""
 
 
@@ -93,7 +100,13 @@ def _classes(classes: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     worst = sorted(classes.items(), key=lambda item: -item[1]["drop"])[:WORST_CLASSES]
     rows = (
-        (name, str(r["samples"]), f"{100 * r['teacher']:.1f}", f"{100 * r['accuracy']:.1f}", f"{100 * r['drop']:+.1f} {words.interval([100 * x for x in r['interval']])}")
+        (
+            name,
+            str(r["samples"]),
+            f"{100 * r['teacher']:.1f}",
+            f"{100 * r['accuracy']:.1f}",
+            f"{100 * r['drop']:+.1f} {words.interval([100 * x for x in r['interval']])}",
+        )
         for name, r in worst
     )
     return f"## The {len(worst)} classes that lose most\n\n" + _table(("class", "samples", "teacher %", "shipped %", "drop pp"), rows)

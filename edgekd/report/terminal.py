@@ -25,12 +25,18 @@ COLOURS = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}
 def verdict(document: Mapping[str, Any], *, standing: bool) -> str:
     """Return the verdict of one target as text, with a table of its checks."""
     if "until" in document:
-        return f"{document['recipe']}: {document['outcome']}: stopped after {document['until']}; what it made lies in {document['folder']}\n"
+        return (
+            f"{document['recipe']}: {document['outcome']}: stopped after {document['until']}; what it made lies in {document['folder']}\n"
+        )
     when = f"; the verdict of {document['measured_at']} stands" if standing else ""
     title = f"{document['recipe']} on {document['target']['name']}: {document['outcome']}{when}"
     rows = [words.check_cells(check) for check in document["checks"]]
     lines = [words.shipped_line(document), words.teacher_line(document)]
-    lines += [f"{check['name']}: {check['reason']}" + (f"; {check['advice']}" if check["advice"] else "") for check in document["checks"] if check["reason"]]
+    lines += [
+        f"{check['name']}: {check['reason']}" + (f"; {check['advice']}" if check["advice"] else "")
+        for check in document["checks"]
+        if check["reason"]
+    ]
     lines += [f"note: {note}" for note in document["notes"]]
     table = _rich(title, rows) if _is_terminal(sys.stdout) else _plain(title, rows)
     return table + "".join(f"  {line}\n" for line in lines)
@@ -40,7 +46,10 @@ def measurements(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return measured model files as a table."""
     cells = [("model", "runtime", "threads", "p50 ms", "p95 ms", "p99 ms", "runs", "speed-up", "peak MiB")]
     for row in rows:
-        latency = {key: words.number(row["latency"][key]["ms"]) if row["latency"][key]["interval"] else "n too small" for key in ("p50", "p95", "p99")}
+        latency = {
+            key: words.number(row["latency"][key]["ms"]) if row["latency"][key]["interval"] else "n too small"
+            for key in ("p50", "p95", "p99")
+        }
         speed = row["speedup"]
         told = f"{speed['x']:.3g}x {words.interval(speed['interval'])}" if speed else ""
         peak = words.number(row["peak_rss_mib"])

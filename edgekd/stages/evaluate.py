@@ -69,7 +69,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     import numpy as np
 
     params: Mapping[str, Any] = step.params
-    arrays = []
+    arrays: list[Any] = []
     while (name := f"inputs.{len(arrays)}") in inputs:
         arrays.append(np.load(inputs[name].path, mmap_mode="r", allow_pickle=False))
     labels = np.load(inputs["labels"].path, allow_pickle=False)
@@ -87,7 +87,9 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
         scores = _scores(params, context, outputs, labels)
         np.save(context.out / "scores.npy", scores)
         summary["accuracy"] = float(scores.mean())
-        summary["classes"] = {str(c): {"samples": int((labels == c).sum()), "accuracy": float(scores[labels == c].mean())} for c in np.unique(labels)}
+        summary["classes"] = {
+            str(c): {"samples": int((labels == c).sum()), "accuracy": float(scores[labels == c].mean())} for c in np.unique(labels)
+        }
     (context.out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
     return StageResult({"accuracy": summary["accuracy"]})
 
@@ -121,8 +123,9 @@ def _on_runtime(params: Mapping[str, Any], inputs: Mapping[str, Artifact], conte
     found = np.concatenate(rows)
     edge = session.outputs[0]
     if edge["scale"] is not None and found.dtype.kind in "iu":
-        return (found.astype(np.float32) - edge["zero_point"]) * np.float32(edge["scale"])
-    return found.astype(np.float32)
+        found = (found.astype(np.float32) - edge["zero_point"]) * np.float32(edge["scale"])
+    dequantized: np.ndarray = found.astype(np.float32)
+    return dequantized
 
 
 def _quantized(array: np.ndarray, edge: Mapping[str, Any]) -> np.ndarray:
@@ -132,16 +135,22 @@ def _quantized(array: np.ndarray, edge: Mapping[str, Any]) -> np.ndarray:
     if edge["dtype"] == array.dtype.name:
         return np.ascontiguousarray(array)
     if edge["scale"] is None:
-        raise StageError(f"the model wants {edge['dtype']} for input '{edge['name']}' without a scale, and the samples are {array.dtype.name}")
+        raise StageError(
+            f"the model wants {edge['dtype']} for input '{edge['name']}' without a scale, and the samples are {array.dtype.name}"
+        )
     limits = np.iinfo(edge["dtype"])
-    return np.clip(np.round(array / edge["scale"]) + edge["zero_point"], limits.min, limits.max).astype(edge["dtype"])
+    quantized_array: np.ndarray = np.clip(np.round(array / edge["scale"]) + edge["zero_point"], limits.min, limits.max).astype(
+        edge["dtype"]
+    )
+    return quantized_array
 
 
 def _scores(params: Mapping[str, Any], context: Context, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     import numpy as np
 
     if params["score"] is None:
-        return (outputs.argmax(1) == labels).astype(np.float64)
+        right: np.ndarray = (outputs.argmax(1) == labels).astype(np.float64)
+        return right
     function, entry = _function(params["score"], context)
     found = np.asarray(usercode.call(function, entry, outputs, labels), dtype=np.float64)
     if found.shape != labels.shape or not np.isfinite(found).all() or found.min() < 0 or found.max() > 1:

@@ -40,7 +40,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     for name in runtimes_of(recipe, targets):
         runtime = registry.runtime(name)
         tools = (*runtime.EXPORT_TOOLS, runtime.PACKAGE)
-        common = {"runtime": name, "inputs": specs, "parity_samples": PARITY_SAMPLES, "tolerance": TOLERANCE}
+        common: dict[str, Any] = {"runtime": name, "inputs": specs, "parity_samples": PARITY_SAMPLES, "tolerance": TOLERANCE}
         student = {"weights": "distill:student.safetensors", "code": "inspect:student.code.json", **samples}
         found.append(Step(f"export/student/{name}", NAME, {**common, "model": str(recipe.student.model)}, student, tools))
         teacher = {"weights": recipe.teacher.artifact, "code": "inspect:teacher.code.json", **samples}
@@ -95,11 +95,15 @@ def _write(
     return models.load_teacher(context.recipe_dir, entry, weights)
 
 
-def _parity(reference: Callable[..., Any], runtime: Runtime, path: Path, inputs: Mapping[str, Artifact], params: Mapping[str, Any]) -> dict[str, Any]:
+def _parity(
+    reference: Callable[..., Any], runtime: Runtime, path: Path, inputs: Mapping[str, Artifact], params: Mapping[str, Any]
+) -> dict[str, Any]:
     import numpy as np
 
     count = params["parity_samples"]
-    arrays = [np.array(np.load(inputs[f"inputs.{i}"].path, mmap_mode="r", allow_pickle=False)[:count]) for i in range(len(params["inputs"]))]
+    arrays = [
+        np.array(np.load(inputs[f"inputs.{i}"].path, mmap_mode="r", allow_pickle=False)[:count]) for i in range(len(params["inputs"]))
+    ]
     wanted = reference(arrays)
     session = runtime.open(path, 1)
     found = np.concatenate([session.run([array[row : row + 1] for array in arrays])[0] for row in range(len(arrays[0]))])

@@ -83,21 +83,23 @@ def accuracy_checks(budget: Budget, accuracy: Accuracy) -> list[Check]:
     return checks
 
 
-def at_most(name: str, value: float, interval: Interval | None, limit: float, unit: str, what: str, advice: str | None = None) -> Check:  # noqa: PLR0913,PLR0917
+def at_most(name: str, value: float, interval: Interval | None, limit: float, unit: str, what: str, advice: str | None = None) -> Check:
     """Judge a value that must not exceed a limit, by the far end of its interval."""
     return _judged(name, value, interval, limit, unit, what, advice, sign=1)
 
 
-def at_least(name: str, value: float, interval: Interval | None, limit: float, unit: str, what: str, advice: str | None = None) -> Check:  # noqa: PLR0913,PLR0917
+def at_least(name: str, value: float, interval: Interval | None, limit: float, unit: str, what: str, advice: str | None = None) -> Check:
     """Judge a value that must reach a limit, by the far end of its interval."""
     return _judged(name, value, interval, limit, unit, what, advice, sign=-1)
 
 
-def _judged(  # noqa: PLR0913,PLR0917
+def _judged(
     name: str, value: float, interval: Interval | None, limit: float, unit: str, what: str, advice: str | None, *, sign: int
 ) -> Check:
     if interval is None or not all(map(math.isfinite, (value, interval.low, interval.high))):
-        return Check(name, Outcome.INCONCLUSIVE, limit, unit, value if math.isfinite(value) else None, None, f"{what} has no interval", advice)
+        return Check(
+            name, Outcome.INCONCLUSIVE, limit, unit, value if math.isfinite(value) else None, None, f"{what} has no interval", advice
+        )
     near, far = (interval.low, interval.high) if sign > 0 else (interval.high, interval.low)
     told = f"{what} {value:.4g} {unit} [{interval.low:.4g}, {interval.high:.4g}]"
     if sign * far <= sign * limit:
@@ -105,14 +107,23 @@ def _judged(  # noqa: PLR0913,PLR0917
     if sign * near > sign * limit:
         verb = "exceeds" if sign > 0 else "misses"
         return Check(name, Outcome.FAIL, limit, unit, value, interval, f"{told} {verb} the budget {limit:g} {unit}")
-    return Check(name, Outcome.INCONCLUSIVE, limit, unit, value, interval, f"{told} holds the budget {limit:g} {unit}: it cannot be decided", advice)
+    return Check(
+        name, Outcome.INCONCLUSIVE, limit, unit, value, interval, f"{told} holds the budget {limit:g} {unit}: it cannot be decided", advice
+    )
 
 
 def _classes(limit: float, accuracy: Accuracy) -> Check:
     if not accuracy.classes:
         return Check("max_class_drop_pp", Outcome.INCONCLUSIVE, limit, "pp", reason="there are no scores by class")
     checks = [
-        at_most("max_class_drop_pp", 100 * row["drop"], Interval(100 * row["interval"][0], 100 * row["interval"][1]), limit, "pp", f"drop in class {label}")
+        at_most(
+            "max_class_drop_pp",
+            100 * row["drop"],
+            Interval(100 * row["interval"][0], 100 * row["interval"][1]),
+            limit,
+            "pp",
+            f"drop in class {label}",
+        )
         for label, row in accuracy.classes.items()
     ]
     rank = {Outcome.FAIL: 0, Outcome.INCONCLUSIVE: 1, Outcome.PASS: 2}
@@ -143,7 +154,9 @@ def _speedup(limit: float, evidence: Evidence) -> Check:
 def _memory(name: str, limit: float, evidence: Evidence) -> Check:
     peak = None if evidence.measurement is None else evidence.measurement.peak_rss_bytes
     if peak is None:
-        return Check(name, Outcome.INCONCLUSIVE, limit, "MiB", reason=f"peak memory is unknown: {evidence.unmeasured}", advice=evidence.advice)
+        return Check(
+            name, Outcome.INCONCLUSIVE, limit, "MiB", reason=f"peak memory is unknown: {evidence.unmeasured}", advice=evidence.advice
+        )
     return _exact(name, bytes_to_mib(peak), limit, "MiB", "peak memory")
 
 

@@ -47,7 +47,7 @@ def measure(
         UnavailableError: if the device or a runtime is not there.
         StageError: if the harness fails.
     """
-    job = {
+    job: dict[str, Any] = {
         "subjects": [
             {
                 "id": subject.key,
@@ -76,7 +76,11 @@ def measure_files(paths: Sequence[Path], target: Target, threads: Sequence[int],
     """
     formats = {registry.runtime(name).FORMAT: name for name in registry.names("runtimes")}
     problems = [f"{path}: no such file" for path in paths if not path.is_file()]
-    problems += [f"{path}: is no model file; expected one that ends in .{' or .'.join(sorted(formats))}" for path in paths if path.suffix[1:] not in formats]
+    problems += [
+        f"{path}: is no model file; expected one that ends in .{' or .'.join(sorted(formats))}"
+        for path in paths
+        if path.suffix[1:] not in formats
+    ]
     if problems:
         raise UsageError("\n".join(problems))
     settings = {entry.name: entry.threads for entry in target.runtimes}
@@ -102,7 +106,9 @@ def remarks(before: Mapping[str, Any], after: Mapping[str, Any], protocol: Proto
     return tuple(notes)
 
 
-def _measurement(subject: Subject, raw: Mapping[str, Any], protocol: Protocol, environment: Mapping[str, Any], notes: tuple[str, ...]) -> Measurement:
+def _measurement(
+    subject: Subject, raw: Mapping[str, Any], protocol: Protocol, environment: Mapping[str, Any], notes: tuple[str, ...]
+) -> Measurement:
     return Measurement(
         subject=subject.name,
         runtime=subject.runtime,

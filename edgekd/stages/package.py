@@ -42,7 +42,9 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written: {error.strerror}; name another output with --out") from None
     if free < MIN_FREE_BYTES:
-        raise UsageError(f"{folder}: has {free // 2**20} MiB free; expected at least {MIN_FREE_BYTES // 2**20} MiB, or another folder with --out")
+        raise UsageError(
+            f"{folder}: has {free // 2**20} MiB free; expected at least {MIN_FREE_BYTES // 2**20} MiB, or another folder with --out"
+        )
 
 
 def ship(folder: Path, model: Path, name: str, manifest: Mapping[str, Any], report: Mapping[str, Any], summary: str) -> None:

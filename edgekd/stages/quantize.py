@@ -43,7 +43,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
 
     params: Mapping[str, Any] = step.params
     runtime = registry.runtime(params["runtime"])
-    arrays = []
+    arrays: list[Any] = []
     while (name := f"calibration.{len(arrays)}") in inputs:
         arrays.append(np.array(np.load(inputs[name].path, mmap_mode="r", allow_pickle=False)[: params["max_samples"]]))
     samples = [[array[row : row + 1] for array in arrays] for row in range(len(arrays[0]))] if arrays else []
@@ -52,4 +52,6 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     (context.out / "scheme.json").write_text(json.dumps(scheme, indent=1, sort_keys=True) + "\n")
     floating: Any = scheme["float_ops"]
     notes = tuple(f"{item['op']} ({item['count']}) stays float: {item['reason']}" for item in floating)
-    return StageResult({"size_bytes": path.stat().st_size, "ops": scheme["ops"], "float_ops": sum(item["count"] for item in floating)}, notes)
+    return StageResult(
+        {"size_bytes": path.stat().st_size, "ops": scheme["ops"], "float_ops": sum(item["count"] for item in floating)}, notes
+    )

@@ -65,7 +65,9 @@ def select(options: Sequence[Option], max_float_ops: int) -> Choice:
     best = min(pool, key=lambda option: (option.size_bytes, option.candidate.id))
     for option in pool:
         if option is not best:
-            why_not[option.candidate.id] = f"larger: {bytes_to_kib(option.size_bytes):.1f} KiB against {bytes_to_kib(best.size_bytes):.1f} KiB"
+            why_not[option.candidate.id] = (
+                f"larger: {bytes_to_kib(option.size_bytes):.1f} KiB against {bytes_to_kib(best.size_bytes):.1f} KiB"
+            )
     return Choice(best, None, best.candidate.settings[0], f"size: nothing was measured, {len(pool)} candidates", why_not)
 
 

@@ -109,7 +109,7 @@ def _from_debian(folder: Path) -> None:
 
 def _run(command: list[str], folder: Path) -> None:
     # fixed commands, looked up where the system keeps them
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)  # noqa: S603  (see above)
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     if found.returncode:
         last = (found.stderr.strip().splitlines() or ["no message"])[-1]
         raise OSError(f"{' '.join(command)}: {last}")

@@ -24,7 +24,9 @@ RECIPE = words.Recipe(
     schema=1,
     name="toy",
     data=words.Data(words.Entry("data.py", "splits")),
-    teacher=words.Teacher(words.Entry("models.py", "teacher"), train=words.Training(epochs=2, augment=words.Entry("data.py", "augment"), threads=1)),
+    teacher=words.Teacher(
+        words.Entry("models.py", "teacher"), train=words.Training(epochs=2, augment=words.Entry("data.py", "augment"), threads=1)
+    ),
     student=words.Student(words.Entry("models.py", "student"), (words.TensorSpec("image", (1, 1, 8, 8)),)),
     distill=words.Distill(epochs=3, threads=1),
     budget=words.Budget(
@@ -130,7 +132,9 @@ def _moved(before, after):
     moved |= {step.stage for step_id, step in before.items() if step_id not in after}
     behind = set(moved)
     for _ in stages:
-        behind |= {step.stage for step in after.values() if any(after[ref.partition(":")[0]].stage in behind for ref in step.inputs.values())}
+        behind |= {
+            step.stage for step in after.values() if any(after[ref.partition(":")[0]].stage in behind for ref in step.inputs.values())
+        }
     return [name for name in stages if name in moved], [name for name in stages if name in behind - moved]
 
 

@@ -28,7 +28,7 @@ def _id(path):
 def _tracked_texts():
     """Yield the text files that git would commit."""
     try:
-        listed = subprocess.run(  # noqa: S603  (git)
+        listed = subprocess.run(
             [str(shutil.which("git")), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT,
             capture_output=True,

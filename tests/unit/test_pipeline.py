@@ -180,5 +180,9 @@ def test_a_stage_that_fails_leaves_no_entry_and_keeps_its_partial_work(site, mon
 
 def test_warnings_come_before_a_step_that_must_run(site, ran):
     seen = []
-    pipeline.run(_plan(), pipeline.Site(site.cache, site.recipe_dir, site.teller, lambda step, done: seen.append((step.id, list(done), list(ran)))), None)
+    pipeline.run(
+        _plan(),
+        pipeline.Site(site.cache, site.recipe_dir, site.teller, lambda step, done: seen.append((step.id, list(done), list(ran)))),
+        None,
+    )
     assert seen == [("first", [], []), ("second/x", ["first"], ["first"])]

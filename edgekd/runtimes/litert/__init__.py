@@ -62,7 +62,7 @@ def open(path: Path, threads: int) -> Session:  # noqa: A001  (the protocol's wo
 
     try:
         with quiet():  # its XNNPACK delegate says that it was made
-            return runner.open_session(NAME, path, threads)  # type: ignore[no-any-return,no-untyped-call]  # the harness has no types
+            return runner.open_session(NAME, path, threads)  # type: ignore[no-any-return]  # the harness has no types
     except ImportError as error:
         raise UnavailableError("LiteRT is not installed; run: pip install 'edgekd[litert]'") from error
     except (ValueError, RuntimeError) as error:

@@ -22,8 +22,28 @@ if TYPE_CHECKING:
 SIGNATURE = "serving_default"
 # ops that only move data, or change its type, compute nothing
 _MOVES = frozenset(
-    "BROADCAST_TO CAST CONCATENATION DEQUANTIZE EXPAND_DIMS GATHER PACK PAD PADV2 QUANTIZE RESHAPE SHAPE SLICE SPLIT SPLIT_V SQUEEZE "
-    "STRIDED_SLICE TILE TRANSPOSE UNPACK".split()
+    [
+        "BROADCAST_TO",
+        "CAST",
+        "CONCATENATION",
+        "DEQUANTIZE",
+        "EXPAND_DIMS",
+        "GATHER",
+        "PACK",
+        "PAD",
+        "PADV2",
+        "QUANTIZE",
+        "RESHAPE",
+        "SHAPE",
+        "SLICE",
+        "SPLIT",
+        "SPLIT_V",
+        "SQUEEZE",
+        "STRIDED_SLICE",
+        "TILE",
+        "TRANSPOSE",
+        "UNPACK",
+    ]
 )
 
 
@@ -49,7 +69,7 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
         except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
             text = (str(error).splitlines() or [type(error).__name__])[0]
             raise StageError(f"quantize: AI Edge Quantizer refuses {scheme}: {text}; leave it out with quantize.schemes") from error
-        session = runner.open_session("litert", path, 1)  # type: ignore[no-untyped-call]  # the harness has no types
+        session = runner.open_session("litert", path, 1)
     computing, floating = _ops(path, dynamic=scheme == DYNAMIC_INT8)
     return {
         "scheme": scheme,

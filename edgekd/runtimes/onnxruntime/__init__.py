@@ -68,8 +68,8 @@ def open(path: Path, threads: int) -> Session:  # noqa: A001  (the protocol's wo
     from edgekd.harness import runner
 
     try:
-        return runner.open_session(NAME, path, threads)  # type: ignore[no-any-return,no-untyped-call]  # the harness has no types
+        return runner.open_session(NAME, path, threads)  # type: ignore[no-any-return]  # the harness has no types
     except ImportError as error:
         raise UnavailableError("onnxruntime is not installed; run: pip install 'edgekd[onnx]'") from error
-    except Exception as error:  # noqa: BLE001  (its exceptions share no base class)
+    except Exception as error:
         raise StageError(f"{path.name}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error

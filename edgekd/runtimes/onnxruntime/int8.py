@@ -27,8 +27,29 @@ if TYPE_CHECKING:
 DYNAMIC_OPS = ("MatMul", "Gemm", "LSTM", "GRU", "Gather")
 # ops that only move data compute nothing, in whatever type
 _MOVES = frozenset(
-    "Cast Concat Constant ConstantOfShape DequantizeLinear Expand Flatten Gather Identity QuantizeLinear DynamicQuantizeLinear "
-    "Pad Range Reshape Shape Slice Split Squeeze Tile Transpose Unsqueeze".split()
+    [
+        "Cast",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "DequantizeLinear",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "QuantizeLinear",
+        "DynamicQuantizeLinear",
+        "Pad",
+        "Range",
+        "Reshape",
+        "Shape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    ]
 )
 _INTEGER_OPS = frozenset(("ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"))
 
@@ -48,7 +69,9 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
         try:
             quant_pre_process(str(source), str(prepared))
             if params["scheme"] == DYNAMIC_INT8:
-                quantize_dynamic(str(prepared), str(made), op_types_to_quantize=list(DYNAMIC_OPS), per_channel=True, weight_type=QuantType.QInt8)
+                quantize_dynamic(
+                    str(prepared), str(made), op_types_to_quantize=list(DYNAMIC_OPS), per_channel=True, weight_type=QuantType.QInt8
+                )
             else:
                 quantize_static(
                     str(prepared),
@@ -126,11 +149,15 @@ def _integer_edges(graph: Any) -> dict[str, tuple[float, int, int]]:
 
     values = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     edges = {}
-    for edge, op, side in [(item, "QuantizeLinear", "in") for item in graph.input] + [(item, "DequantizeLinear", "out") for item in graph.output]:
+    for edge, op, side in [(item, "QuantizeLinear", "in") for item in graph.input] + [
+        (item, "DequantizeLinear", "out") for item in graph.output
+    ]:
         nodes = [n for n in graph.node if n.op_type == op and edge.name in (n.input[:1] if side == "in" else n.output)]
         users = [n for n in graph.node if edge.name in n.input]
         if len(nodes) != 1 or (side == "in" and len(users) != 1):
-            raise StageError(f"quantize: io = \"int8\": '{edge.name}' is not quantized at the edge of the model; expected io = \"float32\" for it")
+            raise StageError(
+                f'quantize: io = "int8": \'{edge.name}\' is not quantized at the edge of the model; expected io = "float32" for it'
+            )
         node = nodes[0]
         inner = node.output[0] if side == "in" else node.input[0]
         for other in graph.node:

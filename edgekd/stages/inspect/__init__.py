@@ -30,7 +30,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:  # noqa: ARG
     """Return the one step."""
     teacher, evaluate = recipe.teacher, recipe.evaluate
     training = teacher.train
-    params = {
+    params: dict[str, Any] = {
         "splits": str(recipe.data.splits),
         "max_overlap": recipe.data.max_overlap,
         "inputs": [asdict(spec) for spec in recipe.student.inputs],
@@ -55,9 +55,13 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     job = context.work / "job.json"
     answer = context.work / "answer.json"
     answer.unlink(missing_ok=True)
-    job.write_text(json.dumps({"params": step.params, "recipe_dir": str(context.recipe_dir), "out": str(context.out), "answer": str(answer)}))
+    job.write_text(
+        json.dumps({"params": step.params, "recipe_dir": str(context.recipe_dir), "out": str(context.out), "answer": str(answer)})
+    )
     command = [sys.executable, "-m", "edgekd.stages.inspect.child", str(job)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as child:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as child:
         lines = _follow(child, context)
     found = _read(answer)
     if found is None:

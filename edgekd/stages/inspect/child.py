@@ -65,15 +65,19 @@ class Inspection:
             finally:
                 self.watch.active = False
                 files = self.watch.files()
-        names = {_portable(self.watch.name(path)): file_digest(Path(path)) for path in files if os.path.isfile(path)}
+        names = {_portable(self.watch.name(path)): file_digest(Path(path)) for path in files if Path(path).is_file()}
         weights = {self.params["weights"], self.params["file"]}  # an artifact of their own
-        code = {"files": {key: value for key, value in names.items() if key not in weights}, "modules": self.watch.packages() if files else {}}
+        code = {
+            "files": {key: value for key, value in names.items() if key not in weights},
+            "modules": self.watch.packages() if files else {},
+        }
         (self.out / f"{name}.code.json").write_text(json.dumps(code, indent=1, sort_keys=True) + "\n")
 
     def _data(self) -> None:
         where = self.params["splits"]
         found = splits.named(self._call(where), where)
-        counts, problems = {}, []
+        counts: dict[str, int] = {}
+        problems: list[str] = []
         for number, name in enumerate(splits.SPLITS):
             writer = splits.Writer(name, where, self.params["inputs"], self.out)
             if name not in found:
@@ -91,7 +95,11 @@ class Inspection:
         if problems:
             raise RecipeError(*(f"{where}: {problem}" for problem in problems))
         independent = splits.groups(found["evaluation"], counts["evaluation"], self.out)
-        self.summary |= {"splits": {name: self._split(name, count) for name, count in counts.items()}, "overlap": shared, "groups": independent}
+        self.summary |= {
+            "splits": {name: self._split(name, count) for name, count in counts.items()},
+            "overlap": shared,
+            "groups": independent,
+        }
 
     def _split(self, name: str, count: int) -> dict[str, Any]:
         import numpy as np
@@ -108,7 +116,10 @@ class Inspection:
         if self.params["file"] is not None:
             path = self.out / f"teacher{Path(self.params['file']).suffix}"
             shutil.copyfile(self.recipe_dir / self.params["file"], path)
-            self.summary["teacher"] = {"parameters": None, "outputs": self._probe(models.load_teacher(self.recipe_dir, None, path), self.params["file"])}
+            self.summary["teacher"] = {
+                "parameters": None,
+                "outputs": self._probe(models.load_teacher(self.recipe_dir, None, path), self.params["file"]),
+            }
             return
         module = models.student(self.recipe_dir, entry)
         if not self.params["taught"]:
@@ -137,12 +148,17 @@ class Inspection:
     def _compare(self) -> None:
         teacher, student = self.summary["teacher"]["outputs"], self.summary["student"]["outputs"]
         if teacher != student:
-            raise RecipeError(f"teacher and student give different outputs: the teacher {teacher[0]} classes, the student {student[0]}; expected the same")
+            raise RecipeError(
+                f"teacher and student give different outputs: the teacher {teacher[0]} classes, the student {student[0]}; expected the same"
+            )
         problems = []
         for name in splits.LABELLED:
             highest = max(map(int, self.summary["splits"][name]["classes"]))
             if highest >= student[0]:
-                problems.append(f"{self.params['splits']}: {name}: has the label {highest}, but teacher and student know {student[0]} classes (0 to {student[0] - 1})")
+                problems.append(
+                    f"{self.params['splits']}: {name}: has the label {highest}, but teacher and student know {student[0]} classes "
+                    f"(0 to {student[0] - 1})"
+                )
         if problems:
             raise RecipeError(*problems)
         self.summary["classes"] = student[0]
@@ -173,12 +189,16 @@ class Inspection:
         made = [found] if len(arrays) == 1 else list(found) if isinstance(found, tuple | list) else [found]
         shapes = [getattr(item, "shape", None) for item in made]
         if shapes != [array.shape for array in arrays]:
-            raise RecipeError(f"{self.params['augment']}: returned {_told(found)}; expected a batch of the same shapes {[list(a.shape) for a in arrays]}")
+            raise RecipeError(
+                f"{self.params['augment']}: returned {_told(found)}; expected a batch of the same shapes {[list(a.shape) for a in arrays]}"
+            )
 
     def _samples(self, count: int) -> list[np.ndarray]:
         import numpy as np
 
-        return [np.array(np.load(self.out / f"evaluation.inputs.{i}.npy", mmap_mode="r")[:count]) for i in range(len(self.params["inputs"]))]
+        return [
+            np.array(np.load(self.out / f"evaluation.inputs.{i}.npy", mmap_mode="r")[:count]) for i in range(len(self.params["inputs"]))
+        ]
 
     def _probe(self, answer: Callable[[list[np.ndarray]], np.ndarray], what: str) -> list[int]:
         """Try a model on one sample and on two; return the shape of an answer."""
@@ -188,7 +208,9 @@ class Inspection:
             arrays = self._samples(count)
             found = answer(arrays)
             if found.ndim != 2 or len(found) != len(arrays[0]):  # noqa: PLR2004  (samples, classes)
-                raise RecipeError(f"{what}: gives outputs of shape {list(found.shape)} for {len(arrays[0])} samples; expected (samples, classes)")
+                raise RecipeError(
+                    f"{what}: gives outputs of shape {list(found.shape)} for {len(arrays[0])} samples; expected (samples, classes)"
+                )
             if not np.isfinite(found).all():
                 raise RecipeError(f"{what}: gives outputs that are not finite (NaN or infinite)")
         return [int(size) for size in found.shape[1:]]
@@ -206,7 +228,9 @@ def _answering(module: Any) -> Callable[[list[np.ndarray]], np.ndarray]:
         with torch.inference_mode():
             found = usercode.call(module.eval(), entry, *(torch.from_numpy(array) for array in arrays))
         if not isinstance(found, torch.Tensor):
-            raise RecipeError(f"{type(module).__name__}: forward() returned {type(found).__name__}; expected one tensor of logits (samples, classes)")
+            raise RecipeError(
+                f"{type(module).__name__}: forward() returned {type(found).__name__}; expected one tensor of logits (samples, classes)"
+            )
         return found.float().numpy()
 
     return answer
@@ -218,7 +242,7 @@ def _entry(text: str | None) -> Entry:
 
 def _portable(name: str) -> str:
     """Return a name that is the same in two checkouts: files outside the recipe's folder lose theirs."""
-    return f"outside/{Path(name).name}" if os.path.isabs(name) else name
+    return f"outside/{Path(name).name}" if Path(name).is_absolute() else name
 
 
 def _told(found: object) -> str:
@@ -264,7 +288,13 @@ def main(path: str) -> None:
     except OSError as error:
         os_error, problems = error.errno, (error.strerror or str(error),)
     record = inspection.watch.record() if not problems else {}
-    answer = {"problems": problems, "os_error": os_error, "record": record, "notes": inspection.notes, "metrics": inspection.summary if not problems else {}}
+    answer = {
+        "problems": problems,
+        "os_error": os_error,
+        "record": record,
+        "notes": inspection.notes,
+        "metrics": inspection.summary if not problems else {},
+    }
     Path(job["answer"]).write_text(json.dumps(answer))
 
 

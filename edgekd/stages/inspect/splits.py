@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 LABELLED = ("train", "validation", "evaluation")
 NEEDED = ("train", "validation", "calibration", "evaluation")
 SPLITS = (*NEEDED, "unlabelled")
-_PAIRS = (("train", "validation"), ("train", "evaluation"), ("validation", "evaluation"), ("calibration", "validation"), ("calibration", "evaluation"))
+_PAIRS = (
+    ("train", "validation"),
+    ("train", "evaluation"),
+    ("validation", "evaluation"),
+    ("calibration", "validation"),
+    ("calibration", "evaluation"),
+)
 
 
 def named(found: object, where: str) -> dict[str, Any]:
@@ -29,11 +35,17 @@ def named(found: object, where: str) -> dict[str, Any]:
     """
     if not isinstance(found, Mapping):
         raise RecipeError(f"{where}: returned {type(found).__name__}; expected a mapping with the splits {', '.join(NEEDED)}")
-    problems = [f"{where}: lacks the split '{name}'; expected {', '.join(NEEDED)}, and unlabelled if there is one" for name in NEEDED if name not in found]
+    problems = [
+        f"{where}: lacks the split '{name}'; expected {', '.join(NEEDED)}, and unlabelled if there is one"
+        for name in NEEDED
+        if name not in found
+    ]
     problems += [f"{where}: '{name}' is not a split; {expected_one_of(str(name), SPLITS)}" for name in found if name not in SPLITS]
     for name, data in found.items():
         if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
-            problems.append(f"{where}: split '{name}' is {type(data).__name__}; expected a map-style torch data set, with __len__ and __getitem__")
+            problems.append(
+                f"{where}: split '{name}' is {type(data).__name__}; expected a map-style torch data set, with __len__ and __getitem__"
+            )
         elif len(data) == 0:
             problems.append(f"{where}: split '{name}' is empty; expected at least one sample")
     if problems:
@@ -57,7 +69,9 @@ class Writer:
 
         count = len(data)
         first_inputs, first_label = self._sample(data, 0)
-        arrays = [_reserved(self.out / f"{self.split}.inputs.{i}.npy", array.dtype, (count, *array.shape)) for i, array in enumerate(first_inputs)]
+        arrays = [
+            _reserved(self.out / f"{self.split}.inputs.{i}.npy", array.dtype, (count, *array.shape)) for i, array in enumerate(first_inputs)
+        ]
         labels: list[Any] = []
         for index in range(count):
             inputs, label = (first_inputs, first_label) if index == 0 else self._sample(data, index)
@@ -68,7 +82,9 @@ class Writer:
                 progress(index / count)
         for index in sorted({0, count // 2, count - 1}):
             if any(not np.array_equal(array[index], item) for array, item in zip(arrays, self._sample(data, index)[0], strict=True)):
-                raise RecipeError(f"{self.where}: sample {index} differs when it is read twice; augmentation belongs into teacher.train.augment")
+                raise RecipeError(
+                    f"{self.where}: sample {index} differs when it is read twice; augmentation belongs into teacher.train.augment"
+                )
         for array in arrays:
             self._check_finite(array)
             array.flush()
@@ -85,9 +101,11 @@ class Writer:
     def _sample(self, data: Any, index: int) -> tuple[list[np.ndarray], Any]:
         try:
             item = data[index]
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (the boundary to the user's code)
+        except (Exception, SystemExit) as error:
             text = str(error).strip().splitlines()
-            raise RecipeError(f"{self.where}: reading sample {index} raised {type(error).__name__}" + (f": {text[0]}" if text else "")) from error
+            raise RecipeError(
+                f"{self.where}: reading sample {index} raised {type(error).__name__}" + (f": {text[0]}" if text else "")
+            ) from error
         label = None
         if self.split in LABELLED:
             if not isinstance(item, tuple | list) or len(item) != 2:  # noqa: PLR2004  (input and label)
@@ -109,10 +127,14 @@ class Writer:
         wanted = tuple(spec["shape"][1:])
         if array.shape != wanted:
             raise RecipeError(
-                f"{self.where}: sample {index}: input '{spec['name']}' has shape {list(array.shape)}; expected {list(wanted)}, as student.inputs says"
+                f"{self.where}: sample {index}: input '{spec['name']}' has shape {list(array.shape)}; "
+                f"expected {list(wanted)}, as student.inputs says"
             )
         if array.dtype.name != spec["dtype"]:
-            raise RecipeError(f"{self.where}: sample {index}: input '{spec['name']}' is {array.dtype.name}; expected {spec['dtype']}, as student.inputs says")
+            raise RecipeError(
+                f"{self.where}: sample {index}: input '{spec['name']}' is {array.dtype.name}; "
+                f"expected {spec['dtype']}, as student.inputs says"
+            )
         return array
 
     def _check_finite(self, array: np.ndarray) -> None:
@@ -123,7 +145,9 @@ class Writer:
         for start in range(0, len(array), 4096):
             bad = np.flatnonzero(~np.isfinite(array[start : start + 4096]).reshape(len(array[start : start + 4096]), -1).all(axis=1))
             if len(bad):
-                raise RecipeError(f"{self.where}: sample {start + bad[0]} has an input that is not finite (NaN or infinite); expected finite numbers")
+                raise RecipeError(
+                    f"{self.where}: sample {start + bad[0]} has an input that is not finite (NaN or infinite); expected finite numbers"
+                )
 
     def _labels(self, labels: list[Any]) -> np.ndarray:
         import numpy as np
@@ -153,7 +177,9 @@ def overlaps(out: Path, specs: Sequence[Mapping[str, Any]], allowed: int) -> tup
     digests = {}
     for split in NEEDED:
         arrays = [np.load(out / f"{split}.inputs.{i}.npy", mmap_mode="r") for i in range(len(specs))]
-        digests[split] = [hashlib.blake2b(b"".join(array[row].tobytes() for array in arrays), digest_size=16).digest() for row in range(len(arrays[0]))]
+        digests[split] = [
+            hashlib.blake2b(b"".join(array[row].tobytes() for array in arrays), digest_size=16).digest() for row in range(len(arrays[0]))
+        ]
     problems, counts = [], {}
     for first, second in _PAIRS:
         inside = set(digests[first])
@@ -162,13 +188,17 @@ def overlaps(out: Path, specs: Sequence[Mapping[str, Any]], allowed: int) -> tup
         if len(shared) > allowed:
             rows = ", ".join(map(str, shared[:3]))
             problems.append(
-                f"splits {first} and {second} overlap: {len(shared)} of {len(digests[second])} samples of {second} (first: {rows}) stand in {first} too; "
+                f"splits {first} and {second} overlap: {len(shared)} of {len(digests[second])} samples of {second} "
+                f"(first: {rows}) stand in {first} too; "
                 f"expected at most data.max_overlap = {allowed}"
             )
     train = set(digests["train"])
     strange = sum(item not in train for item in digests["calibration"])
     if strange:
-        problems.append(f"split calibration: {strange} of {len(digests['calibration'])} samples are not in train; expected samples of the training split")
+        problems.append(
+            f"split calibration: {strange} of {len(digests['calibration'])} samples are not in train; "
+            "expected samples of the training split"
+        )
     return problems, counts
 
 
@@ -181,13 +211,15 @@ def groups(data: Any, count: int, out: Path) -> int:
         ids = np.arange(count)
     else:
         if len(found) != count:
-            raise RecipeError(f"split evaluation: its attribute 'groups' has {len(found)} items; expected one for each of the {count} samples")
+            raise RecipeError(
+                f"split evaluation: its attribute 'groups' has {len(found)} items; expected one for each of the {count} samples"
+            )
         ids = np.unique(np.asarray(found), return_inverse=True)[1]
     np.save(out / "evaluation.groups.npy", ids.astype(np.int64))
-    return int(len(np.unique(ids)))
+    return len(np.unique(ids))
 
 
-def _reserved(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _reserved(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
     """Return a memory-mapped array whose room on the disk is reserved: a full disk is an error now, not a signal later."""
     import numpy as np
 

@@ -19,7 +19,13 @@ from edgekd.digests import env_digest, file_digest, listing_digest, tool_version
 _OURS = Path(__file__).resolve().parents[2]
 _ENVIRONMENT = tuple(
     str(Path(folder).resolve()) + os.sep
-    for folder in {*sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages(), sys.base_prefix + "/lib", str(_OURS)}
+    for folder in {
+        *sysconfig.get_paths().values(),
+        *site.getsitepackages(),
+        site.getusersitepackages(),
+        sys.base_prefix + "/lib",
+        str(_OURS),
+    }
 )
 _ELSEWHERE = ("/proc/", "/sys/", "/dev/")
 _OWN = {"torch", "numpy", "safetensors", "onnxruntime", "edgekd"}  # their versions are in every key that they touch
@@ -67,9 +73,18 @@ class Watch:
 
     def record(self) -> dict[str, Any]:
         """Return all that was read, as the fields of ``ports.Record``."""
-        files = {self.name(path): file_digest(Path(path)) if os.path.isfile(path) else None for path in sorted(self.read) if not os.path.isdir(path)}
+        files = {
+            self.name(path): file_digest(Path(path)) if Path(path).is_file() else None
+            for path in sorted(self.read)
+            if not Path(path).is_dir()
+        }
         listings = {self.name(path): listing_digest(Path(path)) for path in sorted(self.listed)}
-        return {"files": files, "listings": listings, "env": {name: env_digest(name) for name in sorted(self.env)}, "modules": self.packages()}
+        return {
+            "files": files,
+            "listings": listings,
+            "env": {name: env_digest(name) for name in sorted(self.env)},
+            "modules": self.packages(),
+        }
 
     def name(self, path: str) -> str:
         """Return a path as the record holds it: relative to the recipe's folder where it lies inside."""
@@ -121,6 +136,13 @@ def _is_environment(real: str) -> bool:
 
 def _called_by_user() -> bool:
     frame = sys._getframe(2)  # noqa: SLF001  (no public way that is as cheap)
-    while frame is not None and Path(frame.f_code.co_filename).name in {"os.py", "_collections_abc.py"} | {"<frozen os>", "<frozen _collections_abc>"}:
+    while frame is not None and Path(frame.f_code.co_filename).name in {"os.py", "_collections_abc.py"} | {
+        "<frozen os>",
+        "<frozen _collections_abc>",
+    }:
         frame = frame.f_back  # type: ignore[assignment]  # ends with None
-    return frame is not None and not frame.f_code.co_filename.startswith("<") and not _is_environment(os.path.realpath(frame.f_code.co_filename))
+    return (
+        frame is not None
+        and not frame.f_code.co_filename.startswith("<")
+        and not _is_environment(os.path.realpath(frame.f_code.co_filename))
+    )

@@ -33,7 +33,7 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         if self.training:
-            x = x * (1 + 0.01 * random.random() + 0.01 * np.random.rand())  # noqa: NPY002, S311
+            x = x * (1 + 0.01 * random.random() + 0.01 * np.random.rand())  # noqa: NPY002
         return self.head(self.body(x))
 
 
@@ -88,7 +88,7 @@ def test_the_same_job_gives_the_same_bytes_and_learns(tmp_path, optimizer):
     runs = []
     for name in "ab":
         (tmp_path / name).mkdir()
-        torch.manual_seed(random.randrange(2**31))  # noqa: S311  (what was drawn before must not matter)
+        torch.manual_seed(random.randrange(2**31))
         runs.append(packed(train.fit(job(optimizer=optimizer), tmp_path / name, quiet)))
     assert runs[0] == runs[1]
     curve = runs[0][1]
@@ -123,7 +123,7 @@ def test_a_run_that_stops_anywhere_ends_in_the_same_bytes(tmp_path, optimizer):
     (tmp_path / "whole").mkdir()
     told = []
     whole = packed(train.fit(job(optimizer=optimizer), tmp_path / "whole", lambda *line: told.append(line)))
-    chosen = random.Random(8)  # noqa: S311
+    chosen = random.Random(8)
     for attempt in range(4):
         work = tmp_path / str(attempt)
         work.mkdir()
@@ -169,9 +169,9 @@ def _kill_and_go_on(tmp_path, times):
     (tmp_path / "whole").mkdir()
     whole, _ = packed(train.fit(job(epochs=12), tmp_path / "whole", quiet))
     command = [sys.executable, "-c", CHILD, str(Path(__file__)), str(tmp_path)]
-    chosen, killed = random.Random(5), 0  # noqa: S311
+    chosen, killed = random.Random(5), 0
     for _ in range(times):
-        child = subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: S603  (our own interpreter)
+        child = subprocess.Popen(command, stdout=subprocess.PIPE)
         child.stdout.readline()
         before = (tmp_path / train.CHECKPOINT).stat().st_mtime_ns if (tmp_path / train.CHECKPOINT).exists() else 0
         patience = chosen.choice([0, 0, 0.002, 0.02])
@@ -187,7 +187,7 @@ def _kill_and_go_on(tmp_path, times):
         if (tmp_path / "weights").exists():
             break
     assert killed >= 2
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert (tmp_path / "weights").read_bytes() == whole
 
 
