@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd import conclude, config, pipeline, registry
+from edgekd import conclude, config, pipeline, registry, telling
 from edgekd.cache import Cache
+from edgekd.case import Case
 from edgekd.digests import digest
 from edgekd.domain.verdict import Outcome
 from edgekd.errors import RecipeError
@@ -72,7 +73,7 @@ def build(request: Request, teller: Teller) -> list[Result]:
         results = []
         for target in plan.targets:
             concluded = conclude.conclude(
-                conclude.Case(plan, target, done, folders[target.name], read, request.inconclusive_ok, request.remeasure), teller
+                Case(plan, target, done, folders[target.name], read, request.inconclusive_ok, request.remeasure), teller
             )
             results.append(Result(concluded.document, concluded.standing, _exit_code(concluded.document, request)))
         if request.depfile is not None:
@@ -122,7 +123,7 @@ def measure_files(models: Sequence[Path], target_name: str, threads: Sequence[in
 
     target = config.load_target(target_name, runner.facts())
     with teller.step("measure") as progress:
-        return conclude.measured_rows(measure.measure_files(models, target, threads, registry.device("local"), progress))
+        return telling.measured_rows(measure.measure_files(models, target, threads, registry.device("local"), progress))
 
 
 def _plan(recipe_path: Path, names: tuple[str, ...]) -> Plan:
@@ -142,7 +143,7 @@ def _warner(plan: Plan, teller: Teller) -> Callable[[Step, Mapping[str, Done]], 
     def before(step: Step, done: Mapping[str, Done]) -> None:
         if step.stage in TRAINING and not told:
             told.append(step.id)
-            for line in conclude.provable_warnings(plan, done):
+            for line in telling.provable_warnings(plan, done):
                 teller.say(f"warning: {line}")
 
     return before

@@ -227,11 +227,11 @@ def _check_evaluate(reader: Reader, recipe: Recipe) -> None:
 def _check_target(reader: Reader, target: Target, path: Path) -> None:
     if path.parent == _profiles() and target.name != path.stem:
         reader.problem("name", f"'{target.name}'; expected the file's name, '{path.stem}'")
-    known = registry.names("runtimes")
     names = [entry.name for entry in target.runtimes]
     for index, entry in enumerate(target.runtimes):
         key = f"runtimes[{index}]"
-        if entry.name not in known:
+        if not registry.knows("runtimes", entry.name):
+            known = registry.names("runtimes")
             reader.problem(f"{key}.name", f"'{entry.name}' is not a runtime; {expected_one_of(entry.name, known)}")
         if names.index(entry.name) != index:
             reader.problem(f"{key}.name", f"'{entry.name}' is there twice; expected each runtime once")

@@ -20,6 +20,11 @@ def names(kind: str) -> tuple[str, ...]:
     return tuple(sorted({module.name for module in pkgutil.iter_modules(package.__path__)} | set(_entry_points(kind))))
 
 
+def knows(kind: str, name: str) -> bool:
+    """Return whether there is one of that name; plug-ins are asked only for a name that is not built in."""
+    return _is_built_in(kind, name) or name in _entry_points(kind)
+
+
 def runtime(name: str) -> Runtime:
     """Return a runtime.
 
@@ -39,13 +44,17 @@ def device(kind: str) -> Device:
 
 
 def _load(kind: str, name: str) -> Any:
-    if name.isidentifier() and importlib.util.find_spec(f"edgekd.{kind}.{name}") is not None:
+    if _is_built_in(kind, name):
         return importlib.import_module(f"edgekd.{kind}.{name}")
     offered = _entry_points(kind)
     if name in offered:
         return offered[name].load()
     message = f"'{name}' is not one of edgekd's {kind}; {expected_one_of(name, names(kind))}"
     raise RecipeError(message)
+
+
+def _is_built_in(kind: str, name: str) -> bool:
+    return name.isidentifier() and importlib.util.find_spec(f"edgekd.{kind}.{name}") is not None
 
 
 def _entry_points(kind: str) -> dict[str, Any]:

@@ -37,9 +37,9 @@ ARM_CORES = {
 }
 # psABI levels, by the flags of /proc/cpuinfo (x86-64 psABI supplement, table 3.1)
 X86_LEVELS = (
-    ("x86-64-v2", {"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"}),
-    ("x86-64-v3", {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}),
-    ("x86-64-v4", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
+    (2, {"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"}),
+    (3, {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}),
+    (4, {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
 )
 
 
@@ -79,11 +79,12 @@ def instruction_set(arch, features):
     """Return the name of an instruction set as accuracies carry it."""
     have = set(features)
     if arch == "x86_64":
-        name = "x86-64-v1"
-        for level, needed in X86_LEVELS:
+        level = 1
+        for number, needed in X86_LEVELS:
             if not needed <= have:
                 break
-            name = level
+            level = number
+        name = "x86-64-v%d" % level
         marks = [("avx512_vnni", "vnni"), ("avx_vnni", "avxvnni")]
     else:
         name = arch

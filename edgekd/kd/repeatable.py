@@ -42,7 +42,7 @@ def repeatable(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     was_on, was_warning = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     was_filling = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # set through a module class
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  (the global generator is what user code uses)
     try:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(mode=True)
@@ -53,7 +53,7 @@ def repeatable(threads: int) -> Iterator[None]:
         torch.use_deterministic_algorithms(was_on, warn_only=was_warning)
         deterministic.fill_uninitialized_memory = was_filling  # type: ignore[attr-defined]
         torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
+        np.random.set_state(states[1])  # noqa: NPY002  (the same)
         random.setstate(states[2])
 
 

@@ -13,7 +13,7 @@ def number(value: float | None, unit: str = "") -> str:
     """Return a number with four significant digits, or ``unknown``."""
     if value is None:
         return "unknown"
-    text = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"  # noqa: PLR2004
+    text = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"  # noqa: PLR2004  (from there on digits are noise)
     return f"{text} {unit}".rstrip() if unit not in {"x", "%"} else f"{text}{' ' if unit == '%' else ''}{unit}"
 
 

@@ -63,13 +63,15 @@ OTHER = {
     "teacher.file": "teacher.onnx",
     "teacher.train.optimizer": "sgd",
     "distill.optimizer": "sgd",
-    "distill.losses[1].temperature": 2.0,
-    "distill.losses[0].kind": "ce",
-    "distill.losses[1].kind": "kl",
+    "distill.losses": (words.Loss("ce"),),
     "cpu.isa": "x86-64",
     "cpu.lacks": ("avx2",),
     "device.arch": "x86_64",
     "device.kinds": ("adb",),
+    "runtimes[0].version": "==2.3.*",
+    "runtimes[1].version": "==1.32.*",
+    "runtimes[0].delegate": "xnnpack",
+    "runtimes[1].delegate": "xnnpack",
     "device.qemu_cpu": "cortex-a72",
     "protocol.governor": "performance",
     "protocol.max_temp_c": 75,
@@ -77,7 +79,15 @@ OTHER = {
     "runtimes": (profile.RuntimeEntry("litert", "ai-edge-litert", (1, 4)),),
     "target": {"board": words.ForTarget(words.Budget(max_size_kib=1.0), words.Quantize())},
 }
-SKIPPED = {"schema", "runtimes[0].name", "runtimes[1].name"}  # one value only; another runtime is another list
+# one value only, or not without another field: another runtime, another loss is another list
+SKIPPED = {
+    "schema",
+    "runtimes[0].name",
+    "runtimes[1].name",
+    "distill.losses[0].kind",
+    "distill.losses[1].kind",
+    "distill.losses[1].temperature",
+}
 
 
 def _leaves(value, path=""):
@@ -86,7 +96,7 @@ def _leaves(value, path=""):
         for field in dataclasses.fields(value):
             yield from _leaves(getattr(value, field.name), f"{path}.{field.name}" if path else field.name)
     elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-        if path == "runtimes":
+        if path in OTHER:
             yield path, value
         for index, item in enumerate(value):
             yield from _leaves(item, f"{path}[{index}]")

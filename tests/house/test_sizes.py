@@ -62,6 +62,8 @@ def test_functions_are_short(path):
 
 @pytest.mark.parametrize("path", CODE, ids=_id)
 def test_a_file_names_its_license_and_its_module_says_what_it_is(path):
+    if path.parent.name == "templates":  # becomes the user's own
+        return
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# SPDX-License-Identifier: Apache-2.0"
     assert path.stem not in VAGUE

@@ -45,7 +45,7 @@ def variant(scheme: str, cpu_features: Sequence[str], arch: str) -> Mapping[str,
     return {}
 
 
-def why_unfit(scheme: str, variant: Mapping[str, Json], instruction_set: str) -> str | None:  # noqa: ARG001
+def why_unfit(scheme: str, variant: Mapping[str, Json], instruction_set: str) -> str | None:  # noqa: ARG001  (the same)
     """Return None: XNNPACK's int8 kernels were seen to be bit-identical between x86 and ARM."""
     return None
 

@@ -111,7 +111,7 @@ class Writer:
             if not isinstance(item, tuple | list) or len(item) != 2:  # noqa: PLR2004  (input and label)
                 raise RecipeError(f"{self.where}: sample {index} is {_kind(item)}; expected a pair (input, label)")
             item, label = item
-        elif isinstance(item, tuple | list) and len(item) == 2 and (len(self.specs) == 1 or isinstance(item[0], tuple | list)):  # noqa: PLR2004
+        elif isinstance(item, tuple | list) and len(item) == 2 and (len(self.specs) == 1 or isinstance(item[0], tuple | list)):  # noqa: PLR2004  (a pair)
             item = item[0]  # a label that comes along is not read
         parts = list(item) if isinstance(item, tuple | list) else [item]
         if len(parts) != len(self.specs):

@@ -12,9 +12,12 @@ import site
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgekd.digests import env_digest, file_digest, listing_digest, tool_version
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 _OURS = Path(__file__).resolve().parents[2]
 _ENVIRONMENT = tuple(
@@ -28,6 +31,7 @@ _ENVIRONMENT = tuple(
     }
 )
 _ELSEWHERE = ("/proc/", "/sys/", "/dev/")
+_MAPPING = {"os", "os.py", "_collections_abc", "_collections_abc.py"}
 _OWN = {"torch", "numpy", "safetensors", "onnxruntime", "edgekd"}  # their versions are in every key that they touch
 
 
@@ -101,7 +105,7 @@ class Watch:
                 self._note(self.read, path)
         elif event in {"os.listdir", "os.scandir"}:
             path = arguments[0]
-            if sys._getframe(1).f_code.co_filename.startswith("<frozen importlib"):  # noqa: SLF001
+            if sys._getframe(1).f_code.co_filename.startswith("<frozen importlib"):  # noqa: SLF001  (as cheap as a look gets)
                 return  # the import system looks around; what it finds stands in sys.modules
             if path is None or isinstance(path, str | bytes | os.PathLike):
                 self._note(self.listed, path or ".")
@@ -127,7 +131,7 @@ class Watch:
                 watch.env[key] = None
             return original(environ, key)
 
-        os._Environ.__getitem__ = getitem  # type: ignore[method-assign]  # noqa: SLF001
+        os._Environ.__getitem__ = getitem  # type: ignore[method-assign]  # noqa: SLF001  (put there on purpose)
 
 
 def _is_environment(real: str) -> bool:
@@ -135,14 +139,10 @@ def _is_environment(real: str) -> bool:
 
 
 def _called_by_user() -> bool:
-    frame = sys._getframe(2)  # noqa: SLF001  (no public way that is as cheap)
-    while frame is not None and Path(frame.f_code.co_filename).name in {"os.py", "_collections_abc.py"} | {
-        "<frozen os>",
-        "<frozen _collections_abc>",
-    }:
-        frame = frame.f_back  # type: ignore[assignment]  # ends with None
-    return (
-        frame is not None
-        and not frame.f_code.co_filename.startswith("<")
-        and not _is_environment(os.path.realpath(frame.f_code.co_filename))
-    )
+    """Return whether the nearest caller outside the mapping's own code is a file of the user."""
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001  (no public way that is as cheap)
+    while frame is not None and Path(frame.f_code.co_filename).name.strip("<>").removeprefix("frozen ") in _MAPPING:
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_filename.startswith("<"):
+        return False
+    return not _is_environment(os.path.realpath(frame.f_code.co_filename))

@@ -12,7 +12,7 @@ from edgekd.kd.repeatable import derive, keep, kept, repeatable, seed_all
 
 
 def draws():
-    return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]  # noqa: NPY002
+    return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]  # noqa: NPY002  (as user code does)
 
 
 def test_every_generator_starts_anew_from_a_seed():

@@ -33,7 +33,7 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         if self.training:
-            x = x * (1 + 0.01 * random.random() + 0.01 * np.random.rand())  # noqa: NPY002
+            x = x * (1 + 0.01 * random.random() + 0.01 * np.random.rand())  # noqa: NPY002  (as user code does)
         return self.head(self.body(x))
 
 

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report tells of one target, gathered from steps, scores and measurements."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from edgekd.case import artifacts, concerns, model_of, read_json, teacher_of
+from edgekd.domain.units import fraction_to_pp
+from edgekd.domain.verdict import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgekd.case import Case, Scores
+    from edgekd.domain.artifact import Artifact, Candidate
+    from edgekd.domain.measurement import Measurement
+    from edgekd.pipeline import Done
+    from edgekd.plan import Plan
+    from edgekd.stages import gate, select
+
+
+def provable_warnings(plan: Plan, done: Mapping[str, Done]) -> list[str]:
+    """Return warnings where a budget is below what the evaluation set can prove."""
+    from edgekd import stats
+
+    independent = int(done["inspect"].entry.metrics["groups"])  # type: ignore[arg-type]  # inspect's own number
+    best, usual = map(fraction_to_pp, stats.provable_drop(independent))
+    told = []
+    for target in plan.targets:
+        limit = plan.recipe.for_target(target.name).budget.max_accuracy_drop_pp
+        if limit is not None and limit < usual:
+            verdict = "cannot pass, whatever the student" if limit < best else "may well end INCONCLUSIVE"
+            told.append(
+                f"{target.name}: {independent} independent evaluation samples prove a drop of {usual:.2f} pp where 5 % of answers differ "
+                f"({best:.2f} pp at best); the budget max_accuracy_drop_pp = {limit:g} {verdict}"
+            )
+    return told
+
+
+def measured_rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """Return measurements of model files as rows; the speed-up is against the first file at the same threads."""
+    rows = []
+    for item in measurements:
+        first = next(other for other in measurements if other.subject == measurements[0].subject)
+        reference = next((other for other in measurements if other.subject == first.subject and other.threads == item.threads), None)
+        rows.append({"model": item.subject, **_latency(item, None if reference is item else reference), "notes": list(item.notes)})
+    return rows
+
+
+def parts(
+    case: Case,
+    scored: Scores,
+    accuracies: Mapping[str, gate.Accuracy],
+    options: Sequence[select.Option],
+    choice: select.Choice,
+    measurements: Sequence[Measurement],
+) -> dict[str, Any]:
+    """Return all that a report tells but for the verdict."""
+    from edgekd import scores
+
+    inspected = case.done["inspect"].entry.metrics
+    chosen = choice.option.candidate
+    own = scored.of[chosen.evaluate_step]
+    rows = [_candidate_row(case, scored, accuracies[option.candidate.id], option, choice, measurements) for option in options]
+    steps = [
+        {"step": name, "key": item.entry.key[:12], "hit": item.hit, "seconds": item.entry.seconds}
+        for name, item in case.done.items()
+        if concerns(case, name)
+    ]
+    tools = {tool: version for item in case.done.values() for tool, version in item.entry.material["tools"].items()}
+    teacher_threads = [item for item in measurements if item.subject == "teacher"]
+    return {
+        "recipe": case.plan.recipe.name,
+        "target": {"name": case.target.name, "title": case.target.title},
+        "choice": next(row for row in rows if row["id"] == chosen.id)
+        | {"threads": choice.threads, "selected_by": choice.selected_by, "speedup": _speedup(choice.measurement, measurements)},
+        "candidates": rows,
+        "teacher": {
+            "parameters": inspected["teacher"]["parameters"],  # type: ignore[call-overload,index]  # inspect's own mapping
+            "accuracy": scored.teacher.accuracy,
+            "interval": scores.interval_row(scores.accuracy_interval(scored.teacher, scored.groups)),
+            "latency": [_latency(item, None) for item in teacher_threads],
+        },
+        "student": {"parameters": inspected["student"]["parameters"], "curve": read_json(artifacts(case, "distill")["curve.json"])},  # type: ignore[call-overload,index]
+        "charges": _charges(scored, chosen),
+        "classes": dict(accuracies[chosen.id].classes),
+        "inherited": scores.inherited(scored.teacher, own, scored.labels),
+        "instruction_set": own.instruction_set,
+        "environment": dict(measurements[0].environment) if measurements else None,
+        "steps": steps,
+        "tools": tools,
+        "notes": _notes(case, measurements),
+        "measured_at": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _candidate_row(
+    case: Case, scored: Scores, accuracy: gate.Accuracy, option: select.Option, choice: select.Choice, measurements: Sequence[Measurement]
+) -> dict[str, Any]:
+    from edgekd import scores
+
+    candidate = option.candidate
+    return {
+        "id": candidate.id,
+        "runtime": candidate.runtime,
+        "scheme": candidate.scheme,
+        "rung": candidate.rung,
+        "size_bytes": option.size_bytes,
+        "digest": model_of(case, candidate).digest,
+        "float_ops": option.float_ops,
+        "accuracy": accuracy.value,
+        "interval": scores.interval_row(accuracy.interval),
+        "drop": scores.as_row(accuracy.drop),
+        "agreement": scores.agreement(scored.teacher, scored.of[candidate.evaluate_step]),
+        "outcome": option.accuracy.value,
+        "latency": [_latency(item, teacher_of(item, measurements)) for item in option.measurements],
+        "why_not": choice.why_not.get(candidate.id),
+        "notes": list(case.done[candidate.model_step].entry.notes),
+    }
+
+
+def _latency(item: Measurement, reference: Measurement | None) -> dict[str, Any]:
+    from edgekd import stats
+
+    samples = item.samples_ns()
+    found: dict[str, Any] = {
+        "runtime": item.runtime,
+        "runtime_version": item.runtime_version,
+        "threads": item.threads,
+        "runs": len(samples),
+    }
+    for name, quantile in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
+        value, interval = stats.quantile_interval(samples, quantile)
+        found[name] = {"ms": value / 1e6, "interval": None if interval is None else [interval.low / 1e6, interval.high / 1e6]}
+    found["first_ms"], found["load_ms"] = item.first_ns / 1e6, item.load_ns / 1e6
+    found["peak_rss_mib"] = None if item.peak_rss_bytes is None else item.peak_rss_bytes / 2**20
+    found["speedup"] = None if reference is None else _ratio(reference, item)
+    return found
+
+
+def _speedup(measurement: Measurement | None, measurements: Sequence[Measurement]) -> dict[str, Any] | None:
+    teacher = teacher_of(measurement, measurements)
+    return None if teacher is None or measurement is None else _ratio(teacher, measurement)
+
+
+def _ratio(reference: Measurement, item: Measurement) -> dict[str, Any]:
+    from edgekd import stats
+
+    value, interval = stats.ratio_of_medians(reference.blocks_ns, item.blocks_ns)
+    return {"x": value, "interval": [interval.low, interval.high]}
+
+
+def _charges(scored: Scores, chosen: Candidate) -> list[dict[str, Any]]:
+    """Return what each stage cost, in points, each paired with what went in."""
+    from edgekd import scores
+
+    student = scored.of["evaluate/student"]
+    exported = scored.of[f"evaluate/export/student/{chosen.runtime}"]
+    pairs = [("distill", scored.teacher, student), ("export", student, exported)]
+    if chosen.evaluate_step != f"evaluate/export/student/{chosen.runtime}":
+        pairs.append(("quantize", exported, scored.of[chosen.evaluate_step]))
+    pairs.append(("in all", scored.teacher, scored.of[chosen.evaluate_step]))
+    return [{"stage": name, **scores.as_row(scores.difference(first, second, scored.groups))} for name, first, second in pairs]
+
+
+def _notes(case: Case, measurements: Sequence[Measurement]) -> list[str]:
+    notes = [note for name in ("inspect",) for note in case.done[name].entry.notes]
+    notes += [note for name, item in case.done.items() if name.startswith("export/teacher/") for note in item.entry.notes]
+    notes += provable_warnings(case.plan, case.done) if len(case.plan.targets) == 1 else []
+    notes += sorted({note for item in measurements for note in item.notes})
+    return notes
+
+
+def manifest(case: Case, told: Mapping[str, Any], name: str, model: Artifact) -> dict[str, Any]:
+    """Return the manifest: digests of what went in and what came out, and versions."""
+    manifest: dict[str, Any] = {
+        "schema": 1,
+        "recipe": case.plan.recipe.name,
+        "target": case.target.name,
+        "outcome": told["outcome"],
+        "inputs": dict(case.read),
+        "outputs": {name: {"sha256": model.digest, "bytes": model.size_bytes}},
+        "candidate": told["choice"]["id"],
+        "steps": {row["step"]: row["key"] for row in told["steps"]},
+        "tools": told["tools"],
+    }
+    if told["inconclusive_ok"] and told["outcome"] == Outcome.INCONCLUSIVE:
+        manifest["inconclusive-ok"] = True
+    return manifest
