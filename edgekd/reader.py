@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -97,8 +98,8 @@ class Reader:
             return float(value)
         if type(value) is not hint:
             return self.problem(key, f"{_found(value)}; expected {_KINDS[hint]}")
-        if hint is float and value != value:  # noqa: PLR0124  (nan)
-            return self.problem(key, "nan; expected a number")
+        if hint is float and not math.isfinite(typing.cast("float", value)):
+            return self.problem(key, f"{value}; expected a number")
         return value
 
     def _breaks(self, rules: list[Any], value: Any, key: str) -> bool:

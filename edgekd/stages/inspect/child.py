@@ -36,7 +36,7 @@ class Inspection:
         self.params = job["params"]
         self.recipe_dir, self.out = Path(job["recipe_dir"]), Path(job["out"])
         self.running = Path(job["answer"]).with_name("running.txt")
-        self.watch = Watch(self.recipe_dir, self.out.parent)
+        self.watch = Watch(self.recipe_dir, (self.out, self.running.parent))
         self.notes: list[str] = []
         self.summary: dict[str, Any] = {"inputs": self.params["inputs"]}
 

@@ -38,9 +38,9 @@ _OWN = {"torch", "numpy", "safetensors", "onnxruntime", "edgekd"}  # their versi
 class Watch:
     """Collects what is read; ``phase()`` starts a new set of code files."""
 
-    def __init__(self, recipe_dir: Path, own: Path) -> None:
+    def __init__(self, recipe_dir: Path, own: tuple[Path, ...]) -> None:
         self.recipe_dir = recipe_dir.resolve()
-        self._own = str(own.resolve()) + os.sep
+        self._own = tuple(str(folder.resolve()) + os.sep for folder in own)
         self.read: dict[str, None] = {}
         self.listed: dict[str, None] = {}
         self.env: dict[str, None] = {}
@@ -120,7 +120,7 @@ class Watch:
             where[real] = None
 
     def _is_users(self, real: str) -> bool:
-        return not (_is_environment(real) or real.startswith((*_ELSEWHERE, self._own)))
+        return not (_is_environment(real) or real.startswith((*_ELSEWHERE, *self._own)))
 
     def _patch_environ(self) -> None:
         original = os._Environ.__getitem__  # noqa: SLF001  (the one place where all reads pass)

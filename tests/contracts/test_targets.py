@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every profile that edgekd ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgekd import config, registry
+from edgekd.harness import runner
+
+PROFILES = sorted((Path(__file__).parents[2] / "targets").glob("*.toml"))
+X86 = {
+    "arch": "x86_64", "core": "any", "features": ["avx2", "fma", "sse4_2", "ssse3", "popcnt", "avx"], "instruction_set": "x86-64-v3",
+    "cores": 2, "mhz": 2000, "memory_bytes": 2**33, "storage_bytes": 2**36,
+}  # fmt: skip
+
+
+def test_there_are_as_many_as_are_told():
+    assert len(PROFILES) == 15
+    assert config.target_names() == tuple(sorted(path.stem for path in PROFILES))
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_a_profile_loads_and_leaves_a_candidate_on_each_runtime(path):
+    target = config.load_target(path.stem, X86)
+    assert target.name == path.stem
+    for entry in target.runtimes:
+        assert set(target.schemes) & set(registry.runtime(entry.name).SCHEMES)
+    assert "# " in path.read_text()  # it names its sources
+
+
+@pytest.mark.parametrize("path", [path for path in PROFILES if path.stem != "host"], ids=lambda path: path.stem)
+def test_a_profile_names_sources(path):
+    assert any(word in path.read_text() for word in ("Sources:", "developer.android.com", "psABI"))
+
+
+def test_host_is_the_machine_that_it_runs_on():
+    facts = runner.facts()
+    target = config.load_target("host")
+    assert (target.cpu.cores, target.device.arch) == (facts["cores"], facts["arch"])
+    assert config.why_not_this_machine(target, facts) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "reason"),
+    [
+        ("x86-64-v3", ["avx2", "fma"], None),
+        ("x86-64-v3", ["avx2"], "lacks fma"),
+        ("x86-64-v3", ["avx2", "fma", "avx512f"], "has avx512f"),
+        ("x86-64-v2", ["sse4_2", "ssse3", "popcnt", "avx2"], "has avx2"),
+        ("rpi4", ["avx2"], "reached by ssh or qemu"),
+        ("pixel8", ["avx2"], "reached by adb"),
+    ],
+)
+def test_which_machine_is_a_target(name, features, reason):
+    found = config.why_not_this_machine(config.load_target(name, X86), {**X86, "features": features})
+    assert found is None if reason is None else reason in found

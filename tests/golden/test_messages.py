@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user reads who wrote a wrong recipe or a wrong target profile: every message, kept as a golden file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from edgekd import config
+from edgekd.errors import RecipeError
+
+GOLDEN = Path(__file__).parent / "messages.txt"
+
+RECIPE = """\
+schema = 1
+name = "toy"
+[data]
+splits = "data.py:splits"
+[teacher]
+model = "models.py:teacher"
+weights = "teacher.safetensors"
+[student]
+model = "models.py:student"
+inputs = [{ name = "image", shape = [1, 1, 8, 8], dtype = "float32" }]
+[distill]
+epochs = 3
+losses = [{ kind = "kl", temperature = 4.0, weight = 0.9 }, { kind = "ce", weight = 0.1 }]
+[budget]
+max_accuracy_drop_pp = 1.0
+"""
+TARGET = """\
+schema = 1
+name = "board"
+title = "A board"
+cpu = { isa = "armv8-a", core = "cortex-a72", cores = 4, mhz = 1800, features = ["asimd"] }
+limits = { memory_mib = 1024, storage_mib = 1024 }
+runtimes = [{ name = "litert", package = "ai-edge-litert", threads = [1, 4] }]
+schemes = ["float32", "static_wi8_ai8"]
+device = { kinds = ["ssh"], arch = "aarch64" }
+protocol = { warmup_runs = 20, min_runs = 300, min_seconds = 10 }
+"""
+# name -> (what to replace, by what)
+RECIPES = {
+    "no toml": ("schema = 1", "schema = "),
+    "schema of the future": ("schema = 1", "schema = 2"),
+    "schema missing": ("schema = 1\n", ""),
+    "name with a slash": ('"toy"', '"to/y"'),
+    "name is a number": ('"toy"', "3"),
+    "name is empty": ('"toy"', '""'),
+    "unknown table": ("[budget]", "[budgets]"),
+    "unknown key": ("epochs = 3", "epoch = 3"),
+    "unknown budget": ("max_accuracy_drop_pp", "max_acuracy_drop_pp"),
+    "entry without function": ('"data.py:splits"', '"data.py"'),
+    "entry that is no python file": ('"data.py:splits"', '"data.txt:splits"'),
+    "entry with a bad name": ('"data.py:splits"', '"data.py:spl its"'),
+    "entry is a number": ('"data.py:splits"', "4"),
+    "entry's file is missing": ('"data.py:splits"', '"dta.py:splits"'),
+    "two files are missing": ("models.py", "model.py"),
+    "teacher without weights": ('weights = "teacher.safetensors"\n', ""),
+    "teacher with file and model": ('weights = "teacher.safetensors"', 'file = "teacher.onnx"'),
+    "weights of another kind": ("teacher.safetensors", "teacher.h5"),
+    "weights are missing": ("teacher.safetensors", "techer.safetensors"),
+    "student missing": ('[student]\nmodel = "models.py:student"\ninputs = [{ name = "image", shape = [1, 1, 8, 8], dtype = "float32" }]\n', ""),
+    "no inputs": ('[{ name = "image", shape = [1, 1, 8, 8], dtype = "float32" }]', "[]"),
+    "inputs is a table": ('[{ name = "image", shape = [1, 1, 8, 8], dtype = "float32" }]', '{ name = "image", shape = [1, 1, 8, 8] }'),
+    "batch that is not 1": ("[1, 1, 8, 8]", "[32, 1, 8, 8]"),
+    "axis of 0": ("[1, 1, 8, 8]", "[1, 0, 8, 8]"),
+    "axis that is a number with a point": ("[1, 1, 8, 8]", "[1, 1, 8.0, 8]"),
+    "dtype misspelt": ('"float32"', '"flaot32"'),
+    "two inputs of one name": ("inputs = [", 'inputs = [{ name = "image", shape = [1, 4] }, '),
+    "epochs of 0": ("epochs = 3", "epochs = 0"),
+    "epochs is text": ("epochs = 3", 'epochs = "3"'),
+    "epochs is true": ("epochs = 3", "epochs = true"),
+    "no losses": ('[{ kind = "kl", temperature = 4.0, weight = 0.9 }, { kind = "ce", weight = 0.1 }]', "[]"),
+    "unknown loss": ('kind = "kl"', 'kind = "kld"'),
+    "loss twice": ('{ kind = "ce", weight = 0.1 }', '{ kind = "kl", weight = 0.1 }'),
+    "temperature of ce": ("weight = 0.1 }", "weight = 0.1, temperature = 2.0 }"),
+    "temperature of 0": ("temperature = 4.0", "temperature = 0"),
+    "weight below 0": ("weight = 0.9", "weight = -0.9"),
+    "an alpha": ("weight = 0.9", "alpha = 0.9"),
+    "budget is text": ("max_accuracy_drop_pp = 1.0", 'max_accuracy_drop_pp = "1 %"'),
+    "budget is nan": ("max_accuracy_drop_pp = 1.0", "max_accuracy_drop_pp = nan"),
+    "budget out of range": ("max_accuracy_drop_pp = 1.0", "max_accuracy_drop_pp = 101"),
+    "latency of 0": ("max_accuracy_drop_pp = 1.0", "max_latency_p95_ms = 0"),
+    "unknown optimizer": ("epochs = 3", 'epochs = 3\noptimizer = "adam"'),
+    "unknown metric": ("[budget]", '[evaluate]\nmetric = "top5"\n[budget]'),
+    "metric and score": ("[budget]", '[evaluate]\nmetric = "models.py:f1"\nscore = "models.py:score"\n[budget]'),
+    "class budget of a whole-set metric": ("[budget]", '[evaluate]\nmetric = "models.py:f1"\n[budget]\nmax_class_drop_pp = 3'),
+    "unknown scheme": ("[budget]", '[quantize]\nschemes = ["static-int8"]\n[budget]'),
+    "schemes is text": ("[budget]", '[quantize]\nschemes = "static_wi8_ai8"\n[budget]'),
+    "no schemes": ("[budget]", "[quantize]\nschemes = []\n[budget]"),
+    "unknown io": ("[budget]", '[quantize]\nio = "uint8"\n[budget]'),
+    "target's table misspelt": ("[budget]", "[target.rpi4.buget]\nmax_size_kib = 1\n[budget]"),
+    "target's key misspelt": ("[budget]", "[target.rpi4.budget]\nmax_size_kb = 1\n[budget]"),
+    "target is a number": ('name = "toy"', 'name = "toy"\ntarget = 4'),
+}
+TARGETS = {
+    "scheme by another name": ('"static_wi8_ai8"', '"static-int8"'),
+    "scheme twice": ('"static_wi8_ai8"', '"float32"'),
+    "no schemes": ('["float32", "static_wi8_ai8"]', "[]"),
+    "unknown runtime": ('name = "litert"', 'name = "tflite"'),
+    "no runtimes": ('[{ name = "litert", package = "ai-edge-litert", threads = [1, 4] }]', "[]"),
+    "threads of 0": ("[1, 4]", "[0, 4]"),
+    "threads twice": ("[1, 4]", "[4, 4]"),
+    "threads is a number": ("[1, 4]", "4"),
+    "memory without unit": ("memory_mib", "memory"),
+    "memory below 1": ("memory_mib = 1024", "memory_mib = 0"),
+    "unknown device kind": ('["ssh"]', '["telnet"]'),
+    "unknown architecture": ('"aarch64"', '"arm64"'),
+    "no title": ('title = "A board"\n', ""),
+    "inherits": ("schema = 1", 'schema = 1\nbase = "rpi4"'),
+    "protocol without runs": ("min_runs = 300, ", ""),
+    "cpu is text": ('{ isa = "armv8-a", core = "cortex-a72", cores = 4, mhz = 1800, features = ["asimd"] }', '"cortex-a72"'),
+}
+
+
+def _write(folder, text):
+    for name in ("data.py", "models.py", "teacher.safetensors", "teacher.onnx"):
+        (folder / name).write_text("")
+    path = folder / "it.toml"
+    path.write_text(text)
+    return path
+
+
+def _message(load, path):
+    with pytest.raises(RecipeError) as caught:
+        load(path)
+    return str(caught.value)
+
+
+def _messages(folder):
+    yield "recipe: none", _message(config.load_recipe, Path("none.toml"))
+    yield "recipe: a folder", _message(config.load_recipe, Path())
+    yield "target: none", _message(config.load_target, "none.toml")
+    yield "target: unknown name", _message(config.load_target, "rpi44")
+    for what, base, cases, load in (
+        ("recipe", RECIPE, RECIPES, config.load_recipe),
+        ("target", TARGET, TARGETS, lambda path: config.load_target(str(path))),
+    ):
+        for name, (old, new) in cases.items():
+            assert old in base, name
+            yield f"{what}: {name}", _message(load, _write(folder, base.replace(old, new)))
+    path = _write(folder, RECIPE)
+    path.write_bytes(b"\xff\xfe")
+    yield "recipe: not utf-8", _message(config.load_recipe, path)
+
+
+def test_every_message_is_that_of_the_golden_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = list(_messages(tmp_path))
+    assert len(found) == 5 + len(RECIPES) + len(TARGETS) > 70
+    text = "\n".join(f"[{name}]\n{message}\n" for name, message in found)
+    if os.environ.get("EDGEKD_GOLDEN"):
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text()
+
+
+def test_the_base_of_the_table_is_right(tmp_path):
+    assert config.load_recipe(_write(tmp_path, RECIPE)).name == "toy"
+    assert config.load_target(str(_write(tmp_path, TARGET))).name == "board"
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    text = RECIPE.replace("epochs = 3", "epochs = 0").replace('"toy"', '"t y"').replace("max_accuracy_drop_pp", "max_drop")
+    assert len(_message(config.load_recipe, _write(tmp_path, text)).splitlines()) == 3

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong data and wrong user code: one clear message before any long work, and nothing of a payload runs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+
+from edgekd import config
+from edgekd.errors import RecipeError
+from edgekd.ports import Context
+from edgekd.stages import inspect
+
+RECIPE = """\
+schema = 1
+name = "toy"
+[data]
+splits = "data.py:splits"
+[teacher]
+model = "models.py:teacher"
+[teacher.train]
+epochs = 1
+[student]
+model = "models.py:student"
+inputs = [{ name = "x", shape = [1, 4], dtype = "float32" }]
+[distill]
+epochs = 1
+"""
+DATA = """\
+import torch
+from torch.utils.data import Subset, TensorDataset
+def splits():
+    made = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 4, generator=made), torch.arange(60) % 3
+    train = TensorDataset(x[:30], y[:30])
+    found = {"train": train, "validation": TensorDataset(x[30:40], y[30:40]),
+             "calibration": Subset(train, range(8)), "evaluation": TensorDataset(x[40:], y[40:])}
+    return found
+"""
+MODELS = """\
+import torch
+from torch import nn
+def teacher():
+    return nn.Linear(4, 3)
+def student():
+    return nn.Linear(4, 3)
+"""
+RETURN = "    return found\n"
+TEACHER, STUDENT = "def teacher():\n    return nn.Linear(4, 3)\n", "def student():\n    return nn.Linear(4, 3)\n"
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def _inspect(folder, data=DATA, models=MODELS, recipe=RECIPE):
+    (folder / "data.py").write_text(data)
+    (folder / "models.py").write_text(models)
+    (folder / "edgekd.toml").write_text(recipe)
+    for name in ("out", "work"):
+        (folder / name).mkdir()
+    step = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
+    return inspect.run(step, {}, Context(folder, folder / "out", folder / "work", lambda share, text: None))
+
+
+def test_the_base_is_right_and_what_it_read_is_recorded(tmp_path):
+    data = DATA.replace("import torch\n", "import os, torch, shared\n").replace(RETURN, "    open(os.environ['TOY_FILE']).read()\n" + RETURN)
+    (tmp_path / "shared.py").write_text("")
+    (tmp_path / "undeclared.txt").write_text("x")
+    os.environ["TOY_FILE"] = "undeclared.txt"
+    try:
+        found = _inspect(tmp_path, data)
+    finally:
+        del os.environ["TOY_FILE"]
+    assert set(found.record.files) == {"data.py", "models.py", "shared.py", "undeclared.txt"}
+    assert set(found.record.env) == {"TOY_FILE"}
+    assert found.metrics["classes"] == 3
+    assert found.metrics["splits"]["evaluation"]["samples"] == 20
+
+
+DATA_CASES = {
+    "raises": ("    made", "    raise ValueError('no disk')\n    made", r"data\.py:4: splits\(\) raised ValueError: no disk"),
+    "exits": ("    made", "    raise SystemExit(0)\n    made", "wants to end the process"),
+    "leaves at once": ("    made", "    import os; os._exit(7)\n    made", r"data\.py:splits: the process ended with exit code 7"),
+    "is killed": ("    made", "    import os; os.kill(os.getpid(), 9)\n    made", "ended by signal SIGKILL"),
+    "does not parse": ("def splits():", "def splits(:", r"data\.py:3: is not valid Python"),
+    "imports what is not there": ("import torch\n", "import torch, no_such_module\n", "no_such_module"),
+    "has no such function": ("def splits", "def split", r"splits.*did you mean 'split'"),
+    "returns nothing": (RETURN, "", "returned NoneType; expected a mapping"),
+    "lacks a split": (RETURN, "    del found['calibration']\n" + RETURN, "lacks the split 'calibration'"),
+    "has a strange split": (RETURN, "    found['test'] = train\n" + RETURN, "'test' is not a split"),
+    "has an empty split": (RETURN, "    found['validation'] = Subset(train, [])\n" + RETURN, "split 'validation' is empty"),
+    "has a split that is no data set": (RETURN, "    found['train'] = iter(train)\n" + RETURN, "expected a map-style torch data set"),
+    "evaluates on what it trained on": (RETURN, "    found['evaluation'] = train\n" + RETURN, "splits train and evaluation overlap: 30 of 30"),
+    "validates on what it evaluates": (RETURN, "    found['validation'] = found['evaluation']\n" + RETURN, "validation and evaluation overlap: 20"),
+    "calibrates on what it evaluates": (
+        RETURN,
+        "    found['calibration'] = Subset(found['evaluation'], range(3))\n" + RETURN,
+        "calibration and evaluation overlap|3 of 3 samples are not in train",
+    ),
+    "labels are nan": ("torch.arange(60) % 3", "torch.full((60,), float('nan'))", "label 0 is not finite"),
+    "labels are floats": ("torch.arange(60) % 3", "torch.rand(60)", "labels are float32; expected one whole number"),
+    "labels are negative": ("torch.arange(60) % 3", "torch.arange(60) % 3 - 1", "class ids from 0 upwards"),
+    "labels are vectors": ("torch.arange(60) % 3", "torch.zeros(60, 2).long()", r"labels are int64 of shape \[2\]"),
+    "labels exceed the classes": ("torch.arange(60) % 3", "torch.arange(60) % 5", "has the label 4, but teacher and student know 3 classes"),
+    "inputs are nan": ("    train =", "    x[7] = float('nan')\n    train =", "train: sample 7 has an input that is not finite"),
+    "inputs have another shape": ("torch.randn(60, 4,", "torch.randn(60, 5,", r"input 'x' has shape \[5\]; expected \[4\]"),
+    "inputs have another type": ("    train =", "    x = x.double()\n    train =", "input 'x' is float64; expected float32"),
+    "items are no pairs": ("TensorDataset(x[:30], y[:30])", "TensorDataset(x[:30])", r"expected a pair \(input, label\)"),
+    "items are random": (
+        RETURN,
+        "    class R(torch.utils.data.Dataset):\n        def __len__(self): return 5\n        def __getitem__(self, i): return torch.rand(4), 0\n"
+        "    found['train'] = R()\n" + RETURN,
+        "differs when it is read twice|not in train",
+    ),
+    "an item raises": (
+        RETURN,
+        "    class R(torch.utils.data.Dataset):\n        def __len__(self): return 5\n        def __getitem__(self, i): return {}[i]\n"
+        "    found['train'] = R()\n" + RETURN,
+        "reading sample 0.*KeyError",
+    ),
+}
+MODEL_CASES = {
+    "teacher returns no module": (TEACHER, "def teacher():\n    return 3\n", "returned int; .*torch.nn.Module"),
+    "student raises": (STUDENT, "def student():\n    raise KeyError('width')\n", r"student\(\) raised KeyError"),
+    "student takes another input": (STUDENT, "def student():\n    return nn.Linear(5, 3)\n", "raised RuntimeError"),
+    "student has other classes": (STUDENT, "def student():\n    return nn.Linear(4, 2)\n", "the teacher 3 classes, the student 2"),
+    "student has nothing to train": (STUDENT, "def student():\n    return nn.Identity()\n", "no parameter that can be trained"),
+    "student is random": (
+        STUDENT,
+        "class S(nn.Linear):\n    def forward(self, x): return super().forward(x) + torch.rand(1)\ndef student():\n    return S(4, 3)\n",
+        "two answers to one input",
+    ),
+    "student returns a pair": (
+        STUDENT,
+        "class S(nn.Linear):\n    def forward(self, x): return super().forward(x), 1\ndef student():\n    return S(4, 3)\n",
+        "returned tuple; expected one tensor",
+    ),
+    "student gives nan": (
+        STUDENT,
+        "class S(nn.Linear):\n    def forward(self, x): return super().forward(x) * float('nan')\ndef student():\n    return S(4, 3)\n",
+        "not finite",
+    ),
+}
+
+
+def _refused(folder, message, **parts):
+    with pytest.raises(RecipeError, match=message) as caught:
+        _inspect(folder, **parts)
+    assert "Traceback" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", DATA_CASES)
+def test_data_that(name, tmp_path):
+    old, new, message = DATA_CASES[name]
+    assert old in DATA
+    _refused(tmp_path, message, data=DATA.replace(old, new))
+
+
+@pytest.mark.parametrize("name", MODEL_CASES)
+def test_a_model_whose(name, tmp_path):
+    old, new, message = MODEL_CASES[name]
+    assert old in MODELS
+    _refused(tmp_path, message, models=MODELS.replace(old, new))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
+def test_a_payload_in_weights_never_runs(suffix, tmp_path):
+    payload = Payload()
+    payload.path = tmp_path / "it-ran"
+    (tmp_path / f"weights{suffix}").write_bytes(pickle.dumps({"weight": payload}))
+    recipe = RECIPE.replace("[teacher.train]\nepochs = 1\n", f'weights = "weights{suffix}"\n')
+    _refused(tmp_path, "weights", recipe=recipe)
+    assert not payload.path.exists()
