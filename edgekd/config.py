@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
-from edgekd.domain.recipe import Budget, Entry, ForTarget, Loss, Quantize, Recipe
+from edgekd.domain.recipe import Budget, Entry, Evaluate, ForTarget, Loss, Quantize, Recipe, Teacher, TensorSpec
+from edgekd.domain.scheme import needs_calibration
 from edgekd.domain.target import Target
 from edgekd.domain.units import bytes_to_mib
 from edgekd.errors import RecipeError, expected_one_of
-from edgekd.reader import Reader
+from edgekd.reader import SAFE_NAME, Reader, join
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 NATIVE = "native"
 WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
@@ -33,14 +34,13 @@ def load_recipe(path: Path) -> Recipe:
     """
     found = _read_toml(path, "recipe", "edgekd init writes one")
     reader = Reader(_shown(path))
-    tables = found.get("target", {})
-    recipe: Recipe | None = reader.table(Recipe, {key: value for key, value in found.items() if key != "target"})
-    if recipe is not None:
-        recipe = dataclasses.replace(recipe, distill=_with_temperatures(recipe), target=_for_targets(reader, recipe, tables))
-        _check_recipe(reader, recipe, path.parent)
+    tables = found.pop("target", {})
+    recipe: Recipe | None = reader.table(Recipe, found)
+    targets = _for_targets(reader, tables)
+    _check_recipe(reader, path.parent)
     if reader.problems or recipe is None:
         raise RecipeError(*reader.problems)
-    return recipe
+    return dataclasses.replace(recipe, distill=_with_temperatures(recipe), target=targets)
 
 
 def load_target(name: str, facts: Mapping[str, Any] | None = None) -> Target:
@@ -52,11 +52,9 @@ def load_target(name: str, facts: Mapping[str, Any] | None = None) -> Target:
     path = find_target(name)
     found = _read_toml(path, "target profile", "edgekd targets lists them")
     reader = Reader(_shown(path))
-    if facts is None:
-        from edgekd.harness import runner
-
-        facts = runner.facts()
-    target: Target | None = reader.table(Target, _resolve_native(found, facts))
+    if _has_native(found):
+        found = _resolve_native(reader, found, facts or _facts())
+    target: Target | None = reader.table(Target, found)
     if target is not None:
         _check_target(reader, target, path)
     if reader.problems or target is None:
@@ -78,9 +76,14 @@ def find_target(name: str) -> Path:
     if os.sep in name or name.endswith(".toml"):
         return Path(name)
     path = _profiles() / f"{name}.toml"
-    if name not in target_names():
+    if not path.is_file():
         raise RecipeError(f"target '{name}': no such profile; {expected_one_of(name, target_names())}; name your own by its path")
     return path
+
+
+def is_this_machine(target: Target, facts: Mapping[str, Any]) -> bool:
+    """Return whether this machine is one of the target's kind, so that it can be measured here."""
+    return why_not_this_machine(target, facts) is None
 
 
 def why_not_this_machine(target: Target, facts: Mapping[str, Any]) -> str | None:
@@ -105,7 +108,7 @@ def _profiles() -> Path:
 def _read_toml(path: Path, what: str, advice: str) -> dict[str, Any]:
     shown = _shown(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         raise RecipeError(f"{shown}: no such {what}; {advice}") from None
     except IsADirectoryError:
@@ -114,7 +117,9 @@ def _read_toml(path: Path, what: str, advice: str) -> dict[str, Any]:
         raise RecipeError(f"{shown}: the {what} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{shown}: is not UTF-8 at byte {error.start}; expected a {what}, a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise RecipeError(f"{shown}: is no TOML: nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, or a number with too many digits
         raise RecipeError(f"{shown}: is no TOML: {str(error)[:1].lower()}{str(error)[1:]}") from None
 
 
@@ -133,77 +138,81 @@ def _with_temperatures(recipe: Recipe) -> Any:
     return dataclasses.replace(recipe.distill, losses=losses)
 
 
-def _for_targets(reader: Reader, recipe: Recipe, tables: object) -> dict[str, ForTarget]:
+def _for_targets(reader: Reader, tables: object) -> dict[str, ForTarget]:
+    """Read ``[target.NAME.budget]`` and ``[target.NAME.quantize]`` over what the recipe has for all."""
     if not isinstance(tables, dict):
         reader.problem("target", "expected tables [target.NAME.budget] and [target.NAME.quantize]")
         return {}
+    budget, quantize = reader.made.get("budget", Budget()), reader.made.get("quantize", Quantize())
     read = {}
     for name, table in tables.items():
-        key = f"target.{name}"
+        key = join("target", name)
+        if not SAFE_NAME.fullmatch(name):
+            reader.problem(key, f"no target can have the name {name!r}; expected letters, digits, '.', '_' and '-'")
         if not isinstance(table, dict):
             reader.problem(key, f"expected the tables [{key}.budget] and [{key}.quantize]")
             continue
-        for unknown in table.keys() - {"budget", "quantize"}:
-            reader.problem(f"{key}.{unknown}", f"unknown key; {expected_one_of(unknown, ('budget', 'quantize'))}")
-        budget = reader.table(Budget, table.get("budget", {}), f"{key}.budget", recipe.budget)
-        quantize = reader.table(Quantize, table.get("quantize", {}), f"{key}.quantize", recipe.quantize)
-        if budget is not None and quantize is not None:
-            read[name] = ForTarget(budget, quantize)
+        reader.refuse_unknown(table, ("budget", "quantize"), key)
+        its_budget = reader.table(Budget, table["budget"], f"{key}.budget", budget) if "budget" in table else budget
+        its_quantize = reader.table(Quantize, table["quantize"], f"{key}.quantize", quantize) if "quantize" in table else quantize
+        read[name] = ForTarget(its_budget, its_quantize)
     return read
 
 
-def _check_recipe(reader: Reader, recipe: Recipe, folder: Path) -> None:
-    _check_files(reader, recipe, folder)
-    teacher = recipe.teacher
-    given = {key for key in ("model", "weights", "file", "train") if getattr(teacher, key) is not None}
-    if given not in ({"model", "weights"}, {"model", "train"}, {"file"}):
-        found = " and ".join(sorted(given)) or "nothing"
-        reader.problem("teacher", f"has {found}; expected model and weights, or model and train, or file alone")
-    names = [spec.name for spec in recipe.student.inputs]
-    for index, spec in enumerate(recipe.student.inputs):
+def _check_recipe(reader: Reader, folder: Path) -> None:
+    """Check what one field alone cannot say, in each part that could be read."""
+    _check_files(reader, folder)
+    for key, teacher in reader.all_made(Teacher):
+        given = {name for name in ("model", "weights", "file", "train") if getattr(teacher, name) is not None}
+        if given not in ({"model", "weights"}, {"model", "train"}, {"file"}):
+            found = " and ".join(sorted(given)) or "nothing"
+            reader.problem(key, f"has {found}; expected model and weights, or model and train, or file alone")
+    names: set[str] = set()
+    for key, spec in reader.all_made(TensorSpec):
         if spec.shape[0] != 1:
-            reader.problem(
-                f"student.inputs[{index}].shape", f"starts with {spec.shape[0]}; expected 1, the batch axis of a model on a device"
-            )
-        if names.index(spec.name) != index:
-            reader.problem(f"student.inputs[{index}].name", f"'{spec.name}' is named twice; expected a name for each input")
-    kinds = [loss.kind for loss in recipe.distill.losses]
-    for index, loss in enumerate(recipe.distill.losses):
-        _check_loss(reader, loss, f"distill.losses[{index}]", again=kinds.index(loss.kind) != index)
-    _check_evaluate(reader, recipe)
-    for key, quantize in [
-        ("quantize", recipe.quantize),
-        *((f"target.{name}.quantize", item.quantize) for name, item in recipe.target.items()),
-    ]:
-        if isinstance(quantize.schemes, str) and quantize.schemes != "auto":
-            reader.problem(f"{key}.schemes", f"'{quantize.schemes}'; expected \"auto\" or an array of schemes")
-        if isinstance(quantize.runtimes, str) and quantize.runtimes != "auto":
-            reader.problem(f"{key}.runtimes", f"'{quantize.runtimes}'; expected \"auto\" or an array of runtimes")
-        for field in ("schemes", "runtimes"):
-            if getattr(quantize, field) == ():
-                reader.problem(f"{key}.{field}", 'is empty; expected "auto" or at least one item')
+            reader.problem(f"{key}.shape", f"starts with {spec.shape[0]}; expected 1, the batch axis of a model on a device")
+        if spec.name in names:
+            reader.problem(f"{key}.name", f"'{spec.name}' is named twice; expected a name for each input")
+        names.add(spec.name)
+    kinds: set[str] = set()
+    for key, loss in reader.all_made(Loss):
+        _check_loss(reader, loss, key, again=loss.kind in kinds)
+        kinds.add(loss.kind)
+    _check_evaluate(reader)
+    for key, quantize in reader.all_made(Quantize):
+        _check_quantize(reader, key, quantize)
 
 
-def _check_files(reader: Reader, recipe: Recipe, folder: Path) -> None:
-    training = recipe.teacher.train
-    entries = {
-        "data.splits": recipe.data.splits,
-        "teacher.model": recipe.teacher.model,
-        "teacher.train.augment": training.augment if training else None,
-        "student.model": recipe.student.model,
-        "evaluate.metric": recipe.evaluate.metric,
-        "evaluate.score": recipe.evaluate.score,
-    }
-    for key, entry in entries.items():
-        if isinstance(entry, Entry) and not (folder / entry.file).is_file():
+def _check_quantize(reader: Reader, key: str, quantize: Quantize) -> None:
+    for field, items in (("schemes", quantize.schemes), ("runtimes", quantize.runtimes)):
+        if isinstance(items, str):
+            if items != "auto":
+                reader.problem(f"{key}.{field}", f"'{items}'; expected \"auto\" or an array of {field}")
+        elif not items:
+            reader.problem(f"{key}.{field}", 'is empty; expected "auto" or at least one item')
+        else:
+            _check_once(reader, f"{key}.{field}", items)
+    if quantize.io == "int8" and not isinstance(quantize.schemes, str) and not any(map(needs_calibration, quantize.schemes)):
+        reader.problem(f"{key}.io", "'int8', but none of the schemes is a static one; expected \"float32\", or static_wi8_ai8 in schemes")
+
+
+def _check_once(reader: Reader, key: str, items: Sequence[object]) -> None:
+    if twice := sorted({str(item) for item in items if items.count(item) > 1}):
+        reader.problem(key, f"has {', '.join(twice)} twice; expected each once")
+
+
+def _check_files(reader: Reader, folder: Path) -> None:
+    for key, entry in reader.all_made(Entry):
+        if not (folder / entry.file).is_file():
             reader.problem(key, f"{entry.file}: no such file beside the recipe")
-    for key, name, suffixes in (("weights", recipe.teacher.weights, WEIGHTS), ("file", recipe.teacher.file, WHOLE_MODELS)):
-        if name is None:
-            continue
-        if Path(name).suffix not in suffixes:
-            reader.problem(f"teacher.{key}", f"'{name}'; expected a file that ends in {', '.join(suffixes)}")
-        elif not (folder / name).is_file():
-            reader.problem(f"teacher.{key}", f"{name}: no such file beside the recipe")
+    for key, teacher in reader.all_made(Teacher):
+        for name, given, suffixes in (("weights", teacher.weights, WEIGHTS), ("file", teacher.file, WHOLE_MODELS)):
+            if given is None:
+                continue
+            if Path(given).suffix not in suffixes:
+                reader.problem(f"{key}.{name}", f"'{given}'; expected a file that ends in {', '.join(suffixes)}")
+            elif not (folder / given).is_file():
+                reader.problem(f"{key}.{name}", f"{given}: no such file beside the recipe")
 
 
 def _check_loss(reader: Reader, loss: Loss, key: str, *, again: bool) -> None:
@@ -213,15 +222,18 @@ def _check_loss(reader: Reader, loss: Loss, key: str, *, again: bool) -> None:
         reader.problem(f"{key}.temperature", "ce has no temperature; expected it in a kl loss")
 
 
-def _check_evaluate(reader: Reader, recipe: Recipe) -> None:
-    metric, score = recipe.evaluate.metric, recipe.evaluate.score
-    if isinstance(metric, str) and metric != "top1":
-        reader.problem("evaluate.metric", f"'{metric}'; expected \"top1\" or 'file.py:function'")
-    if isinstance(metric, Entry) and score is not None:
-        reader.problem("evaluate.score", "excludes evaluate.metric; expected one of the two")
-    budgets = [recipe.budget, *(item.budget for item in recipe.target.values())]
-    if isinstance(metric, Entry) and any(budget.max_class_drop_pp is not None for budget in budgets):
-        reader.problem("budget.max_class_drop_pp", 'needs a score for each sample; expected evaluate.metric = "top1" or evaluate.score')
+def _check_evaluate(reader: Reader) -> None:
+    for key, evaluate in reader.all_made(Evaluate):
+        if isinstance(evaluate.metric, str):
+            if evaluate.metric != "top1":
+                reader.problem(f"{key}.metric", f"'{evaluate.metric}'; expected \"top1\" or 'file.py:function'")
+            continue
+        if evaluate.score is not None:
+            reader.problem(f"{key}.score", f"excludes {key}.metric; expected one of the two")
+        by_class = next((where for where, budget in reader.all_made(Budget) if budget.max_class_drop_pp is not None), None)
+        if by_class is not None:
+            needed = f'needs a score for each sample; expected {key}.metric = "top1" or {key}.score'
+            reader.problem(f"{by_class}.max_class_drop_pp", needed)
 
 
 def _check_target(reader: Reader, target: Target, path: Path) -> None:
@@ -235,13 +247,27 @@ def _check_target(reader: Reader, target: Target, path: Path) -> None:
             reader.problem(f"{key}.name", f"'{entry.name}' is not a runtime; {expected_one_of(entry.name, known)}")
         if names.index(entry.name) != index:
             reader.problem(f"{key}.name", f"'{entry.name}' is there twice; expected each runtime once")
-        if len(set(entry.threads)) != len(entry.threads):
-            reader.problem(f"{key}.threads", f"{list(entry.threads)} has a number twice; expected each once")
-    if len(set(target.schemes)) != len(target.schemes):
-        reader.problem("schemes", "has a scheme twice; expected each once")
+        _check_once(reader, f"{key}.threads", entry.threads)
+    _check_once(reader, "schemes", target.schemes)
+    _check_once(reader, "device.kinds", target.device.kinds)
+    _check_once(reader, "cpu.features", target.cpu.features)
+    if both := sorted(set(target.cpu.features) & set(target.cpu.lacks)):
+        reader.problem("cpu.lacks", f"{', '.join(both)} is in cpu.features too; expected it in one of the two")
 
 
-def _resolve_native(found: dict[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+def _facts() -> Mapping[str, Any]:
+    from edgekd.harness import runner
+
+    return runner.facts()  # type: ignore[no-any-return]  # the harness has no types
+
+
+def _has_native(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_native, value.values()))
+    return any(map(_has_native, value)) if isinstance(value, list) else value == NATIVE
+
+
+def _resolve_native(reader: Reader, found: dict[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Replace ``native`` by what this machine is; a clock that cannot be read is told as 1 MHz, a fact that binds nothing."""
     stands = {
         ("cpu", "isa"): facts["instruction_set"],
@@ -249,14 +275,16 @@ def _resolve_native(found: dict[str, Any], facts: Mapping[str, Any]) -> dict[str
         ("cpu", "cores"): facts["cores"],
         ("cpu", "mhz"): facts["mhz"] or 1,
         ("cpu", "features"): facts["features"],
-        ("limits", "memory_mib"): int(bytes_to_mib(facts["memory_bytes"] or 0)),
-        ("limits", "storage_mib"): int(bytes_to_mib(facts["storage_bytes"] or 0)),
+        ("limits", "memory_mib"): facts["memory_bytes"] and int(bytes_to_mib(facts["memory_bytes"])),
+        ("limits", "storage_mib"): facts["storage_bytes"] and int(bytes_to_mib(facts["storage_bytes"])),
         ("device", "arch"): facts["arch"],
     }
     read = dict(found)
     for (table, key), value in stands.items():
         if isinstance(read.get(table), dict) and read[table].get(key) == NATIVE:
-            read[table] = {**read[table], key: value}
+            if value is None:
+                reader.problem(f"{table}.{key}", "'native', but this machine does not tell it; expected a number, in a profile of your own")
+            read[table] = {**read[table], key: 1 if value is None else value}
     runtimes = read.get("runtimes")
     if isinstance(runtimes, list):
         read["runtimes"] = [_resolve_threads(entry, facts["cores"]) if isinstance(entry, dict) else entry for entry in runtimes]

@@ -8,15 +8,21 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgekd.domain.recipe import Entry
 from edgekd.domain.rules import Between, Name, NonEmpty, OneOf
-from edgekd.errors import did_you_mean, expected_one_of
+from edgekd.errors import expected_one_of
 
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+T = TypeVar("T")
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_LONGEST_SHOWN = 80
+_INT64 = 2**63
 _BAD = object()  # stands for a value that was refused; its problem is already told
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _known_hints: dict[type[Any], dict[str, Any]] = {}  # resolving them is the costly part
 _KINDS = {bool: "a boolean", int: "a whole number", float: "a number", str: "a string", list: "an array", dict: "a table"}
 
@@ -27,11 +33,22 @@ class Reader:
     def __init__(self, where: str) -> None:
         self.where = where
         self.problems: list[str] = []
+        self.made: dict[str, Any] = {}  # tables and entries that could be read, by key, whether or not what holds them could
 
     def problem(self, key: str, text: str) -> object:
         """Note a problem at a key."""
         self.problems.append(f"{self.where}: {key}: {text}" if key else f"{self.where}: {text}")
         return _BAD
+
+    def all_made(self, kind: type[T]) -> list[tuple[str, T]]:
+        """Return what could be read of a kind, with its keys."""
+        return [(key, item) for key, item in self.made.items() if isinstance(item, kind)]
+
+    def refuse_unknown(self, value: dict[str, Any], known: Collection[str], key: str = "") -> None:
+        """Note each key of a table that is not known."""
+        for name in value:
+            if name not in known:
+                self.problem(join(key, name), f"unknown key; {expected_one_of(name, known)}")
 
     def table(self, kind: type[Any], value: object, key: str = "", base: object = None) -> Any:
         """Read a table as a dataclass; ``base`` gives the values of keys that are not there. None if that is not possible."""
@@ -39,19 +56,19 @@ class Reader:
             self.problem(key, f"{_found(value)}; expected a table")
             return None
         known = {field.name: field for field in dataclasses.fields(kind)}
-        for name in value:
-            if name not in known:
-                allowed = f"expected one of {', '.join(sorted(known))}{did_you_mean(name, known)}"
-                self.problem(_join(key, name), f"unknown key; {allowed}")
+        self.refuse_unknown(value, known, key)
         read: dict[str, Any] = {}
         for name, hint in _hints(kind).items():
             if name in value:
-                read[name] = self.value(hint, value[name], _join(key, name))
+                read[name] = self.value(hint, value[name], join(key, name))
             elif base is not None:
                 read[name] = getattr(base, name)
-            elif known[name].default is dataclasses.MISSING and known[name].default_factory is dataclasses.MISSING:
-                read[name] = self.problem(_join(key, name), f"missing; expected {_describe(hint)}")
-        return None if any(item is _BAD or (item is None and _required(known[name])) for name, item in read.items()) else kind(**read)
+            elif _required(known[name]):
+                read[name] = self.problem(join(key, name), f"missing; expected {_describe(hint)}")
+        if any(item is _BAD for item in read.values()):
+            return None
+        self.made[key] = kind(**read)
+        return self.made[key]
 
     def value(self, hint: Any, value: object, key: str) -> Any:
         """Read one value as a type hint says."""
@@ -68,8 +85,6 @@ class Reader:
             item = typing.get_args(hint)[0]
             items = [self.value(item, each, f"{key}[{index}]") for index, each in enumerate(value)]
             return _BAD if any(each is _BAD for each in items) else tuple(items)
-        if origin is Mapping:
-            return value if isinstance(value, dict) else self.problem(key, f"{_found(value)}; expected a table")
         if hint is Entry:
             return self._entry(value, key)
         if dataclasses.is_dataclass(hint):
@@ -81,8 +96,9 @@ class Reader:
         options = [hint for hint in hints if hint is not type(None)]
         if len(options) == 1:
             return self.value(options[0], value, key)
-        if isinstance(value, list):
-            return self.value(next(hint for hint in options if typing.get_origin(hint) is tuple), value, key)
+        array = next((hint for hint in options if typing.get_origin(hint) is tuple), None)
+        if isinstance(value, list) and array is not None:
+            return self.value(array, value, key)
         if not isinstance(value, str):
             return self.problem(key, f"{_found(value)}; expected {' or '.join(_describe(hint) for hint in options)}")
         return self.value(Entry, value, key) if Entry in options and ":" in value else value
@@ -91,9 +107,12 @@ class Reader:
         file, _, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
         if not file.endswith(".py") or not function.isidentifier():
             return self.problem(key, f"{_found(value)} names no code; expected 'file.py:function'")
-        return Entry(file, function)
+        self.made[key] = Entry(file, function)
+        return self.made[key]
 
     def _plain(self, hint: Any, value: object, key: str) -> Any:
+        if isinstance(value, int) and not -_INT64 <= value < _INT64:  # TOML's own limit, and str() of more digits may fail
+            return self.problem(key, f"a number of more than 64 bits; expected {_KINDS[hint]}")
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if type(value) is not hint:
@@ -104,17 +123,18 @@ class Reader:
 
     def _breaks(self, rules: list[Any], value: Any, key: str) -> bool:
         for rule in rules:
-            if isinstance(rule, Between) and value is not None:
+            if isinstance(rule, Between):
                 low, high = rule.low, rule.high
                 below = low is not None and (value <= low if rule.above else value < low)
                 if below or (high is not None and value > high):
-                    self.problem(key, f"{value} is out of range; expected {_range(rule)}")
+                    self.problem(key, f"{value:g} is out of range; expected {_range(rule)}")
                     return True
             elif isinstance(rule, OneOf) and value not in rule.choices:
-                self.problem(key, f"'{value}' is not {rule.what}; {expected_one_of(value, rule.choices)}")
+                self.problem(key, f"{_found(value)} is not {rule.what}; {expected_one_of(value, rule.choices)}")
                 return True
-            elif isinstance(rule, Name) and not _SAFE_NAME.fullmatch(value):
-                self.problem(key, f"'{value}' cannot name a folder; expected letters, digits, '.', '_' and '-', a letter or digit first")
+            elif isinstance(rule, Name) and not SAFE_NAME.fullmatch(value):
+                allowed = "expected at most 64 letters, digits, '.', '_' and '-', a letter or digit first"
+                self.problem(key, f"{_found(value)} cannot name a folder; {allowed}")
                 return True
             elif isinstance(rule, NonEmpty) and not value:
                 self.problem(key, "is empty; expected at least one item" if isinstance(value, tuple) else "is empty; expected some text")
@@ -132,7 +152,9 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _join(key: str, name: str) -> str:
+def join(key: str, name: str) -> str:
+    """Return the dotted key of a name in a table, quoted where TOML asks for it."""
+    name = name if _BARE_KEY.fullmatch(name) else repr(name)
     return f"{key}.{name}" if key else name
 
 
@@ -141,12 +163,20 @@ def _found(value: object) -> str:
         return "a table"
     if isinstance(value, list):
         return "an array"
-    return f"'{value}'" if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]}...")  # repr keeps it on one line
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Annotated:
-        return _describe(typing.get_args(hint)[0])
+        inner, *rules = typing.get_args(hint)
+        for rule in rules:
+            if isinstance(rule, OneOf):
+                return f"one of {', '.join(sorted(rule.choices))}"
+            if isinstance(rule, Between) and rule.low == rule.high is not None:
+                return _range(rule)
+        return _describe(inner)
     if typing.get_origin(hint) is tuple:
         return "an array"
     if typing.get_origin(hint) in {types.UnionType, typing.Union}:

@@ -199,16 +199,17 @@ def _open_litert(path, threads, options):
         from tflite_runtime.interpreter import Interpreter
 
         release = "tflite-runtime " + tflite_runtime.__version__
+    import numpy as np
+
     interpreter = Interpreter(model_path=path, num_threads=threads, **options)
     interpreter.allocate_tensors()
     inputs = sorted(interpreter.get_input_details(), key=_tensor_order)
     outputs = interpreter.get_output_details()
     sets = [item["index"] for item in inputs]
     gets = [item["index"] for item in outputs]
+    casts = [np.dtype(item["dtype"]) for item in inputs]  # the exporter narrows int64 inputs to int32; a float stays an error
 
     def describe(item):
-        import numpy as np
-
         scale, zero_point = item["quantization"]
         return {
             "name": item["name"],
@@ -219,8 +220,8 @@ def _open_litert(path, threads, options):
         }
 
     def run(arrays):
-        for index, array in zip(sets, arrays):
-            interpreter.set_tensor(index, array)
+        for index, array, cast in zip(sets, arrays, casts):
+            interpreter.set_tensor(index, array.astype(cast) if array.dtype != cast and array.dtype.kind == cast.kind == "i" else array)
         interpreter.invoke()
         return [interpreter.get_tensor(index) for index in gets]
 

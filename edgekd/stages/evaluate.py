@@ -132,8 +132,8 @@ def _quantized(array: np.ndarray, edge: Mapping[str, Any]) -> np.ndarray:
     """Return inputs as the model file takes them: integers by its scale and zero point where it wants them."""
     import numpy as np
 
-    if edge["dtype"] == array.dtype.name:
-        return np.ascontiguousarray(array)
+    if edge["dtype"] == array.dtype.name or (array.dtype.kind in "iu" and edge["scale"] is None):
+        return np.ascontiguousarray(array.astype(edge["dtype"], copy=False))
     if edge["scale"] is None:
         raise StageError(
             f"the model wants {edge['dtype']} for input '{edge['name']}' without a scale, and the samples are {array.dtype.name}"

@@ -62,7 +62,10 @@ RECIPES = {
     "teacher with file and model": ('weights = "teacher.safetensors"', 'file = "teacher.onnx"'),
     "weights of another kind": ("teacher.safetensors", "teacher.h5"),
     "weights are missing": ("teacher.safetensors", "techer.safetensors"),
-    "student missing": ('[student]\nmodel = "models.py:student"\ninputs = [{ name = "image", shape = [1, 1, 8, 8], dtype = "float32" }]\n', ""),
+    "student missing": (
+        '[student]\nmodel = "models.py:student"\ninputs = [{ name = "image", shape = [1, 1, 8, 8], dtype = "float32" }]\n',
+        "",
+    ),
     "no inputs": ('[{ name = "image", shape = [1, 1, 8, 8], dtype = "float32" }]', "[]"),
     "inputs is a table": ('[{ name = "image", shape = [1, 1, 8, 8], dtype = "float32" }]', '{ name = "image", shape = [1, 1, 8, 8] }'),
     "batch that is not 1": ("[1, 1, 8, 8]", "[32, 1, 8, 8]"),
@@ -94,6 +97,34 @@ RECIPES = {
     "unknown io": ("[budget]", '[quantize]\nio = "uint8"\n[budget]'),
     "target's table misspelt": ("[budget]", "[target.rpi4.buget]\nmax_size_kib = 1\n[budget]"),
     "target's key misspelt": ("[budget]", "[target.rpi4.budget]\nmax_size_kb = 1\n[budget]"),
+    "io of a list without a static scheme": ("[budget]", '[quantize]\nio = "int8"\nschemes = ["float32"]\n[budget]'),
+    "scheme twice": ("[budget]", '[quantize]\nschemes = ["float32", "float32"]\n[budget]'),
+    "runtimes is text": ("[budget]", '[quantize]\nruntimes = "litert"\n[budget]'),
+    "target's io without a static scheme": (
+        "[budget]",
+        '[quantize]\nschemes = ["float32"]\n[target.rpi4.quantize]\nio = "int8"\n[budget]',
+    ),
+    "target's class budget of a whole-set metric": (
+        "[budget]",
+        '[evaluate]\nmetric = "models.py:f1"\n[target.rpi4.budget]\nmax_class_drop_pp = 3\n[budget]',
+    ),
+    "target with a name that none can have": ("[budget]", '[target."rpi 4".budget]\nmax_size_kib = 1\n[budget]'),
+    "target's budget is a number": ("[budget]", "[target.rpi4]\nbudget = 4\n[budget]"),
+    "nothing of a teacher": ('model = "models.py:teacher"\nweights = "teacher.safetensors"\n', ""),
+    "teacher taught and given": ('weights = "teacher.safetensors"', 'weights = "teacher.safetensors"\ntrain = { epochs = 1 }'),
+    "whole model of another kind": ('model = "models.py:teacher"\nweights = "teacher.safetensors"', 'file = "teacher.h5"'),
+    "a metric without function": ("[budget]", '[evaluate]\nmetric = "models.py"\n[budget]'),
+    "a metric that is an array": ("[budget]", '[evaluate]\nmetric = ["top1"]\n[budget]'),
+    "a date": ("epochs = 3", "epochs = 2026-01-01"),
+    "budget is infinite": ("max_accuracy_drop_pp = 1.0", "max_size_kib = inf"),
+    "budget beyond what a number holds": ("max_accuracy_drop_pp = 1.0", f"max_size_kib = 1{'0' * 400}"),
+    "number of many hexadecimal digits": ("epochs = 3", f"epochs = 0x{'f' * 5000}"),
+    "number with too many digits": ("epochs = 3", f"epochs = {'9' * 5000}"),
+    "nested too deeply": ("epochs = 3", f"epochs = {'[' * 5000}"),
+    "line break in a key": ("epochs = 3", 'epochs = 3\n"a\\nb" = 1'),
+    "line break in a value": ('"toy"', '"to\\ny"'),
+    "name too long": ('"toy"', f'"{"y" * 300}"'),
+    "key twice": ("epochs = 3", "epochs = 3\nepochs = 4"),
     "target is a number": ('name = "toy"', 'name = "toy"\ntarget = 4'),
 }
 TARGETS = {
@@ -105,6 +136,11 @@ TARGETS = {
     "threads of 0": ("[1, 4]", "[0, 4]"),
     "threads twice": ("[1, 4]", "[4, 4]"),
     "threads is a number": ("[1, 4]", "4"),
+    "native where it has no meaning": ("min_runs = 300", 'min_runs = "native"'),
+    "device kind twice": ('["ssh"]', '["ssh", "ssh"]'),
+    "feature that it has and lacks": ('features = ["asimd"]', 'features = ["asimd"], lacks = ["asimd"]'),
+    "runtime twice": ("threads = [1, 4] }", 'threads = [1] }, { name = "litert", package = "ai-edge-litert", threads = [4] }'),
+    "title is empty": ('"A board"', '""'),
     "memory without unit": ("memory_mib", "memory"),
     "memory below 1": ("memory_mib = 1024", "memory_mib = 0"),
     "unknown device kind": ('["ssh"]', '["telnet"]'),
@@ -160,6 +196,14 @@ def test_every_message_is_that_of_the_golden_file(tmp_path, monkeypatch):
 def test_the_base_of_the_table_is_right(tmp_path):
     assert config.load_recipe(_write(tmp_path, RECIPE)).name == "toy"
     assert config.load_target(str(_write(tmp_path, TARGET))).name == "board"
+
+
+def test_every_problem_is_one_line_with_its_file():
+    lines = [line for line in GOLDEN.read_text().splitlines() if line and not line.startswith("[")]
+    assert len(lines) > 90
+    assert not [
+        line for line in lines if not line.startswith(("it.toml: ", "none.toml: ", ".: ", "target 'rpi44': ")) or line.endswith(".")
+    ]
 
 
 def test_all_problems_are_told_at_once(tmp_path):

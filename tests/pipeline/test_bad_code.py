@@ -67,7 +67,9 @@ def _inspect(folder, data=DATA, models=MODELS, recipe=RECIPE):
 
 
 def test_the_base_is_right_and_what_it_read_is_recorded(tmp_path):
-    data = DATA.replace("import torch\n", "import os, torch, shared\n").replace(RETURN, "    open(os.environ['TOY_FILE']).read()\n" + RETURN)
+    data = DATA.replace("import torch\n", "import os, torch, shared\n").replace(
+        RETURN, "    open(os.environ['TOY_FILE']).read()\n" + RETURN
+    )
     (tmp_path / "shared.py").write_text("")
     (tmp_path / "undeclared.txt").write_text("x")
     os.environ["TOY_FILE"] = "undeclared.txt"
@@ -94,8 +96,16 @@ DATA_CASES = {
     "has a strange split": (RETURN, "    found['test'] = train\n" + RETURN, "'test' is not a split"),
     "has an empty split": (RETURN, "    found['validation'] = Subset(train, [])\n" + RETURN, "split 'validation' is empty"),
     "has a split that is no data set": (RETURN, "    found['train'] = iter(train)\n" + RETURN, "expected a map-style torch data set"),
-    "evaluates on what it trained on": (RETURN, "    found['evaluation'] = train\n" + RETURN, "splits train and evaluation overlap: 30 of 30"),
-    "validates on what it evaluates": (RETURN, "    found['validation'] = found['evaluation']\n" + RETURN, "validation and evaluation overlap: 20"),
+    "evaluates on what it trained on": (
+        RETURN,
+        "    found['evaluation'] = train\n" + RETURN,
+        "splits train and evaluation overlap: 30 of 30",
+    ),
+    "validates on what it evaluates": (
+        RETURN,
+        "    found['validation'] = found['evaluation']\n" + RETURN,
+        "validation and evaluation overlap: 20",
+    ),
     "calibrates on what it evaluates": (
         RETURN,
         "    found['calibration'] = Subset(found['evaluation'], range(3))\n" + RETURN,
@@ -105,7 +115,11 @@ DATA_CASES = {
     "labels are floats": ("torch.arange(60) % 3", "torch.rand(60)", "labels are float32; expected one whole number"),
     "labels are negative": ("torch.arange(60) % 3", "torch.arange(60) % 3 - 1", "class ids from 0 upwards"),
     "labels are vectors": ("torch.arange(60) % 3", "torch.zeros(60, 2).long()", r"labels are int64 of shape \[2\]"),
-    "labels exceed the classes": ("torch.arange(60) % 3", "torch.arange(60) % 5", "has the label 4, but teacher and student know 3 classes"),
+    "labels exceed the classes": (
+        "torch.arange(60) % 3",
+        "torch.arange(60) % 5",
+        "has the label 4, but teacher and student know 3 classes",
+    ),
     "inputs are nan": ("    train =", "    x[7] = float('nan')\n    train =", "train: sample 7 has an input that is not finite"),
     "inputs have another shape": ("torch.randn(60, 4,", "torch.randn(60, 5,", r"input 'x' has shape \[5\]; expected \[4\]"),
     "inputs have another type": ("    train =", "    x = x.double()\n    train =", "input 'x' is float64; expected float32"),

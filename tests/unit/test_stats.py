@@ -69,7 +69,9 @@ def test_runs_that_a_percentile_needs():
     assert [stats.runs_needed(q) for q in (0.9, 0.95, 0.99)] == [29, 59, 299]
 
 
-@pytest.mark.parametrize(("n", "quantile", "carries"), [(58, 0.95, False), (59, 0.95, True), (298, 0.99, False), (299, 0.99, True), (5, 0.5, True)])
+@pytest.mark.parametrize(
+    ("n", "quantile", "carries"), [(58, 0.95, False), (59, 0.95, True), (298, 0.99, False), (299, 0.99, True), (5, 0.5, True)]
+)
 def test_a_percentile_that_n_cannot_carry_has_no_interval(n, quantile, carries):
     assert (stats.quantile_interval(list(range(n)), quantile)[1] is not None) == carries
 

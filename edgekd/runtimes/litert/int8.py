@@ -63,7 +63,8 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
         try:
             working = quantizer.Quantizer(str(source))
             working.load_quantization_recipe(rules)
-            feeds = {SIGNATURE: [{f"args_{i}": array for i, array in enumerate(sample)} for sample in calibration]}
+            wanted = [item["dtype"] for item in runner.open_session("litert", source, 1).inputs]
+            feeds = {SIGNATURE: [{f"args_{i}": array.astype(wanted[i]) for i, array in enumerate(sample)} for sample in calibration]}
             ranges = working.calibrate(feeds) if working.need_calibration else None
             working.quantize(ranges).export_model(str(path), overwrite=True)
         except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:

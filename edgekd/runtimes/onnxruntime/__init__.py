@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgekd.domain.scheme import DYNAMIC_INT8, FLOAT32, STATIC_INT8
+from edgekd.domain.scheme import DYNAMIC_INT8, FLOAT32, STATIC_INT8, is_integer
 from edgekd.errors import StageError, UnavailableError
 
 if TYPE_CHECKING:
@@ -47,13 +47,13 @@ def variant(scheme: str, cpu_features: Sequence[str], arch: str) -> Mapping[str,
     Source: onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "U8S8 on AVX2".
     """
     saturates = arch == "x86_64" and not set(_VNNI) & set(cpu_features)
-    return {"reduce_range": True} if scheme == STATIC_INT8 and saturates else {}
+    return {"reduce_range": True} if is_integer(scheme) and saturates else {}
 
 
 def why_unfit(scheme: str, variant: Mapping[str, Json], instruction_set: str) -> str | None:
     """Return why outputs computed here do not stand for the target's: full-range int8 saturates on x86 without VNNI."""
     saturates = instruction_set.startswith("x86-64") and "vnni" not in instruction_set
-    if scheme == STATIC_INT8 and saturates and not variant.get("reduce_range"):
+    if is_integer(scheme) and saturates and not variant.get("reduce_range"):
         return f"int8 in onnxruntime saturates on {instruction_set}, where it was evaluated, and not on the target"
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import StageError
+from edgekd.errors import RecipeError, StageError
 from edgekd.quiet import quiet
 
 if TYPE_CHECKING:
@@ -14,65 +14,114 @@ if TYPE_CHECKING:
 
     from edgekd.domain.recipe import TensorSpec
 
-OPSET = 18  # the dynamo exporter's own; per-channel QDQ needs 13
+OPSET = 18  # the dynamo exporter's own; weights quantized by channel need 13
 OUTPUT = "output"
+_CHANNELS_FIRST_RANK = 3  # (n, channels, positions) and up
 
 
 def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
     """Write the file.
 
     Raises:
+        RecipeError: if an input has the name of the output.
         StageError: if the exporter or the simplifier refuses the model.
     """
     import torch
 
+    names = [spec.name for spec in inputs]
+    if OUTPUT in names:
+        raise RecipeError(f"student.inputs[{names.index(OUTPUT)}].name: '{OUTPUT}' is what an ONNX model's output is called; expected another")
     samples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
     with quiet():
         try:
-            program = torch.onnx.export(
-                model,
-                samples,
-                dynamo=True,
-                input_names=[spec.name for spec in inputs],
-                output_names=[OUTPUT],
-                opset_version=OPSET,
-                external_data=False,
-                verbose=False,
-            )
-        except (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            raise StageError(f"export to onnx: torch's exporter refuses the model: {_reason(error)}") from error
-    if program is None:
-        raise StageError("export to onnx: torch's exporter gave nothing")
-    path.write_bytes(finish(program.model_proto))
-
-
-def finish(proto: Any) -> bytes:
-    """Return the bytes of a simplified model without traces of where it was made.
-
-    Raises:
-        StageError: if onnxsim changes what the model computes.
-    """
-    import onnxsim
-
-    with quiet():
-        simplified, same = onnxsim.simplify(proto)
-    if not same:
-        raise StageError("export to onnx: the simplified model computes something else; report it to onnxsim")
-    return stripped(simplified)
+            proto = _traced(model, samples, names)
+        except (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError, LookupError, NotImplementedError, AssertionError) as error:
+            raise StageError(f"torch's exporter refuses the model for onnx: {_reason(error)}") from error
+        path.write_bytes(_finished(proto))
 
 
 def stripped(proto: Any) -> bytes:
-    """Return the bytes of a model without metadata: stack traces, doc strings, names of producers."""
+    """Return the bytes of a model without metadata: stack traces hold paths, producers hold versions."""
     proto.producer_name = proto.producer_version = proto.doc_string = ""
     del proto.metadata_props[:]
-    graph = proto.graph
+    _strip(proto.graph)
+    for function in proto.functions:
+        _strip(function)
+    return proto.SerializeToString(deterministic=True)  # type: ignore[no-any-return]  # protobuf has no types
+
+
+def _strip(graph: Any) -> None:
     graph.doc_string = ""
     del graph.metadata_props[:]
-    for items in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer):
-        for item in items:
-            item.doc_string = ""
-            del item.metadata_props[:]
-    return proto.SerializeToString(deterministic=True)  # type: ignore[no-any-return]  # protobuf has no types
+    parts = [*graph.node, *graph.value_info]
+    if hasattr(graph, "initializer"):  # a function has none
+        parts += [*graph.initializer, *graph.output] + list(graph.input)
+    for part in parts:
+        part.doc_string = ""
+        del part.metadata_props[:]
+    for inner in [inner for node in graph.node for attribute in node.attribute for inner in (attribute.g, *attribute.graphs)]:
+        if inner.node:
+            _strip(inner)
+
+
+def _traced(model: Any, samples: tuple[Any, ...], names: list[str]) -> Any:
+    import torch
+
+    if isinstance(model, torch.jit.ScriptModule):  # the dynamo exporter reads no TorchScript; its predecessor does
+        import io
+
+        file = io.BytesIO()
+        torch.onnx.export(model, samples, file, dynamo=False, input_names=names, output_names=[OUTPUT], opset_version=OPSET)
+        import onnx
+
+        return onnx.load_from_string(file.getvalue())
+    program = torch.onnx.export(
+        model, samples, dynamo=True, input_names=names, output_names=[OUTPUT], opset_version=OPSET, external_data=False, verbose=False
+    )
+    if program is None:
+        raise RuntimeError("it gave nothing")
+    return program.model_proto
+
+
+def _finished(proto: Any) -> bytes:
+    """Return the bytes of a simplified model.
+
+    Raises:
+        StageError: if onnxsim fails, or changes what the model computes.
+    """
+    import onnxsim
+
+    _pool(proto.graph)
+    try:
+        simplified, same = onnxsim.simplify(proto)
+    except (RuntimeError, ValueError) as error:
+        raise StageError(f"onnxsim refuses the model: {_reason(error)}") from error
+    if not same:
+        raise StageError("onnxsim: the simplified model computes something else; try another version of onnxsim")
+    return stripped(simplified)
+
+
+def _pool(graph: Any) -> None:
+    """Turn each mean over all positions into a global average pool: that has an int8 kernel in ONNX Runtime, ReduceMean none."""
+    from onnx import helper, numpy_helper
+
+    axes_of = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    ranks = {item.name: len(item.type.tensor_type.shape.dim) for item in (*graph.input, *graph.value_info)}
+    nodes = []
+    for node in graph.node:
+        rank, axes = ranks.get(node.input[0], 0) if node.input else 0, axes_of.get(node.input[1]) if len(node.input) > 1 else None
+        is_pool = node.op_type == "ReduceMean" and rank >= _CHANNELS_FIRST_RANK and axes is not None
+        if not is_pool or sorted(axes % rank) != list(range(2, rank)):
+            nodes.append(helper.make_node("Identity", [], []))
+            nodes[-1].CopyFrom(node)
+            continue
+        keeps = next((attribute.i for attribute in node.attribute if attribute.name == "keepdims"), 1)
+        pooled = node.output[0] if keeps else f"{node.output[0]}_pooled"
+        nodes.append(helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name))
+        if not keeps:
+            nodes.append(helper.make_node("Flatten", [pooled], [node.output[0]], name=f"{node.name}_flatten"))
+    graph.ClearField("node")
+    graph.node.extend(nodes)
 
 
 def _reason(error: BaseException) -> str:
@@ -80,4 +129,4 @@ def _reason(error: BaseException) -> str:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else ''}"
+    return lines[0] if lines else type(cause).__name__

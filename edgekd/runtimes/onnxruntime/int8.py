@@ -64,13 +64,19 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    reduce_range = bool(params.get("reduce_range"))
     with tempfile.TemporaryDirectory() as folder, quiet():
         prepared, made = Path(folder) / "prepared.onnx", Path(folder) / "made.onnx"
         try:
             quant_pre_process(str(source), str(prepared))
             if params["scheme"] == DYNAMIC_INT8:
                 quantize_dynamic(
-                    str(prepared), str(made), op_types_to_quantize=list(DYNAMIC_OPS), per_channel=True, weight_type=QuantType.QInt8
+                    str(prepared),
+                    str(made),
+                    op_types_to_quantize=list(DYNAMIC_OPS),
+                    per_channel=True,
+                    reduce_range=reduce_range,
+                    weight_type=QuantType.QInt8,
                 )
             else:
                 quantize_static(
@@ -79,7 +85,7 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
                     _reader(source, calibration),
                     quant_format=QuantFormat.QDQ,
                     per_channel=True,
-                    reduce_range=bool(params.get("reduce_range")),
+                    reduce_range=reduce_range,
                     activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
                 )

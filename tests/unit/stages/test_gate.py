@@ -26,7 +26,13 @@ def accuracy(drop=0.005, low=0.001, high=0.009, classes=None, unfit=None):
 
 
 def judge(budget=None, **given):
-    evidence = {"accuracy": accuracy(), "parity": PARITY, "size_bytes": 10 * 1024, "measurement": measured(), "teacher": measured(5_000_000)}
+    evidence = {
+        "accuracy": accuracy(),
+        "parity": PARITY,
+        "size_bytes": 10 * 1024,
+        "measurement": measured(),
+        "teacher": measured(5_000_000),
+    }
     return gate.judge("board", budget or Budget(), LIMITS, gate.Evidence(**{**evidence, **given}))
 
 
@@ -36,7 +42,12 @@ def check(verdict, name):
 
 @pytest.mark.parametrize(
     ("interval", "outcome"),
-    [((0.001, 0.009), Outcome.PASS), ((0.001, 0.0101), Outcome.INCONCLUSIVE), ((0.0101, 0.03), Outcome.FAIL), ((-0.01, 0.01), Outcome.PASS)],
+    [
+        ((0.001, 0.009), Outcome.PASS),
+        ((0.001, 0.0101), Outcome.INCONCLUSIVE),
+        ((0.0101, 0.03), Outcome.FAIL),
+        ((-0.01, 0.01), Outcome.PASS),
+    ],
 )
 def test_accuracy_drop_is_judged_by_the_far_end(interval, outcome):
     found = check(judge(Budget(max_accuracy_drop_pp=1.0), accuracy=accuracy(low=interval[0], high=interval[1])), "max_accuracy_drop_pp")
@@ -62,7 +73,9 @@ def test_a_percentile_that_the_runs_cannot_carry_is_inconclusive_and_says_how_ma
 
 
 def test_without_a_measurement_nothing_about_the_device_passes():
-    verdict = judge(Budget(max_latency_p95_ms=1e6, min_speedup_x=0.1, max_peak_rss_mib=1e6), measurement=None, unmeasured="no device was named")
+    verdict = judge(
+        Budget(max_latency_p95_ms=1e6, min_speedup_x=0.1, max_peak_rss_mib=1e6), measurement=None, unmeasured="no device was named"
+    )
     unknown = {item.name for item in verdict.checks if item.outcome is Outcome.INCONCLUSIVE}
     assert unknown == {"max_latency_p95_ms", "min_speedup_x", "max_peak_rss_mib", "limit.memory_mib"}
     assert all("no device was named" in item.reason for item in verdict.checks if item.name in unknown)
@@ -99,7 +112,11 @@ def test_parity_that_is_off_fails():
 
 
 def test_the_worst_class_speaks_for_all():
-    classes = {"0": {"drop": 0.0, "interval": [-0.01, 0.01]}, "1": {"drop": 0.2, "interval": [0.1, 0.3]}, "2": {"drop": 0.3, "interval": [0.0, 0.5]}}
+    classes = {
+        "0": {"drop": 0.0, "interval": [-0.01, 0.01]},
+        "1": {"drop": 0.2, "interval": [0.1, 0.3]},
+        "2": {"drop": 0.3, "interval": [0.0, 0.5]},
+    }
     found = check(judge(Budget(max_class_drop_pp=5), accuracy=accuracy(classes=classes)), "max_class_drop_pp")
     assert found.outcome is Outcome.FAIL
     assert "class 1" in found.reason
