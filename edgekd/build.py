@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ def build(request: Request, teller: Teller) -> list[Result]:
     Raises:
         EdgekdError: of the class that its exit code asks for; nothing is half-written then.
     """
+    started = time.monotonic()
     plan = _plan(request.recipe, request.targets)
     folders = {target.name: request.out / target.name for target in plan.targets}
     for folder in folders.values():
@@ -73,7 +75,7 @@ def build(request: Request, teller: Teller) -> list[Result]:
         results = []
         for target in plan.targets:
             concluded = conclude.conclude(
-                Case(plan, target, done, folders[target.name], read, request.inconclusive_ok, request.remeasure), teller
+                Case(plan, target, done, folders[target.name], read, request.inconclusive_ok, request.remeasure, started), teller
             )
             results.append(Result(concluded.document, concluded.standing, _exit_code(concluded.document, request)))
         if request.depfile is not None:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekd import locks
-from edgekd.digests import canonical, changed, digest, file_digest, flush, write_atomically
+from edgekd.digests import canonical, changed, changes, digest, file_digest, flush, write_atomically
 from edgekd.domain.artifact import Artifact
 from edgekd.errors import StorageError
 
@@ -173,10 +173,10 @@ class Cache:
         if _read_json(path) != material:
             write_atomically(path, canonical(material))
 
-    def last_record(self, base: str) -> Mapping[str, Any] | None:
-        """Return the newest record under a base key, to explain a miss."""
-        records = self._records(base)
-        return records[0] if records else None
+    def nearest_changes(self, base: str, recipe_dir: Path) -> list[str]:
+        """Return what differs from the record that differs least, to explain a miss."""
+        found = [list(changes(record, recipe_dir, self.digest_of)) for record in self._records(base)]
+        return min(found, key=len, default=[])
 
     def digest_of(self, path: Path) -> str:
         """Return the SHA-256 of a file, from memory while its size, times and inode are unchanged."""

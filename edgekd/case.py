@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a verdict is about. ``read``: the user's files, for the manifest."""
+    """What a verdict is about. ``read``: the user's files, for the manifest; ``started``: when the build did (monotonic)."""
 
     plan: Plan
     target: Target
@@ -34,6 +34,7 @@ class Case:
     read: Mapping[str, str | None]
     inconclusive_ok: bool
     remeasure: bool
+    started: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ def load_target(name: str, facts: Mapping[str, Any] | None = None) -> Target:
     found = _read_toml(path, "target profile", "edgekd targets lists them")
     reader = Reader(_shown(path))
     if _has_native(found):
-        found = _resolve_native(reader, found, facts or _facts())
+        found = _resolve_native(reader, found, _facts() if facts is None else facts)
     target: Target | None = reader.table(Target, found)
     if target is not None:
         _check_target(reader, target, path)
@@ -76,7 +76,7 @@ def find_target(name: str) -> Path:
     if os.sep in name or name.endswith(".toml"):
         return Path(name)
     path = _profiles() / f"{name}.toml"
-    if not path.is_file():
+    if not SAFE_NAME.fullmatch(name) or not path.is_file():
         raise RecipeError(f"target '{name}': no such profile; {expected_one_of(name, target_names())}; name your own by its path")
     return path
 
@@ -117,16 +117,18 @@ def _read_toml(path: Path, what: str, advice: str) -> dict[str, Any]:
         raise RecipeError(f"{shown}: the {what} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{shown}: is not UTF-8 at byte {error.start}; expected a {what}, a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{shown}: is no TOML: {str(error)[:1].lower()}{str(error)[1:]}") from None
     except RecursionError:
         raise RecipeError(f"{shown}: is no TOML: nested too deeply") from None
-    except ValueError as error:  # TOMLDecodeError, or a number with too many digits
-        raise RecipeError(f"{shown}: is no TOML: {str(error)[:1].lower()}{str(error)[1:]}") from None
+    except ValueError:  # int() refuses more than 4300 digits
+        raise RecipeError(f"{shown}: is no TOML: a number has too many digits") from None
 
 
 def _shown(path: Path) -> str:
     try:
         return str(path.absolute().relative_to(Path.cwd()))
-    except ValueError:
+    except (ValueError, OSError):  # it lies elsewhere, or the current folder is gone
         return str(path)
 
 
@@ -172,7 +174,7 @@ def _check_recipe(reader: Reader, folder: Path) -> None:
         if spec.shape[0] != 1:
             reader.problem(f"{key}.shape", f"starts with {spec.shape[0]}; expected 1, the batch axis of a model on a device")
         if spec.name in names:
-            reader.problem(f"{key}.name", f"'{spec.name}' is named twice; expected a name for each input")
+            reader.problem(f"{key}.name", f"{spec.name!r} is named twice; expected a name for each input")
         names.add(spec.name)
     kinds: set[str] = set()
     for key, loss in reader.all_made(Loss):
@@ -187,7 +189,7 @@ def _check_quantize(reader: Reader, key: str, quantize: Quantize) -> None:
     for field, items in (("schemes", quantize.schemes), ("runtimes", quantize.runtimes)):
         if isinstance(items, str):
             if items != "auto":
-                reader.problem(f"{key}.{field}", f"'{items}'; expected \"auto\" or an array of {field}")
+                reader.problem(f"{key}.{field}", f'{items!r}; expected "auto" or an array of {field}')
         elif not items:
             reader.problem(f"{key}.{field}", 'is empty; expected "auto" or at least one item')
         else:
@@ -203,16 +205,23 @@ def _check_once(reader: Reader, key: str, items: Sequence[object]) -> None:
 
 def _check_files(reader: Reader, folder: Path) -> None:
     for key, entry in reader.all_made(Entry):
-        if not (folder / entry.file).is_file():
-            reader.problem(key, f"{entry.file}: no such file beside the recipe")
+        _check_file(reader, key, folder, entry.file)
     for key, teacher in reader.all_made(Teacher):
         for name, given, suffixes in (("weights", teacher.weights, WEIGHTS), ("file", teacher.file, WHOLE_MODELS)):
             if given is None:
                 continue
             if Path(given).suffix not in suffixes:
-                reader.problem(f"{key}.{name}", f"'{given}'; expected a file that ends in {', '.join(suffixes)}")
-            elif not (folder / given).is_file():
-                reader.problem(f"{key}.{name}", f"{given}: no such file beside the recipe")
+                reader.problem(f"{key}.{name}", f"{given!r}; expected a file that ends in {', '.join(suffixes)}")
+            else:
+                _check_file(reader, f"{key}.{name}", folder, given)
+
+
+def _check_file(reader: Reader, key: str, folder: Path, name: str) -> None:
+    try:
+        if not (folder / name).is_file():
+            reader.problem(key, f"{name!r}: no such file beside the recipe")
+    except OSError as error:
+        reader.problem(key, f"{name!r}: cannot be read: {error.strerror}")
 
 
 def _check_loss(reader: Reader, loss: Loss, key: str, *, again: bool) -> None:
@@ -226,7 +235,7 @@ def _check_evaluate(reader: Reader) -> None:
     for key, evaluate in reader.all_made(Evaluate):
         if isinstance(evaluate.metric, str):
             if evaluate.metric != "top1":
-                reader.problem(f"{key}.metric", f"'{evaluate.metric}'; expected \"top1\" or 'file.py:function'")
+                reader.problem(f"{key}.metric", f"{evaluate.metric!r}; expected \"top1\" or 'file.py:function'")
             continue
         if evaluate.score is not None:
             reader.problem(f"{key}.score", f"excludes {key}.metric; expected one of the two")
@@ -244,9 +253,9 @@ def _check_target(reader: Reader, target: Target, path: Path) -> None:
         key = f"runtimes[{index}]"
         if not registry.knows("runtimes", entry.name):
             known = registry.names("runtimes")
-            reader.problem(f"{key}.name", f"'{entry.name}' is not a runtime; {expected_one_of(entry.name, known)}")
+            reader.problem(f"{key}.name", f"{entry.name!r} is not a runtime; {expected_one_of(entry.name, known)}")
         if names.index(entry.name) != index:
-            reader.problem(f"{key}.name", f"'{entry.name}' is there twice; expected each runtime once")
+            reader.problem(f"{key}.name", f"{entry.name!r} is there twice; expected each runtime once")
         _check_once(reader, f"{key}.threads", entry.threads)
     _check_once(reader, "schemes", target.schemes)
     _check_once(reader, "device.kinds", target.device.kinds)
@@ -293,6 +302,7 @@ def _resolve_native(reader: Reader, found: dict[str, Any], facts: Mapping[str, A
 
 def _resolve_threads(entry: dict[str, Any], cores: int) -> dict[str, Any]:
     threads = entry.get("threads")
-    if not isinstance(threads, list) or NATIVE not in threads:
+    if not isinstance(threads, list):
         return entry
-    return {**entry, "threads": list(dict.fromkeys(cores if item == NATIVE else item for item in threads))}
+    told = cores in threads  # then "native" adds nothing
+    return {**entry, "threads": [cores if item == NATIVE else item for item in threads if item != NATIVE or not told]}

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 
@@ -34,20 +34,27 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def changed(record: Mapping[str, Any], recipe_dir: Path, digest_of: Callable[[Path], str] = file_digest) -> str | None:
-    """Return what of a record no longer holds, in words, or None if all of it does."""
+def changes(record: Mapping[str, Any], recipe_dir: Path, digest_of: Callable[[Path], str] = file_digest) -> Iterator[str]:
+    """Yield what of a record no longer holds, in words."""
     for name, old in record.get("files", {}).items():
         path = recipe_dir / name
         now = digest_of(path) if path.is_file() else None
         if now != old:
-            return f"{name} {'changed' if now and old else 'appeared' if now else 'is gone'}"
+            yield f"{name} {'changed' if now and old else 'appeared' if now else 'is gone'}"
     for name, old in record.get("listings", {}).items():
         if listing_digest(recipe_dir / name) != old:
-            return f"the files in {name} changed"
+            yield f"the files in {name} changed"
     for name, old in record.get("env", {}).items():
         if env_digest(name) != old:
-            return f"the environment variable {name} changed"
-    return next((f"{name} {old} -> {now}" for name, old in record.get("modules", {}).items() if (now := tool_version(name)) != old), None)
+            yield f"the environment variable {name} changed"
+    for name, old in record.get("modules", {}).items():
+        if (version := tool_version(name)) != old:
+            yield f"{name} {old} -> {version}"
+
+
+def changed(record: Mapping[str, Any], recipe_dir: Path, digest_of: Callable[[Path], str] = file_digest) -> str | None:
+    """Return the first thing of a record that no longer holds, or None if all of it does."""
+    return next(changes(record, recipe_dir, digest_of), None)
 
 
 def listing_digest(folder: Path) -> str | None:

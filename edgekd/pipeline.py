@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from edgekd import locks
 from edgekd.cache import Cache, Entry, storage_error
-from edgekd.digests import canonical, changed, digest, file_digest, tool_version
+from edgekd.digests import canonical, digest, file_digest, tool_version
 from edgekd.errors import StageError, UnavailableError
 from edgekd.ports import Context
 from edgekd.stages import distill, evaluate, export, inspect, quantize, supervise, teach
@@ -201,8 +201,7 @@ def _why(step: Step, material: Mapping[str, Any], cache: Cache, recipe_dir: Path
     if last is None:
         return "never run here"
     if last == material:
-        record = cache.last_record(digest(material))
-        return (changed(record, recipe_dir, cache.digest_of) if record else None) or "no longer in the cache"
+        return "; ".join(cache.nearest_changes(digest(material), recipe_dir)[:3]) or "no longer in the cache"
     return "; ".join(list(_differences(last, material))[:3])
 
 

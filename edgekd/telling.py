@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,7 @@ def parts(
         "steps": steps,
         "tools": tools,
         "notes": _notes(case, measurements),
+        "seconds": _seconds(case),
         "measured_at": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
@@ -150,6 +152,12 @@ def _ratio(reference: Measurement, item: Measurement) -> dict[str, Any]:
 
     value, interval = stats.ratio_of_medians(reference.blocks_ns, item.blocks_ns)
     return {"x": value, "interval": [interval.low, interval.high]}
+
+
+def _seconds(case: Case) -> dict[str, float]:
+    """Return how long the build took so far, and how long the stages that ran in it worked: the rest is overhead."""
+    ran = sum(item.entry.seconds for item in case.done.values() if not item.hit)
+    return {"total": round(time.monotonic() - case.started, 3), "stages": round(ran, 3)}
 
 
 def _charges(scored: Scores, chosen: Candidate) -> list[dict[str, Any]]:

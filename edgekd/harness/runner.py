@@ -175,11 +175,12 @@ def _open_onnxruntime(path, threads, options):
     session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_inputs()]
     dtypes = {"tensor(float)": "float32"}
+    edges = json.loads(session.get_modelmeta().custom_metadata_map.get("edgekd.edges", "{}"))  # ONNX has no place for scales
 
     def describe(item):
         dtype = dtypes.get(item.type, item.type[len("tensor(") : -1])
         shape = [size if isinstance(size, int) else 1 for size in item.shape]
-        return {"name": item.name, "shape": shape, "dtype": dtype, "scale": None, "zero_point": None}
+        return {"name": item.name, "shape": shape, "dtype": dtype, **edges.get(item.name, {"scale": None, "zero_point": None})}
 
     def run(arrays):
         return session.run(None, dict(zip(names, arrays)))

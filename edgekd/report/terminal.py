@@ -46,10 +46,7 @@ def measurements(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return measured model files as a table."""
     cells = [("model", "runtime", "threads", "p50 ms", "p95 ms", "p99 ms", "runs", "speed-up", "peak MiB")]
     for row in rows:
-        latency = {
-            key: words.number(row["latency"][key]["ms"]) if row["latency"][key]["interval"] else "n too small"
-            for key in ("p50", "p95", "p99")
-        }
+        latency = {key: words.number(row[key]["ms"]) if row[key]["interval"] else "n too small" for key in ("p50", "p95", "p99")}
         speed = row["speedup"]
         told = f"{speed['x']:.3g}x {words.interval(speed['interval'])}" if speed else ""
         peak = words.number(row["peak_rss_mib"])

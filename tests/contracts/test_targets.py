@@ -28,12 +28,21 @@ def test_a_profile_loads_and_leaves_a_candidate_on_each_runtime(path):
     assert target.name == path.stem
     for entry in target.runtimes:
         assert set(target.schemes) & set(registry.runtime(entry.name).SCHEMES)
-    assert "# " in path.read_text()  # it names its sources
+    assert len(path.read_text().splitlines()) <= 45
+    assert ("qemu" in target.device.kinds) == (target.device.qemu_cpu is not None)
+    assert all(entry.package and entry.threads[0] == 1 for entry in target.runtimes)
+    assert target.protocol.min_runs >= 299  # a p99 needs as many
 
 
 @pytest.mark.parametrize("path", [path for path in PROFILES if path.stem != "host"], ids=lambda path: path.stem)
 def test_a_profile_names_sources(path):
     assert any(word in path.read_text() for word in ("Sources:", "developer.android.com", "psABI"))
+
+
+def test_a_runtime_without_a_kernel_for_dynamic_schemes_is_not_given_one():
+    target = config.load_target("rpi4-32")
+    assert {(entry.package, entry.version) for entry in target.runtimes} == {("tflite-runtime", "==2.14.*")}
+    assert target.schemes == ("float32", "static_wi8_ai8")
 
 
 def test_host_is_the_machine_that_it_runs_on():

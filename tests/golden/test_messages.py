@@ -61,6 +61,7 @@ RECIPES = {
     "teacher without weights": ('weights = "teacher.safetensors"\n', ""),
     "teacher with file and model": ('weights = "teacher.safetensors"', 'file = "teacher.onnx"'),
     "weights of another kind": ("teacher.safetensors", "teacher.h5"),
+    "weights with too long a name": ("teacher.safetensors", f"{'y' * 300}.pt"),
     "weights are missing": ("teacher.safetensors", "techer.safetensors"),
     "student missing": (
         '[student]\nmodel = "models.py:student"\ninputs = [{ name = "image", shape = [1, 1, 8, 8], dtype = "float32" }]\n',

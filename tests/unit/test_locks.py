@@ -16,8 +16,7 @@ HOLD = "from pathlib import Path; from edgekd import locks\nwith locks.{how}: pr
 
 
 def _hold(how):
-    child = subprocess.Popen([sys.executable, "-c", HOLD.format(how=how)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    return child
+    return subprocess.Popen([sys.executable, "-c", HOLD.format(how=how)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def _is_held(child):
@@ -27,7 +26,10 @@ def _is_held(child):
 def _waits(how):
     """Return whether a process would have to wait for a lock."""
     told = []
-    program = f"import fcntl, os, sys; from pathlib import Path; from edgekd import locks\ndef w(): print('waits', flush=True); os._exit(0)\nwith locks.{how}: print('held')"
+    program = (
+        "import os; from pathlib import Path; from edgekd import locks\n"
+        f"def w(): print('waits', flush=True); os._exit(0)\nwith locks.{how}: print('held')"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     told.append(done.stdout.strip())
     return told == ["waits"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Torch module -> float32 TFLite by litert-torch; inputs keep torch's layout."""
+"""Torch module -> float32 TFLite by litert-torch; inputs keep torch's layout, int64 inputs become int32."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
 
         try:
             litert_torch.convert(model, samples).export(str(path))
-        except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError, AssertionError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise StageError(f"export to tflite: litert-torch refuses the model: {lines[0] if lines else said()}") from error
+            raise StageError(f"litert-torch refuses the model for tflite: {lines[0] if lines else said()}") from error

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.scheme import DYNAMIC_INT8, FLOAT32, STATIC_INT8, is_integer
-from edgekd.errors import StageError, UnavailableError
+from edgekd.errors import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,19 +42,17 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
 
 
 def variant(scheme: str, cpu_features: Sequence[str], arch: str) -> Mapping[str, Json]:
-    """Return ``reduce_range`` for x86 without VNNI, where products of full-range weights saturate.
+    """Return ``reduce_range`` (weights of 7 bits) for x86 without VNNI, where sums of full-range products saturate.
 
-    Source: onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "U8S8 on AVX2".
+    Source: onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "U8S8 on AVX2"; tried on AVX2: it holds
+    for dynamic schemes as well.
     """
     saturates = arch == "x86_64" and not set(_VNNI) & set(cpu_features)
-    return {"reduce_range": True} if is_integer(scheme) and saturates else {}
+    return {"reduce_range": True} if scheme in {STATIC_INT8, DYNAMIC_INT8} and saturates else {}
 
 
-def why_unfit(scheme: str, variant: Mapping[str, Json], instruction_set: str) -> str | None:
-    """Return why outputs computed here do not stand for the target's: full-range int8 saturates on x86 without VNNI."""
-    saturates = instruction_set.startswith("x86-64") and "vnni" not in instruction_set
-    if is_integer(scheme) and saturates and not variant.get("reduce_range"):
-        return f"int8 in onnxruntime saturates on {instruction_set}, where it was evaluated, and not on the target"
+def why_unfit(scheme: str, variant: Mapping[str, Json], instruction_set: str) -> str | None:  # noqa: ARG001  (the protocol's signature)
+    """Return None: :func:`open` computes int8 exactly, also on x86 without VNNI."""
     return None
 
 
@@ -65,11 +63,9 @@ def open(path: Path, threads: int) -> Session:  # noqa: A001  (the protocol's wo
         UnavailableError: if onnxruntime is not installed.
         StageError: if it cannot load the file.
     """
-    from edgekd.harness import runner
+    from edgekd.runtimes.onnxruntime.session import load
 
     try:
-        return runner.open_session(NAME, path, threads)  # type: ignore[no-any-return]  # the harness has no types
+        return load(path, threads)
     except ImportError as error:
         raise UnavailableError("onnxruntime is not installed; run: pip install 'edgekd[onnx]'") from error
-    except Exception as error:
-        raise StageError(f"{path.name}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error

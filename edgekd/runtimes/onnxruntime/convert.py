@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import RecipeError, StageError
 from edgekd.quiet import quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from edgekd.domain.recipe import TensorSpec
@@ -30,20 +31,32 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
 
     names = [spec.name for spec in inputs]
     if OUTPUT in names:
-        raise RecipeError(f"student.inputs[{names.index(OUTPUT)}].name: '{OUTPUT}' is what an ONNX model's output is called; expected another")
+        raise RecipeError(
+            f"student.inputs[{names.index(OUTPUT)}].name: '{OUTPUT}' is what an ONNX model's output is called; expected another"
+        )
     samples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
     with quiet():
         try:
             proto = _traced(model, samples, names)
-        except (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError, LookupError, NotImplementedError, AssertionError) as error:
+        except (
+            torch.onnx.OnnxExporterError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            LookupError,
+            NotImplementedError,
+            AssertionError,
+        ) as error:
             raise StageError(f"torch's exporter refuses the model for onnx: {_reason(error)}") from error
         path.write_bytes(_finished(proto))
 
 
-def stripped(proto: Any) -> bytes:
-    """Return the bytes of a model without metadata: stack traces hold paths, producers hold versions."""
+def stripped(proto: Any, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the bytes of a model with this metadata alone: stack traces hold paths, producers hold versions."""
     proto.producer_name = proto.producer_version = proto.doc_string = ""
     del proto.metadata_props[:]
+    for key, value in sorted((metadata or {}).items()):
+        proto.metadata_props.add(key=key, value=value)
     _strip(proto.graph)
     for function in proto.functions:
         _strip(function)
@@ -53,9 +66,9 @@ def stripped(proto: Any) -> bytes:
 def _strip(graph: Any) -> None:
     graph.doc_string = ""
     del graph.metadata_props[:]
-    parts = [*graph.node, *graph.value_info]
+    parts: list[Any] = [*graph.node, *graph.value_info]
     if hasattr(graph, "initializer"):  # a function has none
-        parts += [*graph.initializer, *graph.output] + list(graph.input)
+        parts += [*graph.input, *graph.output, *graph.initializer]
     for part in parts:
         part.doc_string = ""
         del part.metadata_props[:]
@@ -68,13 +81,11 @@ def _traced(model: Any, samples: tuple[Any, ...], names: list[str]) -> Any:
     import torch
 
     if isinstance(model, torch.jit.ScriptModule):  # the dynamo exporter reads no TorchScript; its predecessor does
-        import io
-
-        file = io.BytesIO()
-        torch.onnx.export(model, samples, file, dynamo=False, input_names=names, output_names=[OUTPUT], opset_version=OPSET)
         import onnx
 
-        return onnx.load_from_string(file.getvalue())
+        with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+            torch.onnx.export(model, samples, file.name, dynamo=False, input_names=names, output_names=[OUTPUT], opset_version=OPSET)
+            return onnx.load(file.name)
     program = torch.onnx.export(
         model, samples, dynamo=True, input_names=names, output_names=[OUTPUT], opset_version=OPSET, external_data=False, verbose=False
     )
@@ -103,25 +114,33 @@ def _finished(proto: Any) -> bytes:
 
 def _pool(graph: Any) -> None:
     """Turn each mean over all positions into a global average pool: that has an int8 kernel in ONNX Runtime, ReduceMean none."""
-    from onnx import helper, numpy_helper
+    from onnx import GraphProto, TensorProto, numpy_helper
 
-    axes_of = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    axes_of = {
+        item.name: numpy_helper.to_array(item).tolist() for item in graph.initializer if item.data_type == TensorProto.INT64 and item.dims
+    }
     ranks = {item.name: len(item.type.tensor_type.shape.dim) for item in (*graph.input, *graph.value_info)}
-    nodes = []
+    kept = GraphProto()
     for node in graph.node:
-        rank, axes = ranks.get(node.input[0], 0) if node.input else 0, axes_of.get(node.input[1]) if len(node.input) > 1 else None
-        is_pool = node.op_type == "ReduceMean" and rank >= _CHANNELS_FIRST_RANK and axes is not None
-        if not is_pool or sorted(axes % rank) != list(range(2, rank)):
-            nodes.append(helper.make_node("Identity", [], []))
-            nodes[-1].CopyFrom(node)
-            continue
-        keeps = next((attribute.i for attribute in node.attribute if attribute.name == "keepdims"), 1)
-        pooled = node.output[0] if keeps else f"{node.output[0]}_pooled"
-        nodes.append(helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name))
-        if not keeps:
-            nodes.append(helper.make_node("Flatten", [pooled], [node.output[0]], name=f"{node.name}_flatten"))
+        rank = ranks.get(node.input[0], 0) if node.op_type == "ReduceMean" else 0
+        axes = axes_of.get(node.input[1], []) if rank and len(node.input) > 1 else []
+        is_pool = rank >= _CHANNELS_FIRST_RANK and sorted(axis % rank for axis in axes) == list(range(2, rank))
+        kept.node.extend(_pooled(node) if is_pool else [node])
     graph.ClearField("node")
-    graph.node.extend(nodes)
+    graph.node.extend(kept.node)
+
+
+def _pooled(mean: Any) -> list[Any]:
+    from onnx import helper
+
+    keeps = all(attribute.i for attribute in mean.attribute if attribute.name == "keepdims")
+    if keeps:
+        return [helper.make_node("GlobalAveragePool", mean.input[:1], mean.output, name=mean.name)]
+    pooled = f"{mean.output[0]}_pooled"
+    return [
+        helper.make_node("GlobalAveragePool", mean.input[:1], [pooled], name=mean.name),
+        helper.make_node("Flatten", [pooled], mean.output, name=f"{mean.name}_flatten"),
+    ]
 
 
 def _reason(error: BaseException) -> str:
