@@ -38,6 +38,8 @@ def verdict(document: Mapping[str, Any], *, standing: bool) -> str:
         if check["reason"]
     ]
     lines += [f"note: {note}" for note in document["notes"]]
+    if document["shipped"] and document["outcome"] == "INCONCLUSIVE":
+        lines.append("shipped although it is INCONCLUSIVE, and counted as success: --inconclusive-ok")
     table = _rich(title, rows) if _is_terminal(sys.stdout) else _plain(title, rows)
     return table + "".join(f"  {line}\n" for line in lines)
 

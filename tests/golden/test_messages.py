@@ -117,6 +117,7 @@ RECIPES = {
     "a metric without function": ("[budget]", '[evaluate]\nmetric = "models.py"\n[budget]'),
     "a metric that is an array": ("[budget]", '[evaluate]\nmetric = ["top1"]\n[budget]'),
     "a date": ("epochs = 3", "epochs = 2026-01-01"),
+    "budget is true": ("max_accuracy_drop_pp = 1.0", "max_size_kib = true"),
     "budget is infinite": ("max_accuracy_drop_pp = 1.0", "max_size_kib = inf"),
     "budget beyond what a number holds": ("max_accuracy_drop_pp = 1.0", f"max_size_kib = 1{'0' * 400}"),
     "number of many hexadecimal digits": ("epochs = 3", f"epochs = 0x{'f' * 5000}"),
