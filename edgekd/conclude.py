@@ -53,7 +53,7 @@ def conclude(case: Case, teller: Teller) -> Concluded:
     outcomes = {name: _worst(gate.accuracy_checks(budget, accuracy)) for name, accuracy in accuracies.items()}
     measurements = [] if why_not_here else _measured(case, outcomes, teller)
     options = [_option(case, candidate, outcomes[candidate.id], accuracies[candidate.id], measurements) for candidate in candidates(case)]
-    choice = select.select(options, case.plan.recipe.for_target(case.target.name).quantize.max_float_ops)
+    choice = select.select(options, case.plan.recipe.for_target(case.target.name).quantize.max_float_ops, budget.max_size_kib)
     evidence = gate.Evidence(
         accuracies[choice.option.candidate.id],
         read_json(artifacts(case, f"export/student/{choice.option.candidate.runtime}")["parity.json"]),

@@ -93,7 +93,7 @@ def parts(
         "steps": steps,
         "tools": tools,
         "notes": _notes(case, measurements),
-        "seconds": _seconds(case),
+        "seconds": _seconds(case, measurements),
         "measured_at": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
@@ -154,9 +154,10 @@ def _ratio(reference: Measurement, item: Measurement) -> dict[str, Any]:
     return {"x": value, "interval": [interval.low, interval.high]}
 
 
-def _seconds(case: Case) -> dict[str, float]:
+def _seconds(case: Case, measurements: Sequence[Measurement]) -> dict[str, float]:
     """Return how long the build took so far, and how long the stages that ran in it worked: the rest is overhead."""
     ran = sum(item.entry.seconds for item in case.done.values() if not item.hit)
+    ran += measurements[0].environment["seconds"] if measurements else 0.0  # type: ignore[operator]  # a number of seconds
     return {"total": round(time.monotonic() - case.started, 3), "stages": round(ran, 3)}
 
 

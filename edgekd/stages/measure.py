@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,15 @@ def measure(
         "generations": GENERATIONS,
     }
     with locks.machine_exclusive(waiting):
+        begun = time.monotonic()
         found: Any = device.measure(job, progress)
-    environment = {"before": found["before"], "after": found["after"], "device": device.KIND, "generations": GENERATIONS}
+    environment = {
+        "before": found["before"],
+        "after": found["after"],
+        "device": device.KIND,
+        "generations": GENERATIONS,
+        "seconds": time.monotonic() - begun,
+    }
     notes = remarks(found["before"], found["after"], protocol)
     return [_measurement(subject, found["subjects"][subject.key], protocol, environment, notes) for subject in subjects]
 

@@ -40,8 +40,8 @@ class Choice:
     why_not: Mapping[str, str]
 
 
-def select(options: Sequence[Option], max_float_ops: int) -> Choice:
-    """Return the choice: within the accuracy budget the fastest, by Measurement, else by size."""
+def select(options: Sequence[Option], max_float_ops: int, max_size_kib: float | None = None) -> Choice:
+    """Return the choice: of those within the accuracy and size budgets the fastest, by Measurement, else the smallest."""
     why_not: dict[str, str] = {}
     fit = []
     for option in options:
@@ -55,6 +55,9 @@ def select(options: Sequence[Option], max_float_ops: int) -> Choice:
         best = min(options, key=lambda option: (option.drop_pp, option.candidate.id))
         why_not.pop(best.candidate.id, None)
         return Choice(best, None, best.candidate.settings[0], "smallest drop: no candidate meets the accuracy budget", why_not)
+    for option in _too_large(fit, max_size_kib):
+        why_not[option.candidate.id] = f"too large: {bytes_to_kib(option.size_bytes):.1f} KiB exceeds the budget {max_size_kib:g} KiB"
+        fit.remove(option)
     sure = [option for option in fit if option.accuracy is Outcome.PASS]
     for option in fit:
         if sure and option not in sure:
@@ -69,6 +72,12 @@ def select(options: Sequence[Option], max_float_ops: int) -> Choice:
                 f"larger: {bytes_to_kib(option.size_bytes):.1f} KiB against {bytes_to_kib(best.size_bytes):.1f} KiB"
             )
     return Choice(best, None, best.candidate.settings[0], f"size: nothing was measured, {len(pool)} candidates", why_not)
+
+
+def _too_large(fit: Sequence[Option], max_size_kib: float | None) -> list[Option]:
+    """Return those above the size budget, unless all are: then the gate judges one of them."""
+    found = [option for option in fit if max_size_kib is not None and bytes_to_kib(option.size_bytes) > max_size_kib]
+    return found if len(found) < len(fit) else []
 
 
 def _by_measurement(pool: Sequence[Option], why_not: dict[str, str]) -> Choice:

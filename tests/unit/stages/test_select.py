@@ -53,6 +53,13 @@ def test_what_is_sure_of_its_accuracy_comes_first():
     assert "inconclusive" in choice.why_not["a"]
 
 
+def test_what_exceeds_the_size_budget_does_not_ship_while_another_fits():
+    choice = select([option("a", 1000, size=65 * 1024), option("b", 2000, size=60 * 1024)], 0, 64)
+    assert choice.option.candidate.id == "b"
+    assert choice.why_not["a"] == "too large: 65.0 KiB exceeds the budget 64 KiB"
+    assert select([option("a", 1000, size=65 * 1024)], 0, 64).option.candidate.id == "a"
+
+
 def test_if_none_is_accurate_enough_the_smallest_drop_is_judged():
     choice = select([option("a", outcome=Outcome.FAIL, drop=9), option("b", outcome=Outcome.FAIL, drop=5)], 0)
     assert choice.option.candidate.id == "b"
