@@ -139,18 +139,14 @@ def test_a_file_that_is_no_model_is_one_clear_error(name, tmp_path):
 
 def test_an_op_that_the_exporter_does_not_know_is_named(tmp_path):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(1)).eval()
-    with pytest.raises(StageError, match=r"litert-torch refuses the model: .*adaptive_max_pool2d"):
+    with pytest.raises(StageError, match=r"litert-torch refuses the model for tflite: .*adaptive_max_pool2d"):
         registry.runtime("litert").export(model, SPEC, tmp_path / "m.tflite")
 
 
-def test_full_range_int8_is_unfit_where_it_saturates():
+def test_weights_are_narrowed_where_full_range_int8_saturates():
     runtime = registry.runtime("onnxruntime")
-    assert runtime.variant(STATIC_INT8, ("avx2",), "x86_64") == {"reduce_range": True}
-    assert runtime.variant(DYNAMIC_INT8, ("avx2",), "x86_64") == {"reduce_range": True}
+    for scheme in (STATIC_INT8, DYNAMIC_INT8):
+        assert runtime.variant(scheme, ("avx2",), "x86_64") == {"reduce_range": True}
+        assert runtime.variant(scheme, ("avx2", "avx_vnni"), "x86_64") == {}
+        assert runtime.variant(scheme, ("asimd",), "aarch64") == {}
     assert runtime.variant("float32", ("avx2",), "x86_64") == {}
-    assert runtime.variant(STATIC_INT8, ("avx2", "avx_vnni"), "x86_64") == {}
-    assert runtime.variant(STATIC_INT8, ("asimd",), "aarch64") == {}
-    assert "saturates on x86-64-v3" in runtime.why_unfit(STATIC_INT8, {}, "x86-64-v3")
-    assert runtime.why_unfit(STATIC_INT8, {"reduce_range": True}, "x86-64-v3") is None
-    assert runtime.why_unfit(STATIC_INT8, {}, "x86-64-v4+vnni") is None
-    assert runtime.why_unfit(STATIC_INT8, {}, "aarch64") is None
