@@ -30,7 +30,9 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
         scaffold.write(tmp_path / "file")
 
 
-@pytest.mark.parametrize("table", [recipe.Budget, recipe.Quantize, recipe.Evaluate, recipe.Training, recipe.Distill, recipe.Teacher, recipe.Data])
+@pytest.mark.parametrize(
+    "table", [recipe.Budget, recipe.Quantize, recipe.Evaluate, recipe.Training, recipe.Distill, recipe.Teacher, recipe.Data]
+)
 def test_every_key_of_a_recipe_is_told(table):
     text = (scaffold.TEMPLATES / "edgekd.toml").read_text()
     assert [field.name for field in fields(table) if not re.search(rf"\b{field.name}\b", text)] == []

@@ -146,8 +146,10 @@ WRONG = {
     "exits while it is imported": ("raise SystemExit\n", "models.py:1: importing it wants to end the process (SystemExit); it must return"),
     "lacks a module": (
         "import torchh\n",
-        "models.py:1: importing it raised ModuleNotFoundError: No module named 'torchh'; "
-        "install 'torchh' where edgekd is installed, or correct the name",
+        (
+            "models.py:1: importing it raised ModuleNotFoundError: No module named 'torchh'; "
+            "install 'torchh' where edgekd is installed, or correct the name"
+        ),
     ),
     "lacks a name": (
         "from pathlib import Pth\n",
