@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgekd.domain.scheme import DYNAMIC_INT8, FLOAT32, STATIC_INT8, is_integer
+from edgekd.domain.scheme import DYNAMIC_INT8, FLOAT32, STATIC_INT8
 from edgekd.errors import UnavailableError
 
 if TYPE_CHECKING:
