@@ -4,7 +4,8 @@
 Standard library, numpy and one runtime; imports nothing of edgekd; Python 3.9.
 
 As a program it reads commands from stdin, one JSON object a line, and answers each with one line on stdout:
-``open`` {runtime, path, threads, inputs}, ``warmup`` {runs}, ``block`` {runs} -> {"ns": [...]}, ``stats``, ``quit``.
+``open`` {runtime, path, threads, inputs, samples}, ``block`` {runs, settle} -> {"ns": [...]}, ``stats``, ``facts``, ``quit``.
+``settle`` runs at the start of a block are not timed. The answer to ``quit`` is {"end": true}, the mark of a whole answer.
 One inference is: inputs set, model invoked, outputs readable. Its time is wall time in integer nanoseconds.
 """
 
@@ -13,28 +14,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 import time
 
-ARM_CORES = {
-    "0xd03": "cortex-a53",
-    "0xd04": "cortex-a35",
-    "0xd05": "cortex-a55",
-    "0xd07": "cortex-a57",
-    "0xd08": "cortex-a72",
-    "0xd09": "cortex-a73",
-    "0xd0a": "cortex-a75",
-    "0xd0b": "cortex-a76",
-    "0xd0c": "neoverse-n1",
-    "0xd0d": "cortex-a77",
-    "0xd41": "cortex-a78",
-    "0xd44": "cortex-x1",
-    "0xd46": "cortex-a510",
-    "0xd47": "cortex-a710",
-    "0xd48": "cortex-x2",
-    "0xd4d": "cortex-a715",
-    "0xd4e": "cortex-x3",
-}
+PARTS = """
+0xd03 cortex-a53  0xd04 cortex-a35  0xd05 cortex-a55  0xd07 cortex-a57  0xd08 cortex-a72  0xd09 cortex-a73  0xd0a cortex-a75
+0xd0b cortex-a76  0xd0c neoverse-n1 0xd0d cortex-a77  0xd41 cortex-a78  0xd44 cortex-x1   0xd46 cortex-a510 0xd47 cortex-a710
+0xd48 cortex-x2   0xd4d cortex-a715 0xd4e cortex-x3   0xd80 cortex-a520 0xd81 cortex-a720 0xd82 cortex-x4
+"""
+ARM_CORES = dict(zip(PARTS.split()[::2], PARTS.split()[1::2]))
+ARM = "0x41"  # the implementer whose parts those are
+CPUFREQ = "sys/devices/system/cpu/cpu%d/cpufreq/"
 # psABI levels, by the flags of /proc/cpuinfo (x86-64 psABI supplement, table 3.1)
 X86_LEVELS = (
     (2, {"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"}),
@@ -46,33 +37,40 @@ X86_LEVELS = (
 def facts(root="/"):
     """Return what this machine is, from files alone; what cannot be read is "unknown", or None for a number."""
     processor = _cpuinfo(root)
-    arch = processor.get("arch") or platform.machine()
+    arch = processor["arch"]
     features = sorted(set((processor.get("flags") or processor.get("Features") or "").split()))
-    core = ARM_CORES.get(processor.get("CPU part", ""), "unknown")
-    if arch == "x86_64":
-        core = "-".join(processor.get(key, "unknown") for key in ("vendor_id", "cpu family", "model"))
+    cores = processor["cores"] or os.cpu_count() or 1
+    board = _read(root, "proc/device-tree/model", "").strip("\0\n ") or processor.get("Model")
+    told = re.search(r"@ ([0-9.]+)GHz", processor.get("model name", ""))
+    told_mhz = round(float(told.group(1)) * 1000) if told else None
+    busy_s, steal_s = _processor_seconds(root)
+    storage = os.statvfs(root)
     return {
         "arch": arch,
-        "cpu_model": processor.get("model name") or _read(root, "proc/device-tree/model", "unknown").strip("\0"),
-        "core": core,
+        "cpu_model": board or processor.get("model name") or processor.get("Hardware") or "unknown",
+        "core": _core(arch, processor),
         "features": features,
         "instruction_set": instruction_set(arch, features),
-        "cores": processor.get("cores") or os.cpu_count() or 1,
-        "mhz": _mhz(root, processor),
-        "memory_bytes": _memory_bytes(root),
-        "storage_bytes": _storage_bytes(root),
+        "cores": min(cores, len(os.sched_getaffinity(0))) if root == "/" else cores,
+        "mhz": _mhz(root, cores, "cpuinfo_max_freq") or told_mhz,  # a momentary clock is no fact of the machine
+        "memory_bytes": _memory_bytes(os.path.join(root, "proc/meminfo"), "MemTotal"),
+        "storage_bytes": storage.f_blocks * storage.f_frsize,  # the size, not what is free: a fact, not a state
         "kernel": platform.release(),
-        "libc": "-".join(platform.libc_ver()) or "unknown",
+        "libc": "-".join(filter(None, platform.libc_ver())) or "unknown",
         "python": platform.python_version(),
-        "governor": _read(root, "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "unknown").strip(),
+        "governor": "+".join(sorted({_read(root, CPUFREQ % cpu + "scaling_governor", "unknown").strip() for cpu in (0, cores - 1)})),
         "temp_c": _temp_c(root),
-        "load": _load(root),
+        "throttled": _throttled(root),
+        "load": _number(_read(root, "proc/loadavg", "").partition(" ")[0]),
+        "mhz_now": _mhz(root, cores, "scaling_cur_freq") or _number(processor.get("cpu MHz", "")),
+        "busy_s": busy_s,
+        "steal_s": steal_s,
     }
 
 
 def identity(found):
-    """Return the facts that identify a machine; its load, clock and temperature do not."""
-    return {key: found[key] for key in ("arch", "cpu_model", "core", "features", "instruction_set", "cores", "kernel", "libc")}
+    """Return the facts that identify a machine; its load, clock and temperature do not, nor does a kernel's patch level."""
+    return {key: found[key] for key in ("arch", "cpu_model", "core", "features", "instruction_set", "cores")}
 
 
 def instruction_set(arch, features):
@@ -109,45 +107,66 @@ def _cpuinfo(root):
         cores += key == "processor"
         if key:
             found[key] = value
-    found["cores"] = cores or None
+    found["cores"] = cores
     if root != "/":
         found["arch"] = "x86_64" if "flags" in found else "aarch64" if "asimd" in found.get("Features", "") else "armv7l"
+    else:  # what this process can load decides: a 32-bit system may run on a 64-bit kernel
+        machine = platform.machine()
+        found["arch"] = "armv7l" if machine == "aarch64" and sys.maxsize < 2**32 else machine
     return found
 
 
-def _mhz(root, processor):
-    khz = _read(root, "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq", "").strip()
-    if khz.isdigit():
-        return int(khz) // 1000
+def _core(arch, processor):
+    if arch == "x86_64":
+        return "-".join(processor.get(key, "unknown") for key in ("vendor_id", "cpu family", "model"))
+    implementer, part = processor.get("CPU implementer", ARM), processor.get("CPU part")
+    if implementer == ARM and part in ARM_CORES:
+        return ARM_CORES[part]
+    return f"{implementer}-{part}" if part else "unknown"
+
+
+def _mhz(root, cores, name):
+    """Return a clock of the last core from the kernel's frequency driver."""
+    khz = _number(_read(root, CPUFREQ % (cores - 1) + name, ""))
+    return None if khz is None else round(khz / 1000)
+
+
+def _number(text):
     try:
-        return round(float(processor["cpu MHz"]))
-    except (KeyError, ValueError):
+        return float(text)
+    except ValueError:
         return None
 
 
-def _memory_bytes(root):
-    for line in _read(root, "proc/meminfo", "").splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _storage_bytes(root):
-    try:
-        stat = os.statvfs(root)
-    except OSError:
-        return None
-    return stat.f_blocks * stat.f_frsize  # the size, not what is free: a fact, not a state
+def _memory_bytes(path, key):
+    """Return a size that a file of /proc tells in kB, or None."""
+    found = re.search("^%s:\\s+([0-9]+) kB" % key, _read("", path, ""), re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else None
 
 
 def _temp_c(root):
-    text = _read(root, "sys/class/thermal/thermal_zone0/temp", "").strip()
-    return int(text) / 1000 if text.lstrip("-").isdigit() else None
+    """Return the hottest of the zones that are named after a processor, else the first zone."""
+    folder = os.path.join(root, "sys/class/thermal")
+    zones = sorted(name for name in (os.listdir(folder) if os.path.isdir(folder) else ()) if name.startswith("thermal_zone"))
+    named = [zone for zone in zones if any(word in _read(folder, zone + "/type", "").lower() for word in ("cpu", "soc", "x86_pkg"))]
+    read = [_number(_read(folder, zone + "/temp", "")) for zone in named or zones[:1]]
+    return max((value / 1000 for value in read if value is not None), default=None)
 
 
-def _load(root):
-    text = _read(root, "proc/loadavg", "").split()
-    return float(text[0]) if text else None
+def _throttled(root):
+    """Return the firmware's flags (Raspberry Pi: bits 0-3 now, 16-19 since the start) or the package's count (x86), or None."""
+    flags = _read(root, "sys/devices/platform/soc/soc:firmware/get_throttled", "").strip()
+    count = _read(root, "sys/devices/system/cpu/cpu0/thermal_throttle/package_throttle_count", "").strip()
+    return int(flags, 16) if flags else int(count) if count else None
+
+
+def _processor_seconds(root):
+    """Return how long all cores together have worked since the start, and how long a hypervisor kept them from it."""
+    ticks = [int(text) / os.sysconf("SC_CLK_TCK") for text in _read(root, "proc/stat", "").partition("\n")[0].split()[1:]]
+    if not ticks:
+        return None, None
+    user, nice, system, _idle, _wait, irq, softirq, steal = ticks[:8]
+    return user + nice + system + irq + softirq, steal
 
 
 class Session:
@@ -167,6 +186,7 @@ def _open_onnxruntime(path, threads, options):
 
     ort.set_default_logger_severity(3)
     settings = ort.SessionOptions()
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -174,7 +194,7 @@ def _open_onnxruntime(path, threads, options):
         settings.add_session_config_entry(key, str(value))
     session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_inputs()]
-    dtypes = {"tensor(float)": "float32"}
+    dtypes = {"tensor(float)": "float32", "tensor(double)": "float64"}
     edges = json.loads(session.get_modelmeta().custom_metadata_map.get("edgekd.edges", "{}"))  # ONNX has no place for scales
 
     def describe(item):
@@ -188,21 +208,28 @@ def _open_onnxruntime(path, threads, options):
     return Session(ort.__version__, [describe(i) for i in session.get_inputs()], [describe(o) for o in session.get_outputs()], run)
 
 
-def _open_litert(path, threads, options):
+def _litert():
+    """Return the interpreter and its release, of ai-edge-litert or else of tflite-runtime; a broken one is not passed over."""
     try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("ai_edge_litert"):
+            raise
+    else:
         from importlib.metadata import version
 
-        from ai_edge_litert.interpreter import Interpreter
+        return Interpreter, "ai-edge-litert " + version("ai-edge-litert")
+    import tflite_runtime
+    from tflite_runtime.interpreter import Interpreter
 
-        release = "ai-edge-litert " + version("ai-edge-litert")
-    except ImportError:
-        import tflite_runtime
-        from tflite_runtime.interpreter import Interpreter
+    return Interpreter, "tflite-runtime " + tflite_runtime.__version__
 
-        release = "tflite-runtime " + tflite_runtime.__version__
+
+def _open_litert(path, threads, options):
     import numpy as np
 
-    interpreter = Interpreter(model_path=path, num_threads=threads, **options)
+    make, release = _litert()
+    interpreter = make(model_path=path, num_threads=threads, **options)
     interpreter.allocate_tensors()
     inputs = sorted(interpreter.get_input_details(), key=_tensor_order)
     outputs = interpreter.get_output_details()
@@ -238,17 +265,22 @@ def _tensor_order(item):
 OPENERS = {"onnxruntime": _open_onnxruntime, "litert": _open_litert}
 
 
-def _samples(session, paths):
-    """Return up to 64 samples: the first of .npy files (one an input, leading sample axis), else random ones."""
+IMPORTERS = {"onnxruntime": lambda: __import__("onnxruntime"), "litert": _litert}
+PEAK = "/proc/self/status", "VmHWM"  # the peak resident memory of this process
+MAX_SAMPLES = 64  # that are cycled; more would only fill memory
+
+
+def _samples(session, paths, count):
+    """Return samples: the first of .npy files (one an input, leading sample axis), else random ones from a fixed seed."""
     import numpy as np
 
     if paths:
-        arrays = [np.array(np.load(path, mmap_mode="r", allow_pickle=False)[:64]) for path in paths]
+        arrays = [np.array(np.load(path, mmap_mode="r", allow_pickle=False)[:count]) for path in paths]
         arrays = [_as_wanted(np, array, item) for array, item in zip(arrays, session.inputs)]
         return [[np.ascontiguousarray(array[row : row + 1]) for array in arrays] for row in range(len(arrays[0]))]
     made = np.random.default_rng(0)
     samples = []
-    for _ in range(16):
+    for _ in range(min(count, 16)):
         row = []
         for item in session.inputs:
             if item["dtype"].startswith("float"):
@@ -266,48 +298,37 @@ def _as_wanted(np, array, item):
     return np.clip(np.round(array / item["scale"]) + item["zero_point"], limits.min, limits.max).astype(item["dtype"])
 
 
-def peak_rss_bytes():
-    """Return the peak resident memory of this process (VmHWM), or None."""
-    for line in _read("/", "proc/self/status", "").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
 def serve(stdin, stdout):
     """Answer commands until ``quit`` or the end of input."""
     state = {}
     for line in stdin:
         command = json.loads(line)
+        stdout.write(json.dumps(_answer(state, command)) + "\n")
+        stdout.flush()
         if command["do"] == "quit":
             break
-        answer = COMMANDS[command["do"]](state, command)
-        stdout.write(json.dumps(answer) + "\n")
-        stdout.flush()
 
 
-def _do_open(state, command):
-    import numpy as np  # noqa: F401  (so that its import is not counted as loading)
+def _answer(state, command):
+    if command["do"] == "open":
+        return _open(state, command)
+    if command["do"] == "block":
+        _block(state, command.get("settle", 0))
+        return {"ns": _block(state, command["runs"])}
+    return {"stats": {"peak_rss_bytes": _memory_bytes(*PEAK)}, "facts": facts(), "quit": {"end": True}}[command["do"]]
 
-    before = peak_rss_bytes()
+
+def _open(state, command):
+    import numpy as np  # noqa: F401  (no part of loading, as the runtime's import)
+
+    IMPORTERS[command["runtime"]]()
+    before = _memory_bytes(*PEAK)
     started = time.perf_counter_ns()
     session = open_session(command["runtime"], command["path"], command["threads"])
     load_ns = time.perf_counter_ns() - started
-    state.update(session=session, samples=_samples(session, command.get("inputs")), next=0)
+    state.update(session=session, samples=_samples(session, command.get("inputs"), command.get("samples", MAX_SAMPLES)), next=0)
     first_ns = _block(state, 1)[0]
     return {"load_ns": load_ns, "first_ns": first_ns, "version": session.version, "rss_before_bytes": before}
-
-
-def _do_block(state, command):
-    return {"ns": _block(state, command["runs"])}
-
-
-def _do_stats(state, command):
-    return {"peak_rss_bytes": peak_rss_bytes()}
-
-
-def _do_facts(state, command):
-    return facts()
 
 
 def _block(state, runs):
@@ -320,9 +341,6 @@ def _block(state, runs):
         times.append(clock() - begun)
     state["next"] = start + runs
     return times
-
-
-COMMANDS = {"open": _do_open, "block": _do_block, "stats": _do_stats, "facts": _do_facts}
 
 
 if __name__ == "__main__":

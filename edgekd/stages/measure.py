@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +19,21 @@ if TYPE_CHECKING:
     from edgekd.ports import Device, Progress
 
 GENERATIONS = 3  # processes are started anew so often: what differs from process to process is part of the interval
-BUSY_LOAD = 0.5  # of a core, beside our own: above it a note is made
+MAX_SECONDS = 600.0  # for all subjects of a job: a model of seconds gets fewer runs than the protocol asks for, and a note
+BUSY_CORES = 0.1  # other work beside the measurement: above it a note is made
+STEAL_SHARE = 0.02  # of the processor's time that a hypervisor took
+PI_THROTTLED_NOW = 0xF  # under-voltage, frequency capped, throttled, soft temperature limit
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One model file to measure at one setting; ``name`` is a candidate's id or ``teacher``."""
+    """One model file to measure at one setting; ``name`` is a candidate's id or ``teacher``. ``inputs``: random if empty."""
 
     name: str
     runtime: str
     path: Path
     threads: int
     inputs: Sequence[Path] = ()
-
-    @property
-    def key(self) -> str:
-        """Return a name that is unique in a job."""
-        return f"{self.name} on {self.runtime}, {self.threads} threads"
 
 
 def measure(
@@ -48,39 +45,46 @@ def measure(
         UnavailableError: if the device or a runtime is not there.
         StageError: if the harness fails.
     """
+    named = _named(subjects)
     job: dict[str, Any] = {
         "subjects": [
             {
-                "id": subject.key,
+                "id": name,
                 "runtime": subject.runtime,
                 "path": str(subject.path),
                 "threads": subject.threads,
                 "inputs": [str(path) for path in subject.inputs],
             }
-            for subject in subjects
+            for name, subject in named.items()
         ],
         "protocol": {"warmup_runs": protocol.warmup_runs, "min_runs": protocol.min_runs, "min_seconds": protocol.min_seconds},
         "generations": GENERATIONS,
+        "max_seconds": MAX_SECONDS,
     }
     with locks.machine_exclusive(waiting):
-        begun = time.monotonic()
         found: Any = device.measure(job, progress)
-    environment = {
-        "before": found["before"],
-        "after": found["after"],
-        "device": device.KIND,
-        "generations": GENERATIONS,
-        "seconds": time.monotonic() - begun,
-    }
-    notes = remarks(found["before"], found["after"], protocol)
-    return [_measurement(subject, found["subjects"][subject.key], protocol, environment, notes) for subject in subjects]
+    environment = {name: found[name] for name in ("before", "after", "seconds", "own_s")}
+    environment |= {"device": device.KIND, "generations": GENERATIONS}
+    notes = remarks(environment, protocol)
+    return [_measurement(subject, found["subjects"][name], protocol, environment, notes) for name, subject in named.items()]
 
 
-def measure_files(paths: Sequence[Path], target: Target, threads: Sequence[int], device: Device, progress: Progress) -> list[Measurement]:
+def measure_files(
+    paths: Sequence[Path],
+    target: Target,
+    threads: Sequence[int],
+    device: Device,
+    progress: Progress,
+    waiting: Callable[[], None] | None = None,
+) -> list[Measurement]:
     """Measure model files without a recipe, on random inputs; the runtime follows from the suffix.
+
+    A file that is named twice is measured twice, which shows the noise. Threads: those that are given, else the target's.
 
     Raises:
         UsageError: if a file is missing or of no known format.
+        UnavailableError: if a runtime is not installed.
+        StageError: if a runtime cannot load a file.
     """
     formats = {registry.runtime(name).FORMAT: name for name in registry.names("runtimes")}
     problems = [f"{path}: no such file" for path in paths if not path.is_file()]
@@ -96,14 +100,25 @@ def measure_files(paths: Sequence[Path], target: Target, threads: Sequence[int],
     for path in paths:
         name = formats[path.suffix[1:]]
         subjects += [Subject(str(path), name, path, count) for count in (tuple(threads) or settings.get(name, (1,)))]
-    return measure(subjects, target.protocol, device, progress)
+    return measure(subjects, target.protocol, device, progress, waiting)
 
 
-def remarks(before: Mapping[str, Any], after: Mapping[str, Any], protocol: Protocol) -> tuple[str, ...]:
-    """Return what about the machine's state may have moved the numbers."""
+def remarks(environment: Mapping[str, Any], protocol: Protocol) -> tuple[str, ...]:
+    """Return what about the machine's state may have moved the numbers.
+
+    Args:
+        environment: ``before`` and ``after`` (facts), ``seconds`` between them, ``own_s`` of processor time that was ours.
+        protocol: The target's.
+    """
+    before, after, seconds = environment["before"], environment["after"], environment["seconds"]
     notes = []
-    if (before["load"] or 0) > BUSY_LOAD:
-        notes.append(f"the machine was busy before measuring (load average {before['load']:.2f} on {before['cores']} cores)")
+    if before["busy_s"] is not None and after["busy_s"] is not None:
+        others = (after["busy_s"] - before["busy_s"] - environment["own_s"]) / seconds
+        if others > BUSY_CORES:
+            notes.append(f"noisy: other work took {others:.1f} of {before['cores']} cores while measuring")
+        steal = (after["steal_s"] - before["steal_s"]) / seconds / before["cores"]
+        if steal > STEAL_SHARE:
+            notes.append(f"noisy: the hypervisor took {100 * steal:.0f} % of the processor's time while measuring")
     if protocol.governor and before["governor"] not in {protocol.governor, "unknown"}:
         notes.append(f"the governor is {before['governor']}; the profile asks for {protocol.governor}")
     if before["governor"] == "unknown":
@@ -111,12 +126,30 @@ def remarks(before: Mapping[str, Any], after: Mapping[str, Any], protocol: Proto
     hottest = max((fact["temp_c"] for fact in (before, after) if fact["temp_c"] is not None), default=None)
     if protocol.max_temp_c is not None and hottest is not None and hottest > protocol.max_temp_c:
         notes.append(f"the machine was at {hottest:.0f} C; the profile allows {protocol.max_temp_c} C")
+    if after["throttled"] is not None and (before["throttled"] != after["throttled"] or _is_throttled(after)):
+        notes.append(f"noisy: the processor was throttled while measuring (state {before['throttled']} -> {after['throttled']})")
     return tuple(notes)
+
+
+def _is_throttled(fact: Mapping[str, Any]) -> bool:
+    return fact["arch"] != "x86_64" and bool(fact["throttled"] & PI_THROTTLED_NOW)  # x86 tells a count since the start
+
+
+def _named(subjects: Sequence[Subject]) -> dict[str, Subject]:
+    """Return the subjects by a name that is unique in the job."""
+    named: dict[str, Subject] = {}
+    for subject in subjects:
+        name = f"{subject.name} on {subject.runtime}, {subject.threads} thread{'s' if subject.threads > 1 else ''}"
+        named[f"{name}, again ({len(named)})" if name in named else name] = subject
+    return named
 
 
 def _measurement(
     subject: Subject, raw: Mapping[str, Any], protocol: Protocol, environment: Mapping[str, Any], notes: tuple[str, ...]
 ) -> Measurement:
+    runs = sum(map(len, raw["blocks_ns"]))
+    if runs < protocol.min_runs:
+        notes = (*notes, f"{subject.name}: {runs} runs in the {MAX_SECONDS:.0f} s that a measurement may take, of {protocol.min_runs}")
     return Measurement(
         subject=subject.name,
         runtime=subject.runtime,
@@ -128,6 +161,6 @@ def _measurement(
         load_ns=raw["load_ns"],
         first_ns=raw["first_ns"],
         peak_rss_bytes=raw["peak_rss_bytes"],
-        environment={**environment, "rss_before_bytes": raw["rss_before_bytes"]},
+        environment={**environment, "rss_before_bytes": raw["rss_before_bytes"], "rounds": raw["rounds"]},
         notes=notes,
     )

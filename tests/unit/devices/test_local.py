@@ -1,23 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring on this machine: the stop rule on scripted samples, and a short real run."""
+"""Measuring on this machine: turns and the stop rule on scripted samples, and harness processes that live and die."""
 
 from __future__ import annotations
 
-import pytest
-import torch
-from torch import nn
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
 
-from edgekd import registry
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
 from edgekd.devices import local
-from edgekd.domain.recipe import TensorSpec
 from edgekd.errors import StageError, UnavailableError
 
-PROTOCOL = {"warmup_runs": 4, "min_runs": 60, "min_seconds": 0}
 
-
-@pytest.mark.parametrize(("ns", "runs"), [(1, 200), (400_000, 100), (100_000_000, 5)])
+@pytest.mark.parametrize(("ns", "runs"), [(1, 1000), (50_000, 800), (400_000, 100), (100_000_000, 5)])
 def test_a_block_lasts_about_forty_milliseconds(ns, runs):
-    assert local.runs_per_block([10**9, ns, ns, ns]) == runs
+    assert local.runs_per_block([10**9, 10**9, 10**9, ns, ns, ns]) == runs
+
+
+@pytest.mark.parametrize(("runs", "settle"), [(5, 1), (19, 1), (20, 2), (30, 3), (1000, 3)])
+def test_a_block_settles_at_the_cost_of_a_tenth_or_of_one_run(runs, settle):
+    assert local.settling_runs(runs) == settle
 
 
 @pytest.mark.parametrize(
@@ -35,45 +44,119 @@ def test_when_a_subject_has_enough(blocks, share, enough):
     assert local.is_enough(blocks, {"min_runs": 300, "min_seconds": 2}, share) == enough
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder, found = tmp_path_factory.mktemp("models"), {}
-    torch.manual_seed(0)
-    for name, width in (("small", 8), ("large", 512)):
-        module = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)).eval()
-        for runtime in registry.names("runtimes"):
-            path = folder / f"{name}.{registry.runtime(runtime).FORMAT}"
-            registry.runtime(runtime).export(module, (TensorSpec("x", (1, 64)),), path)
-            found[name, runtime] = path
-    return found
+def _in_turns(seed, rounds, names=("a", "b", "c")):
+    """Return the calls, in their order, and what was taken; the n-th call takes n nanoseconds."""
+    calls = []
+
+    def take(name):
+        calls.append(name)
+        return [len(calls)]
+
+    taken = local.in_turns(take, names, lambda taken: len(taken["a"]) == rounds, random.Random(seed))
+    return calls, taken
 
 
-def test_a_short_real_run(models):
-    subjects = [{"id": f"{n} {r}", "runtime": r, "path": str(path), "threads": 1, "inputs": []} for (n, r), path in models.items()]
-    found = local.measure({"subjects": subjects, "protocol": PROTOCOL, "generations": 2}, lambda share, text: None)
-    assert set(found["subjects"]) == {subject["id"] for subject in subjects}
-    for raw in found["subjects"].values():
-        assert sum(map(len, raw["blocks_ns"])) >= 60
-        assert len(raw["blocks_ns"]) >= 2 * local.MIN_ROUNDS
-        assert all(isinstance(ns, int) and ns > 0 for block in raw["blocks_ns"] for ns in block)
-        assert raw["peak_rss_bytes"] > raw["rss_before_bytes"] > 2**20
-    rounds = {subject["runtime"]: len(found["subjects"][subject["id"]]["blocks_ns"]) for subject in subjects}
-    assert all(len(found["subjects"][s["id"]]["blocks_ns"]) == rounds[s["runtime"]] for s in subjects)  # pairs
+def test_each_round_takes_every_subject_once():
+    calls, taken = _in_turns(0, 20)
+    assert len(calls) == 3 * 20
+    assert all(sorted(calls[start : start + 3]) == ["a", "b", "c"] for start in range(0, len(calls), 3))
+    for name, blocks in taken.items():
+        assert blocks == [[number] for number, called in enumerate(calls, 1) if called == name]
 
 
-def test_a_file_that_is_no_model_is_told_with_what_the_runtime_said(tmp_path):
-    (tmp_path / "m.onnx").write_bytes(b"no model")
-    job = {
-        "subjects": [{"id": "m", "runtime": "onnxruntime", "path": str(tmp_path / "m.onnx"), "threads": 1, "inputs": []}],
-        "protocol": PROTOCOL,
-    }
-    with pytest.raises(StageError, match="measure: m: the harness ended with exit code 1; it said last: .*InvalidProtobuf"):
-        local.measure({**job, "generations": 1}, lambda share, text: None)
+def test_the_order_is_random_and_repeatable():
+    first, again, other = _in_turns(0, 20)[0], _in_turns(0, 20)[0], _in_turns(1, 20)[0]
+    assert first == again != other
+    assert len({tuple(first[start : start + 3]) for start in range(0, len(first), 3)}) > 3
 
 
-def test_a_runtime_that_is_missing_is_named(models, monkeypatch, tmp_path):
-    (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError('onnxruntime')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    job = {"subjects": [{"id": "m", "runtime": "onnxruntime", "path": str(models["small", "onnxruntime"]), "threads": 1, "inputs": []}]}
-    with pytest.raises(UnavailableError, match=r"onnxruntime is not installed.*pip install"):
-        local.measure({**job, "protocol": PROTOCOL, "generations": 1}, lambda share, text: None)
+def _model(path, size):
+    """Write a model whose only weight is its input: the sum of ``size`` numbers."""
+    node = helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)
+    edges = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, size]), helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
+    model = helper.make_model(
+        helper.make_graph([node], "g", edges[:1], edges[1:]), opset_imports=[helper.make_opsetid("", 17)], ir_version=9
+    )
+    onnx.save(model, str(path))
+    return path
+
+
+def _subject(path, inputs=()):
+    return {"id": path.stem, "runtime": "onnxruntime", "path": str(path), "threads": 1, "inputs": [str(item) for item in inputs]}
+
+
+def _job(*subjects, **changes):
+    protocol = {"warmup_runs": 4, "min_runs": 60, "min_seconds": 0}
+    return {"subjects": list(subjects), "protocol": protocol, "generations": 1, "max_seconds": 60, **changes}
+
+
+def test_the_time_that_a_job_may_take_ends_it_after_whole_rounds(tmp_path):
+    subjects = [_subject(_model(tmp_path / f"{name}.onnx", 4)) for name in ("a", "b")]
+    protocol = {"warmup_runs": 4, "min_runs": 10**9, "min_seconds": 0}
+    found = local.measure(_job(*subjects, protocol=protocol, generations=3, max_seconds=0), lambda share, text: None)
+    assert all(raw["rounds"] == [1, 1, 1] and len(raw["blocks_ns"]) == 3 for raw in found["subjects"].values())
+
+
+def test_peak_memory_is_of_the_model_and_not_of_the_samples(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((64, 2**18), np.float32))  # 64 MiB
+    subject = _subject(_model(tmp_path / "m.onnx", 2**18), [tmp_path / "x.npy"])
+    raw = local.measure(_job(subject), lambda share, text: None)["subjects"]["m"]
+    assert 2**20 < raw["peak_rss_bytes"] - raw["rss_before_bytes"] < 2**25
+
+
+def _pretend(monkeypatch, folder, program):
+    """Put a program in the place of onnxruntime, for harness processes."""
+    (folder / "onnxruntime.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_a_runtime_that_is_missing_is_named_with_its_package(monkeypatch, tmp_path):
+    _pretend(monkeypatch, tmp_path, "raise ModuleNotFoundError(\"No module named 'onnxruntime'\")")
+    with pytest.raises(UnavailableError, match=r"measure: onnxruntime cannot be imported.*run: pip install onnxruntime$"):
+        local.measure(_job(_subject(_model(tmp_path / "m.onnx", 4))), lambda share, text: None)
+
+
+def test_what_a_harness_said_last_is_told_however_much_it_said(monkeypatch, tmp_path):
+    _pretend(
+        monkeypatch,
+        tmp_path,
+        "import os\nfor _ in range(2000): os.write(2, b'a warning ' * 100 + b'\\n')\nraise ValueError('no such kernel')",
+    )
+    with pytest.raises(StageError, match="^measure: m: the harness ended with exit code 1; it said last: ValueError: no such kernel$"):
+        local.measure(_job(_subject(_model(tmp_path / "m.onnx", 4))), lambda share, text: None)
+
+
+def test_a_harness_that_is_killed_is_told_with_the_signal(monkeypatch, tmp_path):
+    _pretend(monkeypatch, tmp_path, "import os; os.kill(os.getpid(), 11)")
+    with pytest.raises(StageError, match="^measure: m: the harness ended with SIGSEGV; it said last: nothing$"):
+        local.measure(_job(_subject(_model(tmp_path / "m.onnx", 4))), lambda share, text: None)
+
+
+def test_a_harness_that_hangs_is_given_up(monkeypatch, tmp_path):
+    _pretend(monkeypatch, tmp_path, "import signal; signal.pause()")
+    monkeypatch.setattr(local, "TIMEOUT_S", 0.2)
+    with pytest.raises(StageError, match=r"measure: m: the harness did not answer 'open' within 0.2 s"):
+        local.measure(_job(_subject(_model(tmp_path / "m.onnx", 4))), lambda share, text: None)
+
+
+def test_a_harness_inherits_nothing_that_moves_the_numbers(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    _pretend(monkeypatch, tmp_path, "import os; raise ValueError(' '.join(sorted(os.environ)))")
+    with pytest.raises(StageError) as caught:
+        local.measure(_job(_subject(_model(tmp_path / "m.onnx", 4))), lambda share, text: None)
+    assert "PYTHONPATH" in str(caught.value)
+    assert "OMP_NUM_THREADS" not in str(caught.value)
+
+
+def test_a_harness_ends_when_its_parent_is_killed(tmp_path):
+    program = (
+        "from edgekd.devices import local\n"
+        "with local.Harness({'id': 'm', 'runtime': 'onnxruntime'}) as harness:\n"
+        "    harness.ask(do='facts'); print(harness.process.pid, flush=True); input()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    ends = os.pidfd_open(int(parent.stdout.readline()))
+    os.kill(parent.pid, signal.SIGKILL)
+    assert select.select([ends], [], [], 30)[0]
+    os.close(ends)
+    parent.communicate()

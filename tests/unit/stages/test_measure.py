@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure: what a device is asked, what becomes of its answer, and what is remarked about the machine; on scripted answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from edgekd import config
+from edgekd.digests import file_digest
+from edgekd.domain.target import Protocol
+from edgekd.errors import StageError, UsageError
+from edgekd.stages import measure
+
+PROTOCOL = Protocol(warmup_runs=20, min_runs=4, min_seconds=2.0)
+QUIET = {
+    "arch": "aarch64", "cores": 2, "governor": "performance", "temp_c": 50.0, "throttled": 0, "load": 0.1, "busy_s": 100.0, "steal_s": 1.0,
+}  # fmt: skip
+UNREADABLE = {**QUIET, "governor": "unknown", "temp_c": None, "throttled": None, "load": None, "busy_s": None, "steal_s": None}
+
+
+class Scripted:
+    """A device that keeps the job and gives each subject the same answer."""
+
+    KIND = "scripted"
+
+    def __init__(self, blocks=((5, 6), (7, 8)), fails=None):
+        self.blocks, self.fails, self.job, self.shared_waits = blocks, fails, None, None
+
+    def measure(self, job, progress):
+        self.job, self.shared_waits = job, _shared_waits()
+        if self.fails:
+            raise self.fails
+        raw = {"blocks_ns": [list(block) for block in self.blocks], "rounds": [1, 1], "load_ns": 1, "first_ns": 2, "version": "9.9"}
+        subjects = {subject["id"]: {**raw, "peak_rss_bytes": 30, "rss_before_bytes": 20} for subject in job["subjects"]}
+        return {"subjects": subjects, "before": QUIET, "after": {**QUIET, "busy_s": 110.0}, "seconds": 10.0, "own_s": 9.9}
+
+
+def _shared_waits():
+    program = "import os; from edgekd import locks\nwith locks.machine_shared(lambda: os._exit(7)): pass"
+    return subprocess.run([sys.executable, "-c", program], check=False).returncode == 7
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "m.tflite"
+    path.write_bytes(b"a model")
+    return path
+
+
+def _measured(device, subjects, protocol=PROTOCOL, **keywords):
+    return measure.measure(subjects, protocol, device, lambda share, text: None, **keywords)
+
+
+def test_what_a_device_is_asked(model):
+    device = Scripted()
+    subjects = [measure.Subject("teacher", "litert", model, 1, [Path("x.npy")]), measure.Subject("teacher", "litert", model, 4)]
+    _measured(device, subjects)
+    first, second = device.job["subjects"]
+    assert first == {"id": "teacher on litert, 1 thread", "runtime": "litert", "path": str(model), "threads": 1, "inputs": ["x.npy"]}
+    assert (second["id"], second["threads"], second["inputs"]) == ("teacher on litert, 4 threads", 4, [])
+    assert device.job["protocol"] == {"warmup_runs": 20, "min_runs": 4, "min_seconds": 2.0}
+    assert device.job["generations"] == 3
+    assert device.job["max_seconds"] > 0
+
+
+def test_what_becomes_of_the_answer(model):
+    (found,) = _measured(Scripted(), [measure.Subject("a/candidate", "litert", model, 4)])
+    assert (found.subject, found.runtime, found.runtime_version, found.threads) == ("a/candidate", "litert", "9.9", 4)
+    assert found.model_digest == file_digest(model)
+    assert found.blocks_ns == ((5, 6), (7, 8))
+    assert (found.warmup_runs, found.load_ns, found.first_ns, found.peak_rss_bytes) == (20, 1, 2, 30)
+    assert (found.environment["rss_before_bytes"], found.environment["rounds"], found.environment["device"]) == (20, [1, 1], "scripted")
+    assert found.environment["before"] == QUIET
+    assert found.notes == ()
+
+
+def test_the_machine_is_held_alone_while_it_is_measured_and_no_longer(model):
+    device = Scripted()
+    _measured(device, [measure.Subject("m", "litert", model, 1)])
+    assert device.shared_waits
+    assert not _shared_waits()
+    with pytest.raises(StageError, match="it broke"):
+        _measured(Scripted(fails=StageError("it broke")), [measure.Subject("m", "litert", model, 1)])
+    assert not _shared_waits()
+
+
+def test_one_that_waits_for_the_machine_is_told(model):
+    program = "from edgekd import locks\nwith locks.machine_shared(): print(flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child.stdout.readline()
+    told = []
+
+    def waiting():
+        told.append("waits")
+        child.communicate("\n")
+
+    _measured(Scripted(), [measure.Subject("m", "litert", model, 1)], waiting=waiting)
+    assert told == ["waits"]
+
+
+def test_fewer_runs_than_asked_for_are_a_note_of_that_subject(model):
+    (found,) = _measured(Scripted([[5], [6]]), [measure.Subject("slow", "litert", model, 1)])
+    assert found.notes == ("slow: 2 runs in the 600 s that a measurement may take, of 4",)
+
+
+def _remarks(before=QUIET, after=None, seconds=10.0, own_s=9.0, protocol=PROTOCOL):
+    after = {**before, "busy_s": None if before["busy_s"] is None else before["busy_s"] + own_s} if after is None else after
+    return measure.remarks({"before": before, "after": after, "seconds": seconds, "own_s": own_s}, protocol)
+
+
+def test_a_quiet_machine_has_no_remark():
+    assert _remarks() == ()
+
+
+def test_what_cannot_be_read_is_told_once_and_is_no_noise():
+    assert _remarks(UNREADABLE) == ("the governor cannot be read on this machine: unknown",)
+
+
+@pytest.mark.parametrize(("busy_s", "noisy"), [(109.9, False), (110.1, True)])
+def test_other_work_is_what_is_not_ours(busy_s, noisy):
+    found = _remarks(after={**QUIET, "busy_s": busy_s})  # in 10 s, of which 9 s are ours
+    assert (found == ("noisy: other work took 0.1 of 2 cores while measuring",)) == noisy
+    assert bool(found) == noisy
+
+
+def test_what_a_hypervisor_takes_is_noise():
+    found = _remarks(after={**QUIET, "busy_s": 109.0, "steal_s": 2.0})
+    assert found == ("noisy: the hypervisor took 5 % of the processor's time while measuring",)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "arch", "noisy"),
+    [
+        (0, 0x4, "aarch64", True),
+        (0x4, 0x4, "aarch64", True),
+        (0x50000, 0x50000, "aarch64", False),  # it was, before
+        (0, 0x50000, "aarch64", True),  # it was, meanwhile
+        (7, 7, "x86_64", False),  # a count since the start
+        (7, 9, "x86_64", True),
+    ],
+)
+def test_throttling_is_noise(before, after, arch, noisy):
+    fact = {**QUIET, "arch": arch}
+    found = _remarks({**fact, "throttled": before}, {**fact, "throttled": after, "busy_s": 109.0})
+    assert [note.partition(":")[0] for note in found] == ["noisy"] * noisy
+
+
+def test_a_governor_and_a_temperature_that_the_profile_does_not_ask_for():
+    protocol = Protocol(warmup_runs=20, min_runs=4, min_seconds=2.0, governor="performance", max_temp_c=75)
+    assert _remarks(protocol=protocol) == ()
+    found = _remarks({**QUIET, "governor": "ondemand"}, {**QUIET, "busy_s": 109.0, "temp_c": 80.4}, protocol=protocol)
+    assert found == ("the governor is ondemand; the profile asks for performance", "the machine was at 80 C; the profile allows 75 C")
+
+
+def _measured_files(paths, device, threads=()):
+    return measure.measure_files(paths, config.load_target("rpi4"), threads, device, lambda share, text: None)
+
+
+def test_the_runtime_of_a_file_follows_from_its_suffix_and_the_threads_from_the_profile(tmp_path, model):
+    other = tmp_path / "m.onnx"
+    other.write_bytes(b"another")
+    found = _measured_files([model, other], Scripted())
+    assert [(item.runtime, item.threads) for item in found] == [("litert", 1), ("litert", 4), ("onnxruntime", 1), ("onnxruntime", 4)]
+    assert [(item.runtime, item.threads) for item in _measured_files([model], Scripted(), [2])] == [("litert", 2)]
+
+
+def test_a_file_that_is_named_twice_is_measured_twice(model):
+    device = Scripted()
+    assert len(_measured_files([model, model], device)) == 4
+    assert len({subject["id"] for subject in device.job["subjects"]}) == 4
+
+
+def test_all_files_that_cannot_be_measured_are_told_at_once(tmp_path):
+    (tmp_path / "data.py").write_text("")
+    with pytest.raises(UsageError) as caught:
+        _measured_files([tmp_path / "none.onnx", tmp_path / "data.py"], Scripted())
+    none, other = str(caught.value).splitlines()
+    assert none.endswith("none.onnx: no such file")
+    assert other.endswith("data.py: is no model file; expected one that ends in .onnx or .tflite")
+
+
+def test_a_model_file_is_measured_without_what_makes_models(tmp_path):
+    node = helper.make_node("Relu", ["x"], ["y"])
+    edges = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8]) for name in ("x", "y")]
+    made = helper.make_model(
+        helper.make_graph([node], "g", edges[:1], edges[1:]), opset_imports=[helper.make_opsetid("", 17)], ir_version=9
+    )
+    onnx.save(made, str(tmp_path / "m.onnx"))
+    program = (
+        "import sys\nfor name in ('torch', 'onnx', 'litert_torch', 'ai_edge_quantizer', 'scipy'): sys.modules[name] = None\n"
+        "from pathlib import Path\nfrom edgekd import config, registry\nfrom edgekd.stages import measure\nfrom dataclasses import replace\n"
+        "target = config.load_target('host')\n"
+        "target = replace(target, protocol=replace(target.protocol, min_runs=8, min_seconds=0))\n"
+        "(it,) = measure.measure_files([Path('m.onnx')], target, (1,), registry.device('local'), lambda share, text: None)\n"
+        "print(len(it.samples_ns()) >= 8, it.runtime)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("True onnxruntime\n", "")
