@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from edgekd import registry
 from edgekd.domain.artifact import Candidate
-from edgekd.domain.scheme import FLOAT32
+from edgekd.domain.scheme import FLOAT32, needs_calibration
 from edgekd.errors import RecipeError, expected_one_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from edgekd.domain.artifact import Json
-    from edgekd.domain.recipe import Recipe
+    from edgekd.domain.recipe import Quantize, Recipe
     from edgekd.domain.target import RuntimeEntry, Target
     from edgekd.ports import Stage, Step
 
@@ -48,7 +48,8 @@ def candidates(recipe: Recipe, target: Target) -> tuple[Candidate, ...]:
         RecipeError: if that is nothing, or the recipe names a scheme or runtime that the target does not have.
     """
     wanted = recipe.for_target(target.name).quantize
-    schemes = _chosen(wanted.schemes, target.schemes, f"target {target.name}: quantize.schemes")
+    where = f"target {target.name}: quantize.schemes"
+    schemes = _with_edges(wanted, _chosen(wanted.schemes, target.schemes, where), where)
     runtimes = _chosen(wanted.runtimes, [entry.name for entry in target.runtimes], f"target {target.name}: quantize.runtimes")
     made = tuple(
         _candidate(entry, scheme, wanted.io, target)
@@ -58,7 +59,9 @@ def candidates(recipe: Recipe, target: Target) -> tuple[Candidate, ...]:
         if scheme in registry.runtime(entry.name).SCHEMES
     )
     if not made:
-        names = f"none of the runtimes {', '.join(runtimes)} has one of the schemes {', '.join(schemes)}"
+        names = (
+            f'none of the runtimes {", ".join(runtimes)} has one of the schemes {", ".join(schemes) or "(none)"} with io = "{wanted.io}"'
+        )
         raise RecipeError(f"target {target.name}: no candidate: {names}")
     return made
 
@@ -86,6 +89,17 @@ def _candidate(entry: RuntimeEntry, scheme: str, io: str, target: Target) -> Can
         marks = [f"{key}={value}" for key, value in sorted(variant.items())] + ([f"io={io}"] if io != "float32" else [])
         step = "/".join(["quantize", entry.name, scheme, "ptq", *marks])
     return Candidate(step, entry.name, scheme, "ptq", step, f"evaluate/{step}", entry.threads, params)
+
+
+def _with_edges(wanted: Quantize, schemes: Sequence[str], where: str) -> Sequence[str]:
+    """Return the schemes that can have the inputs and outputs that the recipe wants: integer ones need fixed ranges."""
+    if wanted.io == "float32":
+        return schemes
+    fit = [scheme for scheme in schemes if needs_calibration(scheme)]
+    if wanted.schemes != "auto" and len(fit) < len(schemes):
+        unfit = next(scheme for scheme in schemes if scheme not in fit)
+        raise RecipeError(f"{where}: '{unfit}' has float inputs and outputs; quantize.io = \"int8\" needs a static scheme")
+    return fit
 
 
 def _chosen(wanted: str | tuple[str, ...], allowed: Sequence[str], where: str) -> tuple[str, ...]:

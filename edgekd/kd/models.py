@@ -63,12 +63,12 @@ def load_teacher_module(recipe_dir: Path, entry: Entry, weights: Path) -> nn.Mod
 
 
 def load_exported_module(path: Path) -> nn.Module:
-    """Return the module of a ``torch.export`` file; it was traced in one mode and has no other.
+    """Return the module of a TorchScript file, or of a ``torch.export`` file (traced in one mode, it has no other).
 
     Raises:
         RecipeError: if it cannot be loaded, or could run code.
     """
-    return teachers.exported_module(path)[0]
+    return teachers.script_module(path) if path.suffix == ".ts" else teachers.exported_module(path)[0]
 
 
 def load_teacher(recipe_dir: Path, entry: Entry | None, artifact: Path) -> Callable[[list[np.ndarray]], np.ndarray]:

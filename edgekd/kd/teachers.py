@@ -43,15 +43,24 @@ def of_torchscript(path: Path) -> Callable[[list[np.ndarray]], np.ndarray]:
     Raises:
         RecipeError: if it cannot be loaded.
     """
+    return of_module(script_module(path), Entry(path.name, "forward"))
+
+
+def script_module(path: Path) -> nn.Module:
+    """Return the module of a TorchScript file, in eval mode.
+
+    Raises:
+        RecipeError: if it cannot be loaded.
+    """
     import torch
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch wants torch.export instead; such files exist
-            module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]  # torch's own
+            module: nn.Module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]  # torch's own
     except (RuntimeError, ValueError) as error:
         raise RecipeError(f"{path.name}: is not a TorchScript file that can be loaded; save it with torch.jit.save") from error
-    return of_module(module, Entry(path.name, "forward"))
+    return module.eval()
 
 
 def of_exported(path: Path) -> Callable[[list[np.ndarray]], np.ndarray]:

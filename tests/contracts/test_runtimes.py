@@ -15,7 +15,7 @@ from edgekd import registry
 from edgekd.digests import file_digest
 from edgekd.domain.recipe import TensorSpec
 from edgekd.domain.scheme import DYNAMIC_INT8, STATIC_INT8
-from edgekd.errors import StageError
+from edgekd.errors import StageError, UnavailableError
 
 RUNTIMES = registry.names("runtimes")
 MAKE = """
@@ -75,7 +75,7 @@ def test_exporting_elsewhere_gives_the_same_bytes(made, tmp_path):
     program = MAKE + f"registry.runtime('{runtime.NAME}').export(conv(), (TensorSpec('image', (1, 1, 8, 8)),), Path('m.{runtime.FORMAT}'))"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert file_digest(tmp_path / f"m.{runtime.FORMAT}") == file_digest(path)
-    assert done.stdout == ""
+    assert (done.stdout, done.stderr) == ("", "")
     assert str(tmp_path).encode() not in (tmp_path / f"m.{runtime.FORMAT}").read_bytes()
 
 
@@ -139,14 +139,40 @@ def test_a_file_that_is_no_model_is_one_clear_error(name, tmp_path):
 
 def test_an_op_that_the_exporter_does_not_know_is_named(tmp_path):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(1)).eval()
-    with pytest.raises(StageError, match=r"litert-torch refuses the model for tflite: .*adaptive_max_pool2d"):
+    with pytest.raises(StageError, match=r"litert-torch refuses the model: .*adaptive_max_pool2d"):
         registry.runtime("litert").export(model, SPEC, tmp_path / "m.tflite")
 
 
-def test_weights_are_narrowed_where_full_range_int8_saturates():
-    runtime = registry.runtime("onnxruntime")
-    for scheme in (STATIC_INT8, DYNAMIC_INT8):
-        assert runtime.variant(scheme, ("avx2",), "x86_64") == {"reduce_range": True}
-        assert runtime.variant(scheme, ("avx2", "avx_vnni"), "x86_64") == {}
-        assert runtime.variant(scheme, ("asimd",), "aarch64") == {}
-    assert runtime.variant("float32", ("avx2",), "x86_64") == {}
+def test_what_converters_say_reaches_neither_stdout_nor_stderr_and_folders_do_not_reach_the_bytes(made, tmp_path):
+    runtime, path = made
+    quantized = tmp_path / "q"
+    runtime.quantize(path, quantized, {"scheme": STATIC_INT8, "io": "int8"}, SAMPLES)
+    program = f"""
+import sys
+from pathlib import Path
+import numpy as np
+from edgekd import registry
+runtime = registry.runtime({runtime.NAME!r})
+samples = [[np.random.default_rng(i).standard_normal((1, 1, 8, 8)).astype(np.float32)] for i in range(32)]
+runtime.quantize(Path(sys.argv[1]), Path("elsewhere"), {{"scheme": {STATIC_INT8!r}, "io": "int8"}}, samples)
+runtime.open(Path("elsewhere"), 1)
+"""
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=tmp_path / "deep" / "er", capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert file_digest(tmp_path / "deep" / "er" / "elsewhere") == file_digest(quantized)
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"), [("litert", ["ai_edge_litert.interpreter", "tflite_runtime"]), ("onnxruntime", ["onnxruntime"])]
+)
+def test_a_runtime_that_is_missing_tells_how_to_get_it(name, modules, tmp_path, monkeypatch):
+    for module in modules:
+        for loaded in [loaded for loaded in sys.modules if loaded == module or loaded.startswith(f"{module}.")]:
+            monkeypatch.delitem(sys.modules, loaded)
+        monkeypatch.setitem(sys.modules, module, None)
+    extra = {"litert": "litert", "onnxruntime": "onnx"}[name]
+    with pytest.raises(UnavailableError, match=rf"is not installed; run: pip install 'edgekd\[{extra}\]'"):
+        registry.runtime(name).open(tmp_path / "model", 1)

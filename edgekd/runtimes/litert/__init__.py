@@ -22,7 +22,7 @@ NAME = "litert"
 PACKAGE = "ai-edge-litert"
 FORMAT = "tflite"
 SCHEMES = (FLOAT32, STATIC_INT8, DYNAMIC_INT8)
-EXPORT_TOOLS = ("torch", "litert-torch", "litert-converter")
+EXPORT_TOOLS = ("torch", "litert-torch", "litert-converter", "jax")  # jax lowers what litert-torch does not
 QUANTIZE_TOOLS = ("ai-edge-quantizer", "ai-edge-litert", "numpy")
 
 

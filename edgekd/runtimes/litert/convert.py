@@ -23,6 +23,8 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
     """
     import torch
 
+    if isinstance(model, torch.jit.ScriptModule):
+        raise StageError("litert-torch reads no TorchScript; save the model with torch.export.save, or as weights")
     samples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
     with quiet() as said:
         import litert_torch
@@ -31,4 +33,4 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
             litert_torch.convert(model, samples).export(str(path))
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise StageError(f"litert-torch refuses the model for tflite: {lines[0] if lines else said()}") from error
+            raise StageError(f"litert-torch refuses the model: {lines[0] if lines else said()}") from error

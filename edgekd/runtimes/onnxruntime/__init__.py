@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgekd.domain.scheme import DYNAMIC_INT8, FLOAT32, STATIC_INT8
+from edgekd.domain.scheme import DYNAMIC_INT8, FLOAT32, STATIC_INT8, is_integer
 from edgekd.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ NAME = "onnxruntime"
 PACKAGE = "onnxruntime"
 FORMAT = "onnx"
 SCHEMES = (FLOAT32, STATIC_INT8, DYNAMIC_INT8)
-EXPORT_TOOLS = ("torch", "onnx", "onnxscript", "onnxsim")
+EXPORT_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxsim")
 QUANTIZE_TOOLS = ("onnxruntime", "onnx", "numpy")
 _VNNI = ("avx512_vnni", "avx_vnni")
 
@@ -48,7 +48,7 @@ def variant(scheme: str, cpu_features: Sequence[str], arch: str) -> Mapping[str,
     for dynamic schemes as well.
     """
     saturates = arch == "x86_64" and not set(_VNNI) & set(cpu_features)
-    return {"reduce_range": True} if scheme in {STATIC_INT8, DYNAMIC_INT8} and saturates else {}
+    return {"reduce_range": True} if is_integer(scheme) and saturates else {}
 
 
 def why_unfit(scheme: str, variant: Mapping[str, Json], instruction_set: str) -> str | None:  # noqa: ARG001  (the protocol's signature)

@@ -47,7 +47,7 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
             NotImplementedError,
             AssertionError,
         ) as error:
-            raise StageError(f"torch's exporter refuses the model for onnx: {_reason(error)}") from error
+            raise StageError(f"torch's ONNX exporter refuses the model: {_reason(error)}") from error
         path.write_bytes(_finished(proto))
 
 

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from edgekd import registry
+from edgekd.digests import file_digest
+from edgekd.domain.artifact import Artifact
+from edgekd.domain.recipe import Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.target import Cpu, DeviceEntry, Limits, Protocol, RuntimeEntry, Target
+from edgekd.errors import StageError
+from edgekd.kd import models
+from edgekd.ports import Context
+from edgekd.stages import export
+
+CODE = """
+import torch
+from torch import nn
+
+def student():
+    return nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(28, 3))
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(18, 3)
+
+    def forward(self, x):
+        y = self.out(x.flatten(1))
+        if y.sum() > 0:
+            return y
+        return -y
+
+class Noisy(Branches):
+    def forward(self, x):
+        return self.out(x.flatten(1)) + torch.rand(3)
+"""
+RUNTIMES = ("litert", "onnxruntime")
+SAMPLES = np.random.default_rng(0).standard_normal((80, 2, 9)).astype(np.float32)
+
+
+def entry(function):
+    return Entry("export_user.py", function)
+
+
+def recipe(student="student", **teacher):
+    return Recipe(
+        schema=1,
+        name="t",
+        data=Data(entry("splits")),
+        teacher=Teacher(**(teacher or {"model": entry("student"), "weights": "w.safetensors"})),
+        student=Student(entry(student), (TensorSpec("x", (1, 2, 9)),)),
+        distill=Distill(epochs=1),
+    )
+
+
+def target(*runtimes):
+    return Target(
+        schema=1,
+        name="board",
+        title="A board",
+        cpu=Cpu("armv8-a", "cortex-a72", 4, 1800, ("asimd",)),
+        limits=Limits(1024, 1024),
+        runtimes=tuple(RuntimeEntry(name, registry.runtime(name).PACKAGE, (1,)) for name in runtimes),
+        schemes=("float32",),
+        device=DeviceEntry(("ssh",), "aarch64"),
+        protocol=Protocol(1, 1, 1),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "export_user.py").write_text(CODE)
+    np.save(tmp_path / "x.npy", SAMPLES)
+    yield tmp_path
+    sys.modules.pop("export_user", None)
+
+
+def weights(folder, function="student"):
+    torch.manual_seed(0)
+    module = models.student(folder, entry(function))
+    with torch.no_grad():
+        module(torch.from_numpy(SAMPLES))  # so that batch norm has seen something
+    models.save_weights(module, folder / f"{function}.safetensors")
+    return folder / f"{function}.safetensors"
+
+
+def run(folder, step, path, out="out"):
+    for name in (out, "work"):
+        (folder / name).mkdir()
+    inputs = {"weights": Artifact(path, "", 0), "inputs.0": Artifact(folder / "x.npy", "", 0)}
+    result = export.run(step, inputs, Context(folder, folder / out, folder / "work", lambda *_: None))
+    (folder / "work").rmdir()
+    return result, folder / out
+
+
+def step_of(given, name):
+    return next(step for step in export.steps(given, [target(*RUNTIMES)]) if step.id == name)
+
+
+def test_a_step_for_student_and_teacher_on_each_runtime_that_targets_share():
+    steps = export.steps(recipe(), [target("litert"), target("onnxruntime", "litert")])
+    assert [step.id for step in steps] == [f"export/{who}/{name}" for name in RUNTIMES for who in ("student", "teacher")]
+    student, teacher = steps[0], steps[1]
+    assert student.inputs == {
+        "weights": "distill:student.safetensors",
+        "code": "inspect:student.code.json",
+        "inputs.0": "inspect:evaluation.inputs.0.npy",
+    }
+    assert teacher.inputs["weights"] == "inspect:teacher.safetensors"
+    assert teacher.inputs["code"] == "inspect:teacher.code.json"
+    assert {"runtime", "inputs", "model", "tolerance", "parity_samples", "instruction_set"} == set(student.params)
+    assert json.loads(json.dumps(student.params)) == {**student.params, "inputs": [{"name": "x", "shape": [1, 2, 9], "dtype": "float32"}]}
+    assert student.tools == ("torch", "litert-torch", "litert-converter", "jax", "ai-edge-litert")
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_student_is_exported_with_its_parity(folder, name):
+    result, out = run(folder, step_of(recipe(), f"export/student/{name}"), weights(folder))
+    parity = json.loads((out / "parity.json").read_text())
+    assert sorted(path.name for path in out.iterdir()) == [f"model.{registry.runtime(name).FORMAT}", "parity.json"]
+    assert (parity["samples"], parity["agreement"], parity["ok"]) == (64, 1.0, True)
+    assert 0 < parity["max_abs_error"] < parity["tolerance"] / 50
+    assert parity["psnr_db"] > 100
+    assert result.metrics["parity"] == parity
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_another_answer_is_recorded_and_no_exception(folder, name):
+    _, out = run(folder, step_of(recipe("Noisy"), f"export/student/{name}"), weights(folder, "Noisy"))
+    parity = json.loads((out / "parity.json").read_text())
+    assert parity["ok"] is False
+    assert parity["max_abs_error"] > parity["tolerance"]
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_student_that_cannot_be_exported_names_the_line_and_the_way_out(folder, name):
+    with pytest.raises(StageError) as caught:
+        run(folder, step_of(recipe("Branches"), f"export/student/{name}"), weights(folder, "Branches"))
+    text = str(caught.value)
+    assert text.startswith(f"export/student/{name}: ")
+    assert "data-dependent" in text
+    assert "(export_user.py:15)" in text
+    assert text.endswith(f"; change the model, or leave {name} out with quantize.runtimes")
+    assert "\n" not in text
+
+
+def test_a_teacher_that_cannot_be_exported_says_why_not(folder):
+    result, out = run(folder, step_of(recipe(model=entry("Branches"), weights="w"), "export/teacher/litert"), weights(folder, "Branches"))
+    assert [path.name for path in out.iterdir()] == ["why_not.txt"]
+    assert "data-dependent" in (out / "why_not.txt").read_text()
+    assert (out / "why_not.txt").read_text().count("\n") == 1
+    assert "the speed-up against it is unknown there" in result.notes[0]
+
+
+def whole(folder, suffix):
+    """Return a file that is a whole model: the student's."""
+    module = models.load_student(folder, entry("student"), weights(folder))
+    path, sample = folder / f"teacher{suffix}", torch.zeros(1, 2, 9)
+    if suffix == ".ts":
+        torch.jit.trace(module, sample).save(path)
+    elif suffix == ".pt2":
+        torch.export.save(torch.export.export(module, (sample,)), path)
+    else:
+        registry.runtime("onnxruntime").export(module, recipe().student.inputs, path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("suffix", "name", "why_not"),
+    [
+        (".onnx", "onnxruntime", None),
+        (".onnx", "litert", "an ONNX file cannot become tflite\n"),
+        (".ts", "onnxruntime", None),
+        (".ts", "litert", "litert-torch reads no TorchScript; save the model with torch.export.save, or as weights\n"),
+        (".pt2", "onnxruntime", None),
+        (".pt2", "litert", None),
+    ],
+)
+def test_a_teacher_that_is_a_whole_model(folder, suffix, name, why_not):
+    path = whole(folder, suffix)
+    step = step_of(recipe(file=path.name), f"export/teacher/{name}")
+    assert (step.inputs["weights"], step.params["model"]) == (f"inspect:teacher{suffix}", None)
+    _, out = run(folder, step, path)
+    if why_not is not None:
+        assert {item.name: item.read_text() for item in out.iterdir()} == {"why_not.txt": why_not}
+        return
+    assert json.loads((out / "parity.json").read_text())["ok"]
+    if suffix == ".onnx":
+        assert file_digest(out / "model.onnx") == file_digest(path)
