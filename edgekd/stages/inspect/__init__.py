@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import signal
 import subprocess
 import sys
+from contextlib import closing, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from edgekd.digests import file_digest
+from edgekd import errors, usercode
 from edgekd.errors import RecipeError
 from edgekd.ports import Context, Record, StageResult, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from edgekd.domain.artifact import Artifact
@@ -23,11 +26,14 @@ if TYPE_CHECKING:
     from edgekd.domain.target import Target
 
 NAME = "inspect"
-VERSION = 1
+VERSION = 2
+_LAST_LINES = 3
+_LINGER_SECONDS = 10.0  # how long the user's threads may go on when all is done
 
 
-def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:  # noqa: ARG001  (the protocol's signature)
+def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     """Return the one step."""
+    del targets  # all share the data
     teacher, evaluate = recipe.teacher, recipe.evaluate
     training = teacher.train
     params: dict[str, Any] = {
@@ -43,70 +49,111 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:  # noqa: ARG
         "score": None if evaluate.score is None else str(evaluate.score),
         "augment": None if training is None or training.augment is None else str(training.augment),
     }
-    return [Step(NAME, NAME, params, {}, ("torch", "numpy", "safetensors"))]
+    runtime = ("onnxruntime",) if teacher.file is not None and teacher.file.endswith(".onnx") else ()
+    return [Step(NAME, NAME, params, {}, ("torch", "numpy", "safetensors", *runtime))]
 
 
-def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:  # noqa: ARG001  (nothing comes before it)
+def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Run the child and take over what it found.
 
     Raises:
         RecipeError: what is wrong with the user's code or data.
     """
-    job = context.work / "job.json"
-    answer = context.work / "answer.json"
-    answer.unlink(missing_ok=True)
-    job.write_text(
-        json.dumps({"params": step.params, "recipe_dir": str(context.recipe_dir), "out": str(context.out), "answer": str(answer)})
+    del inputs  # nothing comes before it
+    job = {
+        "params": step.params,
+        "recipe_dir": str(context.recipe_dir.absolute()),
+        "out": str(context.out.absolute()),
+        "work": str(context.work.absolute()),
+        "parent": os.getpid(),
+    }
+    printed = context.work / "printed.txt"
+    running, code = str(step.params["splits"]), None
+    found: dict[str, Any] = {}
+    with closing(_child(job, printed)) as messages:
+        for message in messages:
+            if "share" in message:
+                context.progress(message["share"], message["text"])
+            running = message.get("running", running)
+            code = message.get("exit_code", code)
+            if message.keys() & {"record", "error", "os_error", "bug"}:
+                found = message
+    if "bug" in found:
+        raise RuntimeError(f"inspect: the child failed:\n{found['bug']}")
+    if "os_error" in found:
+        raise OSError(*found["os_error"])
+    if "error" in found:
+        raise getattr(errors, found["error"])(*found["problems"])
+    if not found:
+        raise RecipeError(_ended(running, code, printed, context.recipe_dir))
+    return StageResult(found["metrics"], tuple(found["notes"]), Record(**found["record"]))
+
+
+def _child(job: Mapping[str, Any], printed: Path) -> Generator[dict[str, Any]]:
+    """Run the child; yield what it tells, and its exit code at the end. What the user's code prints goes to a file."""
+    told, tell = os.pipe()
+    # -P: nothing that lies in the recipe's folder may stand for a module of ours; a fixed hash seed: sets keep their order
+    command = [sys.executable, "-P", "-m", "edgekd.stages.inspect.child", str(tell)]
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    with os.fdopen(told, "rb", buffering=0) as channel, printed.open("wb") as output:
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=job["recipe_dir"],
+                env=environment,
+                pass_fds=(tell,),
+            )
+        finally:
+            os.close(tell)
+        try:
+            assert child.stdin is not None  # noqa: S101  (it was asked for)
+            with suppress(BrokenPipeError), child.stdin as stdin:
+                stdin.write(json.dumps(job).encode())
+            yield from _messages(child, channel)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_LINGER_SECONDS)
+        finally:
+            child.kill()
+            code = child.wait()
+        yield {"exit_code": code}
+
+
+def _messages(child: subprocess.Popen[bytes], channel: Any) -> Iterator[dict[str, Any]]:
+    """Yield the child's messages until it ends or closes the pipe; processes that it leaves behind may hold the pipe open."""
+    rest = b""
+    while True:
+        ended = child.poll() is not None  # asked first: what was told before the end is read after it
+        ready = select.select([channel], [], [], 0 if ended else 0.1)[0]
+        chunk = channel.read(65536) if ready else b""
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from map(json.loads, lines)
+        if not chunk and (ended or ready):
+            return
+
+
+def _ended(running: str, code: int | None, printed: Path, recipe_dir: Path) -> str:
+    """Return the message for a child that ended without an answer."""
+    lines = [line.strip() for line in printed.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        how = f"was ended by signal {name}" + (" (was there enough memory?)" if name == "SIGKILL" else "")
+    else:
+        how = f"ended with exit code {code}"
+    place = (
+        next((place for line in lines if (place := _frame(line, recipe_dir))), None) if "Fatal Python error" in "\n".join(lines) else None
     )
-    command = [sys.executable, "-m", "edgekd.stages.inspect.child", str(job)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as child:
-        lines = _follow(child, context)
-    found = _read(answer)
-    if found is None:
-        where, said = _where(context.work), [line for line in lines if line.strip()][-3:]
-        how = f"by signal {signal.Signals(-child.returncode).name}" if child.returncode < 0 else f"with exit code {child.returncode}"
-        raise RecipeError(f"{where}: the process ended {how} while this ran" + (f"; it said last: {' | '.join(said)}" if said else ""))
-    if found.get("os_error"):
-        raise OSError(found["os_error"], found["problems"][0])
-    if found["problems"]:
-        raise RecipeError(*found["problems"])
-    record = Record(**found["record"])
-    _check_unchanged(record, context.recipe_dir)
-    return StageResult(found["metrics"], tuple(found["notes"]), record)
+    said = [] if place else lines[-_LAST_LINES:]
+    where = f" at {place}" if place else ""
+    return f"{running}: the process {how}{where} while this ran" + (f"; it said last: {' | '.join(said)}" if said else "")
 
 
-def _follow(child: subprocess.Popen[str], context: Context) -> list[str]:
-    """Collect what the user's code prints; progress comes as marked lines. Our end of its stdin closes if we die."""
-    lines: list[str] = []
-    for line in child.stdout or ():
-        if line.startswith("\x1eprogress "):
-            share, _, text = line.split(" ", 1)[1].partition(" ")
-            context.progress(float(share), text.strip())
-        else:
-            lines = [*lines[-50:], line.rstrip()]
-    child.wait()
-    return lines
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+def _frame(line: str, recipe_dir: Path) -> str | None:
+    """Return ``file:line`` of a line of a fault's traceback, ``File "data.py", line 3 in splits``, if the file is the user's."""
+    parts = line.split('"')
+    expected = 3
+    if not line.startswith('File "') or len(parts) != expected or not usercode.is_users(parts[1]):
         return None
-    return found if isinstance(found, dict) else None
-
-
-def _where(work: Path) -> str:
-    try:
-        return (work / "running.txt").read_text()
-    except OSError:
-        return "the user's code"
-
-
-def _check_unchanged(record: Record, recipe_dir: Path) -> None:
-    for name, known in record.files.items():
-        path = recipe_dir / name
-        if (file_digest(path) if path.is_file() else None) != known:
-            raise RecipeError(f"{name}: changed while it was read; build again")
+    return f"{os.path.relpath(parts[1], recipe_dir)}:{parts[2].removeprefix(', line ').partition(' ')[0]}"

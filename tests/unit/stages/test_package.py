@@ -4,6 +4,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +108,146 @@ def test_a_depfile_is_what_make_reads(tmp_path, monkeypatch):
 def test_a_name_that_make_cannot_hold_is_refused(tmp_path):
     with pytest.raises(UsageError, match="line break"):
         package.write_depfile(tmp_path / "d.d", [tmp_path / "stamp"], [tmp_path / "a\nb"])
+    for name in ("a;b", "a|b", "a\tb", "a\\b", "a\\", "copy(1)", "a&"):
+        with pytest.raises(UsageError, match="cannot stand in a depfile; rename it, or build without --depfile"):
+            package.write_depfile(tmp_path / "d.d", [tmp_path / "stamp"], [tmp_path / "recipe", tmp_path / name])
+    assert not (tmp_path / "d.d").exists()
+
+
+AWKWARD = (
+    "day=1/x=2.csv",
+    "=x",
+    "50%.csv",
+    "copy(1).csv",
+    "~root",
+    "d[1].csv",
+    "a*b",
+    "a?b",
+    "a{b,c}",
+    "$(x).csv",
+    "a:b",
+    os.fsdecode(b"\xff.csv"),
+    "'\"`",
+    "a&b",
+)
+
+
+@pytest.mark.parametrize("name", [*AWKWARD, "all # of=it $%:"], ids=ascii)
+def test_an_awkward_name_is_the_file_of_that_name_to_make(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    for decoy in (path, tmp_path / "d1.csv", tmp_path / "aXb"):  # which a pattern would match
+        decoy.write_text("")
+        os.utime(decoy, (1, 1))
+    (tmp_path / "out").mkdir()
+    package.write_depfile(tmp_path / "d.d", [tmp_path / "out" / "edgekd.stamp"], [path, tmp_path / "gone.py"])
+    (tmp_path / "Makefile").write_text("all: out/edgekd.stamp\nout/edgekd.stamp:\n\t@touch $@ && echo built\ninclude d.d\n")
+
+    def built():
+        return b"built" in subprocess.run(["make", "-s"], capture_output=True, check=True).stdout
+
+    assert built()
+    (tmp_path / "gone.py").write_text("")
+    os.utime(tmp_path / "gone.py", (1, 1))
+    assert not built()
+    os.utime(tmp_path / "aXb", (2**32, 2**32))
+    os.utime(tmp_path / "d1.csv", (2**32, 2**32))
+    assert not built()
+    os.utime(path, (2**32, 2**32))
+    assert built()
+    path.unlink()
+    assert built()  # what is gone counts as changed, and is no error
+
+
+class Killed(BaseException):
+    """Nothing that follows happens, as after kill -9."""
+
+
+@contextmanager
+def _killed_after(changes, monkeypatch):
+    """Let so many changes of files happen and no more; yields a list that is filled if that was enough."""
+    left, whole = [changes], []
+
+    def limited(function):
+        def change(*arguments, **options):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return function(*arguments, **options)
+
+        return change
+
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "write_atomically", limited(package.write_atomically))
+        patch.setattr(Path, "unlink", limited(Path.unlink))
+        with suppress(Killed):
+            yield whole
+            whole.append(True)
+
+
+def _vouched_for(out):
+    models = [path for path in out.iterdir() if path.suffix in {".onnx", ".tflite"}]
+    for model in models:
+        assert json.loads((out / "manifest.json").read_text())["outputs"][model.name]["sha256"] == file_digest(model)
+        assert json.loads((out / "report.json").read_text())["shipped"] == model.name
+    if (out / "edgekd.stamp").exists():
+        assert len(models) == 1
+        assert package.read_previous(out) is not None
+
+
+FIRST = {"nothing": None, "a pass": "toy.tflite", "another format": "toy.onnx", "a failure": ""}
+
+
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("then", ["ship", "ship the same", "withhold"])
+def test_wherever_it_is_killed_no_model_lies_there_that_the_manifest_does_not_vouch_for(tmp_path, monkeypatch, first, then):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(b"old model")
+    new.write_bytes(b"old model" if then == "ship the same" else b"new model")
+    for moment in range(20):
+        out = tmp_path / f"out{moment}"
+        out.mkdir()
+        if FIRST[first]:
+            _ship(out, old, FIRST[first])
+        elif first == "a failure":
+            package.withhold(out, {"schema": 1, "outcome": "FAIL", "shipped": None}, "# failed")
+        with _killed_after(moment, monkeypatch) as whole:
+            if then == "withhold":
+                package.withhold(out, {"schema": 1, "outcome": "INCONCLUSIVE", "shipped": None}, "# later")
+            else:
+                _ship(out, new, text="# later")
+        _vouched_for(out)
+        _ship(out, new)
+        assert package.read_previous(out)["shipped"] == "toy.tflite"
+        if whole:
+            break
+    assert 3 <= moment < 19
+
+
+@pytest.mark.parametrize("manifest", [{}, [], {"outputs": {}}, {"outputs": {"toy.tflite": 3}}, {"outputs": {"other": {"sha256": "x"}}}])
+def test_a_manifest_that_does_not_name_the_model_is_not_believed(tmp_path, model, manifest):
+    out = tmp_path / "out"
+    _ship(out, model)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert package.read_previous(out) is None
+
+
+def test_a_second_model_in_the_folder_is_not_believed(tmp_path, model):
+    out = tmp_path / "out"
+    _ship(out, model)
+    (out / "other.onnx").write_bytes(b"from elsewhere")
+    assert package.read_previous(out) is None
+
+
+def test_a_report_that_is_no_json_changes_nothing(tmp_path, model):
+    out = tmp_path / "out"
+    _ship(out, model)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for change in (lambda bad: package.withhold(out, bad, "#"), lambda bad: package.ship(out, model, "toy.tflite", {}, bad, "#")):
+        with pytest.raises(ValueError, match="JSON"):
+            change({"schema": 1, "x": float("inf")})
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_reports_are_json_without_nan():

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data and user code at the level of the stage: what ends the child, what only the whole run can see, and what is allowed.
+
+Wrong splits and models one by one: ``tests/unit/stages/test_inspect_*.py`` and ``test_bad_code.py``.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from edgekd import config
+from edgekd.errors import RecipeError
+from edgekd.ports import Context
+from edgekd.stages import inspect
+
+RECIPE = """\
+schema = 1
+name = "toy"
+[data]
+splits = "data.py:splits"
+[teacher]
+model = "models.py:teacher"
+[teacher.train]
+epochs = 1
+augment = "data.py:augment"
+[student]
+model = "models.py:student"
+inputs = [{ name = "x", shape = [1, 4], dtype = "float32" }]
+[distill]
+epochs = 1
+"""
+GIVEN = RECIPE.replace('[teacher.train]\nepochs = 1\naugment = "data.py:augment"\n', 'weights = "teacher.safetensors"\n')
+DATA = """\
+import torch
+from torch.utils.data import Subset, TensorDataset
+def splits():
+    made = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 4, generator=made), torch.arange(60) % 3
+    train = TensorDataset(x[:30], y[:30])
+    found = {"train": train, "validation": TensorDataset(x[30:40], y[30:40]),
+             "calibration": Subset(train, range(8)), "evaluation": TensorDataset(x[40:], y[40:])}
+    return found
+def augment(x, generator):
+    return x + torch.rand(x.shape, generator=generator)
+def score(outputs, labels):
+    return (outputs.argmax(1) == labels).astype(float)
+def metric(outputs, labels):
+    return float((outputs.argmax(1) == labels).mean())
+"""
+MODELS = """\
+from torch import nn
+def teacher():
+    return nn.Linear(4, 3)
+def student():
+    return nn.Linear(4, 3)
+"""
+START, RETURN = "    made =", "    return found\n"
+
+
+def _inspect(folder, data=DATA, models=MODELS, recipe=RECIPE):
+    for name, text in (("data.py", data), ("models.py", models), ("edgekd.toml", recipe)):
+        (folder / name).write_text(text)
+    for name in ("out", "work"):
+        (folder / name).mkdir()
+    step = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
+    return inspect.run(step, {}, Context(folder, folder / "out", folder / "work", lambda share, text: None))
+
+
+BAD = {
+    "crashes": (
+        {"data": DATA.replace(START, f"    import ctypes; ctypes.string_at(0)\n{START}")},
+        "data.py:splits: the process was ended by signal SIGSEGV at data.py:4 while this ran",
+    ),
+    "crashes in the student": (
+        {"models": MODELS + "    return 1\ndef student():\n    import ctypes\n    ctypes.string_at(0)\n"},
+        "models.py:student: the process was ended by signal SIGSEGV at models.py:9 while this ran",
+    ),
+    "leaves with last words": (
+        {"data": DATA.replace(START, f"    print('one\\ntwo'); import os; os._exit(0)\n{START}")},
+        "data.py:splits: the process ended with exit code 0 while this ran; it said last: one | two",
+    ),
+    "closes all files": (
+        {"data": DATA.replace(START, f"    import os; os.closerange(3, 100); os._exit(4)\n{START}")},
+        "data.py:splits: the process ended with exit code 4 while this ran",
+    ),
+    "leaves a process behind": (
+        {"data": DATA.replace(START, f"    import os, time\n    if os.fork() == 0: time.sleep(2); os._exit(0)\n    os._exit(5)\n{START}")},
+        "data.py:splits: the process ended with exit code 5 while this ran",
+    ),
+    "reads a file that changes": (
+        {
+            "data": DATA.replace(
+                START,
+                f"    import subprocess\n    open('notes.txt').read()\n    subprocess.run(['cp', 'data.py', 'notes.txt'])\n{START}",
+            )
+        },
+        "notes.txt: changed while it was read; build again",
+    ),
+    "has three splits wrong": (
+        {
+            "data": DATA.replace(
+                RETURN, f"    for name in ('train', 'validation', 'evaluation'): found[name] = TensorDataset(x, y + 0.5)\n{RETURN}"
+            )
+        },
+        "\n".join(
+            f"data.py:splits: {name}: labels are float32; expected one whole number a sample, its class id"
+            for name in ("train", "validation", "evaluation")
+        ),
+    ),
+    "has labels for more classes": (
+        {"data": DATA.replace("% 3", "% 5")},
+        "\n".join(
+            f"data.py:splits: {name}: has the label 4, but teacher and student know 3 classes (0 to 2); {count} of {total} labels are above"
+            for name, count, total in (("train", 12, 30), ("validation", 4, 10), ("evaluation", 8, 20))
+        ),
+    ),
+    "has one output": (
+        {"models": MODELS.replace("(4, 3)", "(4, 1)")},
+        "models.py:student and models.py:teacher: teacher and student give one output; top-1 needs one for each class, two at least",
+    ),
+    "scores in percent": (
+        {"recipe": RECIPE + '[evaluate]\nscore = "data.py:score"\n', "data": DATA.replace("labels).astype(float)", "labels) * 100.0")},
+        "data.py:score: returned ndarray of shape [20] for 20 samples; expected 20 scores from 0 to 1",
+    ),
+    "has a metric without a value": (
+        {"recipe": RECIPE + '[evaluate]\nmetric = "data.py:metric"\n', "data": DATA.replace("return float(", "(")},
+        "data.py:metric: returned NoneType None; expected one finite number for the whole set, 1 at most (0.93, not 93)",
+    ),
+    "augments by its own dice": (
+        {"data": DATA.replace(", generator=generator)", ")")},
+        "data.py:augment: gives two answers to one batch and one seed; draw only from the generator that it is given",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_code_that(name, tmp_path):
+    (tmp_path / "notes.txt").write_text("as it was")
+    parts, message = BAD[name]
+    with pytest.raises(RecipeError) as caught:
+        _inspect(tmp_path, **parts)
+    assert str(caught.value) == message
+    assert caught.value.exit_code == 2
+
+
+def test_labels_for_a_metric_of_ones_own_overlap_that_is_allowed_and_unlabelled_samples(tmp_path):
+    data = (
+        DATA.replace("torch.arange(60) % 3", "torch.rand(60, generator=made)")
+        .replace("(outputs.argmax(1) == labels).mean()", "1 - abs(outputs[:, 0] - labels).mean() / 1000")
+        .replace(
+            RETURN,
+            f"    found['evaluation'] = TensorDataset(x[28:], y[28:])\n    found['validation'] = TensorDataset(x[:9], y[:9])\n"
+            f"    found['unlabelled'] = torch.randn(7, 4, generator=made)\n{RETURN}",
+        )
+    )
+    from safetensors.torch import save_file
+    from torch import nn
+
+    save_file(nn.Linear(4, 3).state_dict(), tmp_path / "teacher.safetensors")
+    recipe = GIVEN.replace('data.py:splits"', 'data.py:splits"\nmax_overlap = 9') + '[evaluate]\nmetric = "data.py:metric"\n'
+    found = _inspect(tmp_path, data, recipe=recipe)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["splits"]["evaluation"] == {"samples": 32, "classes": None, "overlap": {"train": 2}}
+    assert summary["splits"]["validation"]["overlap"] == {"train": 9, "calibration": 8}
+    assert summary["splits"]["unlabelled"]["samples"] == 7
+    assert np.load(tmp_path / "out" / "unlabelled.inputs.0.npy").shape == (7, 4)
+    assert np.load(tmp_path / "out" / "evaluation.labels.npy").dtype == np.float32
+    assert found.notes == ("evaluation has 32 samples; accuracy is known only roughly",)
+
+
+def test_remarks_on_classes_that_are_rare(tmp_path):
+    data = DATA.replace("y[:30])\n", "y[:30].clamp(max=1))\n").replace("60", "400").replace("x[40:], y[40:]", "x[40:350], y[40:350]")
+    data = data.replace(RETURN, f"    y[41:45] = 2\n    y[45:350] = y[45:350] % 2\n{RETURN}")
+    found = _inspect(tmp_path, data)
+    assert found.notes == (
+        "train has no sample of class 2, which evaluation has",
+        "evaluation has fewer than 10 samples of class 2; their accuracy says little",
+    )

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage inspect as a whole, with its child process: what is kept, what is recorded, and how it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from edgekd import config
+from edgekd.digests import changed, listing_digest
+from edgekd.ports import Context
+from edgekd.stages import inspect
+
+RECIPE = """\
+schema = 1
+name = "toy"
+[data]
+splits = "data.py:splits"
+[teacher]
+model = "models.py:teacher"
+weights = "teacher.safetensors"
+[student]
+model = "models.py:student"
+inputs = [{ name = "x", shape = [1, 4], dtype = "float32" }]
+[distill]
+epochs = 1
+[evaluate]
+score = "metrics.py:score"
+"""
+DATA = """\
+import os
+import sqlite3
+import sys
+import tempfile
+from pathlib import Path
+
+import hypothesis
+import json
+import numpy as np
+import torch
+from torch.utils.data import Subset, TensorDataset
+
+from shared import SCALE
+try:
+    import faster_reader
+except ImportError:
+    pass
+try:
+    print("typed:", input())
+except EOFError:
+    print("nobody types")
+
+
+def splits():
+    x = torch.from_numpy(np.load(os.environ["TOY_FILE"])) * SCALE
+    assert len(list(Path("more").glob("*.txt"))) == 2
+    x[0, 0] = len(os.listdir("listed"))
+    x[1] += torch.rand(1) + np.random.rand()  # nobody seeded it
+    if Path("optional.npy").exists():
+        raise RuntimeError("not here")
+    os.environ["OWN"] = "1"
+    assert os.environ.get("OWN") == "1"
+    assert os.getenv("TOY_UNSET") is None
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "scratch.txt").write_text("x")
+        assert [path.read_text() for path in Path(folder).iterdir()] == ["x"]
+    cached = Path("cache.txt")
+    cached.write_text("x")
+    assert cached.read_text() == "x"
+    assert Path("link.txt").read_text() == "linked"
+    np.memmap("mapped.bin", mode="r")
+    try:
+        open("gone.csv")
+    except FileNotFoundError:
+        pass
+    assert sqlite3.connect("toy.db").execute("select 1").fetchone() == (1,)
+    print("to standard output", flush=True)
+    print("to standard error", file=sys.stderr)
+    y = torch.arange(len(x)) % 3
+    train = TensorDataset(x[:30], y[:30])
+    evaluation = TensorDataset(x[40:], y[40:])
+    evaluation.groups = [name for name in "ab" for _ in range(10)]
+    return {"train": train, "validation": TensorDataset(x[30:40], y[30:40]), "calibration": Subset(train, range(8)), "evaluation": evaluation}
+"""
+MODELS = """\
+import numpy as np
+from torch import nn
+import blocks
+def teacher():
+    return nn.Linear(4, 3)
+def student():
+    assert np.load("start.npy").shape == (1,)
+    return nn.Sequential(nn.Linear(4, blocks.WIDTH), nn.Linear(blocks.WIDTH, 3))
+"""
+METRICS = "import shared\ndef score(outputs, labels):\n    return (outputs.argmax(1) == labels).astype(float)\n"
+TEXTS = {
+    "edgekd.toml": RECIPE,
+    "data.py": DATA,
+    "models.py": MODELS,
+    "metrics.py": METRICS,
+    "shared.py": "SCALE = 1.0\n",
+    "blocks.py": "WIDTH = 2\n",
+    "json.py": "raise RuntimeError('stands for Python\\'s own')\n",
+    "more/a.txt": "",
+    "more/b.txt": "",
+    "listed/c.txt": "",
+    "mapped.bin": "bytes",
+    "real.txt": "linked",
+}
+READ = {  # by the data function
+    "data.py",
+    "shared.py",
+    "faster_reader.py",
+    "undeclared.npy",
+    "optional.npy",
+    "gone.csv",
+    "link.txt",
+    "mapped.bin",
+    "toy.db",
+}
+
+
+def _site(folder):
+    for name, text in TEXTS.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    np.save(folder / "undeclared.npy", np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32))
+    np.save(folder / "start.npy", np.zeros(1))
+    (folder / "link.txt").symlink_to("real.txt")
+    connection = sqlite3.connect(folder / "toy.db")
+    connection.execute("create table t (a)")
+    connection.close()
+    save_file({"weight": torch.eye(4)[:3].contiguous(), "bias": torch.zeros(3)}, folder / "teacher.safetensors")
+    return folder
+
+
+def _run(folder, progress=lambda share, text: None):
+    for name in ("out", "work"):
+        (folder.parent / f"{folder.name}-{name}").mkdir()
+    step = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
+    context = Context(folder, folder.parent / f"{folder.name}-out", folder.parent / f"{folder.name}-work", progress)
+    return inspect.run(step, {}, context)
+
+
+def _names(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return two runs, in two folders."""
+    os.environ["TOY_FILE"] = "undeclared.npy"
+    found = {}
+    try:
+        for name in ("one", "two"):
+            folder = _site(tmp_path_factory.mktemp(name) / f"recipe-{name}")
+            before = _names(folder)
+            found[name] = (folder, _run(folder), _names(folder) - before)
+    finally:
+        del os.environ["TOY_FILE"]
+    return found
+
+
+def _out(folder):
+    return folder.parent / f"{folder.name}-out"
+
+
+def _json(folder, name):
+    return json.loads((_out(folder) / name).read_text())
+
+
+def test_the_artifacts_and_their_shapes(runs):
+    folder, result, _ = runs["one"]
+    shapes = {path.name: np.load(path).shape for path in _out(folder).glob("*.npy")}
+    assert shapes == {
+        "train.inputs.0.npy": (30, 4),
+        "validation.inputs.0.npy": (10, 4),
+        "calibration.inputs.0.npy": (8, 4),
+        "evaluation.inputs.0.npy": (20, 4),
+        "unlabelled.inputs.0.npy": (0, 4),
+        "train.labels.npy": (30,),
+        "validation.labels.npy": (10,),
+        "evaluation.labels.npy": (20,),
+        "evaluation.groups.npy": (20,),
+    }
+    others = sorted(path.name for path in _out(folder).iterdir() if path.suffix != ".npy")
+    codes = [f"{name}.code.json" for name in ("augment", "data", "metric", "student", "teacher")]
+    assert others == sorted([*codes, "summary.json", "teacher.safetensors"])
+    summary = _json(folder, "summary.json")
+    assert summary == result.metrics
+    assert summary["classes"] == 3
+    assert summary["groups"] == 2
+    assert summary["teacher"] == {"parameters": 15, "outputs": [3]}
+    assert summary["student"] == {"parameters": 2 * 4 + 2 + 3 * 2 + 3, "outputs": [3]}
+    assert summary["splits"]["validation"] == {"samples": 10, "classes": {"0": 4, "1": 3, "2": 3}, "overlap": {}}
+    assert summary["splits"]["calibration"]["classes"] is None
+    assert result.notes == ("evaluation has 20 samples; accuracy is known only roughly",)
+
+
+def test_two_folders_give_the_same_bytes(runs):
+    digests = [
+        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _out(folder).iterdir()} for folder, _, _ in runs.values()
+    ]
+    assert len(digests[0]) == 16
+    assert digests[0] == digests[1]
+    assert not [path.name for path in _out(runs["one"][0]).iterdir() if str(runs["one"][0]).encode() in path.read_bytes()]
+
+
+def test_all_that_was_read_is_recorded_and_nothing_else(runs):
+    folder, result, _ = runs["one"]
+    record = result.record
+    assert set(record.files) == READ | {"models.py", "blocks.py", "start.npy", "metrics.py", "teacher.safetensors"}
+    assert {name for name, digest in record.files.items() if digest is None} == {"faster_reader.py", "optional.npy", "gone.csv"}
+    assert record.files["undeclared.npy"] == hashlib.sha256((folder / "undeclared.npy").read_bytes()).hexdigest()
+    assert record.listings == {"more": listing_digest(folder / "more"), "listed": listing_digest(folder / "listed"), "optional.npy": None}
+    assert record.env == {"TOY_FILE": hashlib.sha256(b"undeclared.npy").hexdigest(), "OWN": None, "TOY_UNSET": None}
+    assert record.modules == {"hypothesis": version("hypothesis")}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda folder: (folder / "undeclared.npy").write_bytes(b"x"), "undeclared.npy changed"),
+        (lambda folder: (folder / "shared.py").write_text("SCALE = 2.0\n"), "shared.py changed"),
+        (lambda folder: (folder / "real.txt").write_text("other"), "link.txt changed"),
+        (lambda folder: (folder / "listed" / "d.txt").write_text(""), "the files in listed changed"),
+        (lambda folder: (folder / "gone.csv").write_text(""), "gone.csv appeared"),
+        (lambda folder: (folder / "optional.npy").mkdir(), "the files in optional.npy changed"),
+        (lambda folder: (folder / "blocks.py").unlink(), "blocks.py is gone"),
+        (lambda folder: os.environ.update(TOY_FILE="other"), "the environment variable TOY_FILE changed"),
+        (lambda folder: (folder / "unread.txt").write_text(""), None),
+        (lambda folder: (folder / "json.py").write_text("x = 1"), None),
+    ],
+)
+def test_the_record_sees_a_change(runs, change, told, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOY_FILE", "undeclared.npy")
+    result = runs["one"][1]
+    folder = tmp_path / "recipe"
+    shutil.copytree(runs["one"][0], folder, symlinks=True)
+    record = {name: getattr(result.record, name) for name in ("files", "listings", "env", "modules")}
+    assert changed(record, folder) is None
+    change(folder)
+    assert changed(record, folder) == told
+
+
+def test_each_entry_has_the_code_that_it_needs(runs):
+    folder = runs["one"][0]
+    needed = {
+        name: set(_json(folder, f"{name}.code.json").get("files", {})) for name in ("data", "teacher", "student", "metric", "augment")
+    }
+    assert needed == {
+        "data": READ - {"faster_reader.py", "optional.npy", "gone.csv"},
+        "teacher": {"models.py", "blocks.py"},
+        "student": {"models.py", "blocks.py", "start.npy"},
+        "metric": {"metrics.py", "shared.py"},
+        "augment": set(),
+    }
+    assert _json(folder, "augment.code.json") == {}
+    assert _json(folder, "data.code.json")["modules"] == {"hypothesis": version("hypothesis")}
+    assert _json(folder, "student.code.json")["modules"] == {}
+
+
+def test_the_users_folder_stays_as_it_is_but_for_what_their_code_writes(runs):
+    assert [new for _, _, new in runs.values()] == [{"cache.txt"}, {"cache.txt"}]
+
+
+def test_what_the_code_prints_stays_off_our_output(capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOY_FILE", "undeclared.npy")
+    told = []
+    folder = _site(tmp_path / "recipe")
+    _run(folder, lambda share, text: told.append((share, text)))
+    assert capfd.readouterr() == ("", "")
+    printed = (tmp_path / "recipe-work" / "printed.txt").read_text()
+    assert "nobody types" in printed
+    assert "to standard output\nto standard error\n" in printed
+    shares = [share for share, _ in told]
+    assert shares == sorted(shares)
+    assert told[-1][1] == "tries the student"
+
+
+def test_code_outside_the_recipes_folder_is_named_without_its_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOY_FILE", "undeclared.npy")
+    folder = _site(tmp_path / "recipe")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "metrics.py").rename(tmp_path / "elsewhere" / "metrics.py")
+    (folder / "edgekd.toml").write_text(RECIPE.replace("metrics.py", "../elsewhere/metrics.py"))
+    result = _run(folder)
+    path = tmp_path / "elsewhere" / "metrics.py"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert result.record.files[str(path)] == digest
+    assert _json(folder, "metric.code.json")["files"][f"metrics.py:{digest[:16]}"] == digest
+
+
+def test_the_step_needs_onnxruntime_only_for_a_teacher_in_onnx(tmp_path):
+    folder = _site(tmp_path / "recipe")
+    (folder / "big.onnx").write_bytes(b"")
+    given = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
+    assert given.tools == ("torch", "numpy", "safetensors")
+    (folder / "edgekd.toml").write_text(RECIPE.replace('model = "models.py:teacher"\nweights = "teacher.safetensors"', 'file = "big.onnx"'))
+    whole = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
+    assert whole.tools == ("torch", "numpy", "safetensors", "onnxruntime")
+    assert whole.params["file"] == "big.onnx"
+    json.dumps(whole.params)

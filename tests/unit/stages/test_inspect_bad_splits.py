@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splits that are wrong: what is said of each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from edgekd.domain.recipe import Entry
+from edgekd.errors import RecipeError
+from edgekd.stages.inspect import splits
+
+ENTRY = Entry("data.py", "splits")
+ONE = [{"name": "x", "shape": [1, 4], "dtype": "float32"}]
+TWO = [*ONE, {"name": "mask", "shape": [1, 2, 3], "dtype": "int64"}]
+
+
+class Items(Dataset):
+    """A data set of any items."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def _tensors(start, stop, classes=3):
+    made = torch.Generator().manual_seed(0)
+    return torch.randn(100, 4, generator=made)[start:stop], (torch.arange(100) % classes)[start:stop]
+
+
+def _part(start, stop):
+    return TensorDataset(*_tensors(start, stop))
+
+
+def _good(**changes):
+    train = _part(0, 30)
+    found = {"train": train, "validation": _part(30, 40), "calibration": Subset(train, range(8)), "evaluation": _part(40, 60)}
+    return {**found, **changes}
+
+
+def _reader(out, specs=ONE, *, classes=True):
+    return splits.Reader(ENTRY, specs, classes, out, lambda share, text: None)
+
+
+def _read(out, found, specs=ONE, *, classes=True):
+    return splits.read(splits.named(found, ENTRY), _reader(out, specs, classes=classes))
+
+
+def _problems(call, *arguments, **options):
+    with pytest.raises(RecipeError) as caught:
+        call(*arguments, **options)
+    return list(caught.value.problems)
+
+
+X, Y = _tensors(0, 30)
+
+
+class Unstable(Items):
+    def __getitem__(self, index):
+        x, y = self.items[index]
+        return x + torch.rand(4), y
+
+
+class UnstableLabel(Items):
+    def __getitem__(self, index):
+        self.turn = getattr(self, "turn", 0) + 1
+        return self.items[index][0], self.turn
+
+
+class Raises(Items):
+    def __getitem__(self, index):
+        if index == 5:
+            raise OSError("disk gone")
+        return super().__getitem__(index)
+
+
+class NoLength(Items):
+    def __len__(self):
+        raise NotImplementedError("no length")
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+PAIRS = [(X[i], int(Y[i])) for i in range(30)]
+BAD_TRAIN = {
+    "input of another shape": (
+        TensorDataset(X[:, :3], Y),
+        ["30 of 30 samples (0, 1, 2, ...): input 'x' has shape [3]; expected [4], as student.inputs says without the batch axis"],
+    ),
+    "input with the batch axis": (
+        Items([(x[None], y) for x, y in PAIRS]),
+        ["sample 0: input 'x' has shape [1, 4]; expected [4], as student.inputs says without the batch axis"],
+    ),
+    "input of another type": (
+        TensorDataset(X.double(), Y),
+        [
+            (
+                "30 of 30 samples (0, 1, 2, ...): input 'x' is float64; expected float32, as student.inputs says; "
+                "convert it with .to(torch.float32) or .astype('float32')"
+            )
+        ],
+    ),
+    "input in bfloat16": (
+        TensorDataset(X.bfloat16(), Y),
+        ["30 of 30 samples (0, 1, 2, ...): input 'x' is a bfloat16 tensor; expected a plain one"],
+    ),
+    "input that is sparse": (Items([(X[0].to_sparse(), 0)]), ["sample 0: input 'x' is a sparse_coo tensor; expected a plain one"]),
+    "input that is a list": (
+        Items([([1.0, 2.0, 3.0, 4.0], 0)]),
+        ["sample 0: has 4 inputs; expected a pair (input, label), as student.inputs says"],
+    ),
+    "input that is text": (Items([("word", 0)]), ["sample 0: input 'x' is str; expected a tensor or an array"]),
+    "input that is nothing": (Items([(None, 0)]), ["sample 0: input 'x' is NoneType; expected a tensor or an array"]),
+    "input of objects": (Items([(np.array(["a"] * 4), 0)]), ["sample 0: input 'x' is an array of str32; expected a tensor or an array"]),
+    "some inputs of another shape": (
+        Items([(x if i % 10 else x[:2], y) for i, (x, y) in enumerate(PAIRS, 1)]),
+        ["3 of 30 samples (9, 19, 29): input 'x' has shape [2]; expected [4], as student.inputs says without the batch axis"],
+    ),
+    "one input that is nan": (
+        Items([(x if i != 7 else x * float("nan"), y) for i, (x, y) in enumerate(PAIRS)]),
+        ["sample 7 has an input that is not finite (NaN or infinite); expected finite numbers"],
+    ),
+    "inputs that are infinite": (
+        TensorDataset(X / (torch.arange(30) % 3)[:, None], Y),
+        ["10 of 30 samples (0, 3, 6, ...) have an input that is not finite (NaN or infinite); expected finite numbers"],
+    ),
+    "items without label": (TensorDataset(X), ["30 of 30 samples (0, 1, 2, ...): is a tuple of 1; expected a pair (input, label)"]),
+    "items that are no pair": (Items(list(X)), ["sample 0: is Tensor; expected a pair (input, label)"]),
+    "items that are dictionaries": (Items([{"x": x, "y": y} for x, y in PAIRS]), ["sample 0: is dict; expected a pair (input, label)"]),
+    "items with something more": (Items([(x, y, 0) for x, y in PAIRS]), ["sample 0: is a tuple of 3; expected a pair (input, label)"]),
+    "label nan": (
+        TensorDataset(X, torch.full((30,), float("nan"))),
+        ["label 0 is not finite (NaN or infinite), and 29 more; expected a class id"],
+    ),
+    "label whole floats": (
+        TensorDataset(X, Y.float()),
+        ["labels are float32; expected one whole number a sample, its class id; convert them with .long() or .astype('int64')"],
+    ),
+    "label floats": (TensorDataset(X, Y + 0.5), ["labels are float32; expected one whole number a sample, its class id"]),
+    "label truth values": (
+        Items([(x, y > 0) for x, y in PAIRS]),
+        ["labels are bool; expected one whole number a sample, its class id; convert them with .long() or .astype('int64')"],
+    ),
+    "label one-hot": (
+        TensorDataset(X, torch.eye(3, dtype=torch.int64)[Y]),
+        ["labels are int64 of shape [3]; expected one whole number a sample, its class id"],
+    ),
+    "label with an axis": (
+        TensorDataset(X, Y[:, None]),
+        ["labels are int64 of shape [1]; expected one whole number a sample, its class id"],
+    ),
+    "one sample with a label of one axis": (
+        Items([(X[0], torch.tensor([1, 2]))]),
+        ["labels are int64 of shape [2]; expected one whole number a sample, its class id"],
+    ),
+    "label of several shapes": (
+        Items([(x, torch.zeros(1 + i % 2).long()) for i, (x, _) in enumerate(PAIRS)]),
+        ["labels have different shapes ([1], [2]); expected the same for each sample"],
+    ),
+    "label negative": (
+        TensorDataset(X, Y - 1),
+        [
+            (
+                "label 0 is -1, and 9 more are negative; expected class ids from 0 upwards "
+                "(samples without a class belong into the split 'unlabelled')"
+            )
+        ],
+    ),
+    "label text": (Items([(x, "cat") for x, _ in PAIRS]), ["sample 0: its label is str; expected a number, a tensor or an array"]),
+    "label nothing": (Items([(x, None) for x, _ in PAIRS]), ["sample 0: its label is NoneType; expected a number, a tensor or an array"]),
+    "samples differ when they are read twice": (
+        Unstable(PAIRS),
+        ["sample 0 differs when it is read twice; give each sample as it is: augmentation belongs into teacher.train.augment"],
+    ),
+    "labels differ when they are read twice": (
+        UnstableLabel(PAIRS),
+        ["sample 0 differs when it is read twice; give each sample as it is: augmentation belongs into teacher.train.augment"],
+    ),
+    "several things wrong": (
+        Items([(x if i != 4 else x[:2], y if i != 6 else "cat") for i, (x, y) in enumerate(PAIRS)]),
+        [
+            "sample 4: input 'x' has shape [2]; expected [4], as student.inputs says without the batch axis",
+            "sample 6: its label is str; expected a number, a tensor or an array",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TRAIN)
+def test_a_split_with(name, tmp_path):
+    data, expected = BAD_TRAIN[name]
+    assert _problems(_read, tmp_path, _good(train=data)) == [f"data.py:splits: train: {text}" for text in expected]
+
+
+def test_the_problems_of_all_splits_are_told_at_once(tmp_path):
+    found = _problems(_read, tmp_path, _good(train=TensorDataset(X, Y.float()), evaluation=TensorDataset(*_tensors(40, 60)[:1])))
+    assert [text.split(": ")[1] for text in found] == ["train", "evaluation"]
+
+
+def test_a_sample_that_raises_is_told_with_its_number(tmp_path):
+    (found,) = _problems(_read, tmp_path, _good(train=Raises(PAIRS)))
+    assert found.endswith(": reading sample 5 of train raised OSError: disk gone")
+    (found,) = _problems(_read, tmp_path, _good(train=Subset(_part(0, 30), [0, 99])))
+    assert "reading train raised IndexError" in found
+
+
+NOT_MAPPINGS = {"nothing": None, "a list": [_part(0, 3)], "a tuple": (1, 2), "a data set": _part(0, 3)}
+
+
+@pytest.mark.parametrize("name", NOT_MAPPINGS)
+def test_splits_that_are(name):
+    (found,) = _problems(splits.named, NOT_MAPPINGS[name], ENTRY)
+    assert found.startswith("data.py:splits: returned ")
+    assert found.endswith("; expected a mapping with the splits train, validation, calibration, evaluation")
+
+
+NO_DATA_SETS = {
+    "a stream": Stream(),
+    "a loader of a stream": DataLoader(Stream()),
+    "an iterator": iter(()),
+    "a number": 3,
+    "text": "train",
+    "a dictionary": {0: 1},
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("name", NO_DATA_SETS)
+def test_a_split_that_is(name):
+    (found,) = _problems(splits.named, _good(validation=NO_DATA_SETS[name]), ENTRY)
+    assert found.startswith("data.py:splits: split 'validation' is ")
+    assert found.endswith("; expected a map-style torch data set, with __len__ and __getitem__")
+
+
+def test_missing_unknown_and_empty_splits_are_told_at_once():
+    found = _good(validaton=_part(30, 40), evaluation=Items([]))
+    del found["validation"]
+    assert _problems(splits.named, found, ENTRY) == [
+        "data.py:splits: lacks the split 'validation'; expected train, validation, calibration, evaluation, and unlabelled if there is one",
+        (
+            "data.py:splits: 'validaton' is not a split; expected one of calibration, evaluation, train, unlabelled, validation "
+            "(did you mean 'validation'?)"
+        ),
+        "data.py:splits: split 'evaluation' is empty; expected at least one sample",
+    ]
+    (found,) = _problems(splits.named, _good(train=NoLength([])), ENTRY)
+    assert found.endswith("the length of split 'train' raised NotImplementedError: no length")
+
+
+OVERLAPS = {
+    "train and evaluation": (
+        {"evaluation": _part(28, 48), "validation": _part(50, 60)},
+        [
+            "splits train and evaluation overlap: 2 of 20 samples of evaluation stand in train too (evaluation[0] is train[28], evaluation[1] is train[29]);"
+        ],
+    ),
+    "train and validation": ({"validation": _part(27, 37)}, ["splits train and validation overlap: 3 of 10 samples of validation"]),
+    "validation and evaluation": (
+        {"validation": _part(30, 41)},
+        ["splits validation and evaluation overlap: 1 of 20 samples of evaluation"],
+    ),
+    "one data set for two": (
+        {"validation": _part(40, 60)},
+        ["splits validation and evaluation overlap: 20 of 20 samples of evaluation"],
+    ),
+    "unlabelled and evaluation": ({"unlabelled": _part(59, 70)}, ["splits unlabelled and evaluation overlap: 1 of 20"]),
+    "calibration and validation": (
+        {"calibration": _part(29, 32)},
+        [
+            "splits calibration and validation overlap: 2 of 10 samples of validation stand in calibration too",
+            "calibration: 2 of 3 samples are not in train (1, 2); expected samples of the training split, as they are there",
+        ],
+    ),
+    "calibration from nowhere": ({"calibration": _part(70, 75)}, ["calibration: 5 of 5 samples are not in train (0, 1, 2, ...);"]),
+    "calibration scaled": ({"calibration": TensorDataset(X[:4] / 2)}, ["calibration: 4 of 4 samples are not in train"]),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_overlap_of(name, tmp_path):
+    changes, expected = OVERLAPS[name]
+    found = _problems(splits.overlaps, _read(tmp_path, _good(**changes)), 0, ENTRY)
+    assert len(found) == len(expected)
+    assert all(text.startswith(f"data.py:splits: {start}") for text, start in zip(found, expected, strict=True))
+
+
+def test_overlap_is_allowed_up_to_what_the_recipe_says(tmp_path):
+    kept = _read(tmp_path, _good(evaluation=_part(28, 48), validation=_part(50, 60)))
+    assert splits.overlaps(kept, 2, ENTRY)["evaluation"] == {"train": 2}
+    assert "expected at most data.max_overlap = 1" in _problems(splits.overlaps, kept, 1, ENTRY)[0]
+
+
+def test_samples_of_several_inputs_overlap_only_if_all_are_the_same(tmp_path):
+    x, y = _tensors(0, 60)
+    x = x[torch.arange(60) % 30]  # evaluation repeats the first inputs of train
+    mask = torch.arange(360).reshape(60, 2, 3)
+
+    def part(start, stop, second):
+        return TensorDataset(x[start:stop], second[start:stop], y[start:stop])
+
+    found = {
+        name: part(*rows, mask)
+        for name, rows in {"train": (0, 30), "calibration": (0, 3), "validation": (30, 40), "evaluation": (40, 60)}.items()
+    }
+    splits.overlaps(_read(tmp_path, found, TWO), 0, ENTRY)
+    found["evaluation"] = part(40, 60, mask[torch.arange(60) % 30])
+    assert "splits train and evaluation overlap: 20 of 20" in _problems(splits.overlaps, _read(tmp_path, found, TWO), 0, ENTRY)[0]
