@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekd.digests import tool_version
@@ -17,7 +20,6 @@ from edgekd.harness import runner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 BUILD = "build"
 # distribution -> (module, what it is for, the command that brings it)
@@ -34,11 +36,14 @@ PACKAGES = {
 }
 TOOLS = {"ssh": "apt-get install openssh-client", "adb": "apt-get install adb", "qemu-aarch64-static": "apt-get install qemu-user-static"}
 MIN_FREE_BYTES = 2 * 2**30
+MIN_TEMP_BYTES = 256 * 2**20  # converters write a model several times
+CLOCK = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+SLOW_CLOCKS = {"acpi_pm", "hpet", "jiffies"}  # reading one costs microseconds, or resolves milliseconds
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at; ``mend`` is the command for what is missing. ``needed``: a build cannot do without."""
+    """One thing that was looked at; ``mend`` is the command, or the deed, for what is missing. ``needed``: a build cannot do without."""
 
     name: str
     ok: bool
@@ -49,7 +54,8 @@ class Finding:
 
 def check(cache: Path, *, deep: bool) -> list[Finding]:
     """Return what was found; ``deep`` imports each package in a process of its own."""
-    return [_python(), *(_package(name, deep=deep) for name in PACKAGES), *(_tool(name) for name in TOOLS), _cache(cache), *_machine()]
+    packages, tools = (_package(name, deep=deep) for name in PACKAGES), (_tool(name) for name in TOOLS)
+    return [_python(), *packages, *tools, _cache(cache), _temp(), *_machine()]
 
 
 def as_text(findings: Sequence[Finding]) -> str:
@@ -57,9 +63,10 @@ def as_text(findings: Sequence[Finding]) -> str:
     width = max(len(finding.name) for finding in findings)
     lines = []
     for finding in findings:
-        mark = "ok     " if finding.ok else "MISSING" if finding.needed else "absent "
+        mark = "ok     " if finding.ok else "MISSING" if finding.needed else "note   "
         lines.append(
-            f"{mark}  {finding.name:<{width}}  {finding.found}" + ("" if finding.ok or not finding.mend else f"; run: {finding.mend}")
+            f"{mark}  {finding.name:<{width}}  {finding.found}"
+            + ("" if finding.ok or not finding.mend else f"; to mend it: {finding.mend}")
         )
     return "\n".join(lines) + "\n"
 
@@ -84,12 +91,31 @@ def _package(name: str, *, deep: bool) -> Finding:
     version = tool_version(name)
     if version is None:
         return Finding(name, ok=False, found=f"not installed: {purpose}", needed=True, mend=mend)
+    least = _least(name)
+    if least is not None and _numbers(version) < _numbers(least):
+        return Finding(name, ok=False, found=f"{version}; edgekd needs at least {least}", needed=True, mend=f"{mend} --upgrade")
     if deep:
-        tried = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False)
+        tried = subprocess.run([sys.executable, "-P", "-c", f"import {module}"], capture_output=True, text=True, check=False)
         if tried.returncode != 0:
             said = (tried.stderr.strip().splitlines() or ["nothing said"])[-1]
             return Finding(name, ok=False, found=f"{version}, but cannot be imported: {said}", needed=True, mend=mend)
     return Finding(name, ok=True, found=version, needed=True)
+
+
+def _least(name: str) -> str | None:
+    """Return the lowest version that our own package declares for another."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        declared = requires("edgekd") or []
+    except PackageNotFoundError:  # run from its source, without being installed
+        return None
+    found = (re.match(rf"{re.escape(name)}>=([0-9.]+)", line) for line in declared)
+    return next((match[1] for match in found if match), None)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])[:3]))
 
 
 def _tool(name: str) -> Finding:
@@ -98,13 +124,20 @@ def _tool(name: str) -> Finding:
 
 
 def _cache(folder: Path) -> Finding:
-    there = folder
-    while not there.exists():
-        there = there.parent
+    mend = "edgekd cache prune --max-gib 5, or set EDGEKD_CACHE to another folder"
+    return _folder("cache", folder, MIN_FREE_BYTES, mend)
+
+
+def _temp() -> Finding:
+    return _folder("temporary", Path(tempfile.gettempdir()), MIN_TEMP_BYTES, "free space there, or set TMPDIR to another folder")
+
+
+def _folder(name: str, folder: Path, least_bytes: int, mend: str) -> Finding:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    ok = os.access(there, os.W_OK) and free >= MIN_FREE_BYTES
-    found = f"{folder}, {free / 2**30:.1f} GiB free" + ("" if os.access(there, os.W_OK) else ", not writable")
-    return Finding("cache", ok, found, needed=True, mend="edgekd cache prune --max-gib 5, or set EDGEKD_CACHE to another folder")
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    found = f"{folder}, {free / 2**30:.1f} GiB free of at least {least_bytes / 2**30:g}" + ("" if writable else ", not writable")
+    return Finding(name, writable and free >= least_bytes, found, needed=True, mend=mend)
 
 
 def _machine() -> list[Finding]:
@@ -114,4 +147,7 @@ def _machine() -> list[Finding]:
     found.append(Finding("load", quiet, f"{facts['load']}", needed=False, mend="end other work before you measure"))
     steady = facts["governor"] in {"performance", "unknown"}
     found.append(Finding("governor", steady, f"{facts['governor']}", needed=False, mend="cpupower frequency-set --governor performance"))
+    clock = CLOCK.read_text(encoding="utf-8").strip() if CLOCK.is_file() else "unknown"
+    mend = "boot with clocksource=tsc; short latencies are not to be trusted with this one"
+    found.append(Finding("clock", clock not in SLOW_CLOCKS, clock, needed=False, mend=mend))
     return found

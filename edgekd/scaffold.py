@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from edgekd.digests import write_atomically
@@ -18,7 +19,7 @@ def write(folder: Path) -> list[Path]:
     Raises:
         UsageError: if a file is there already, or the folder cannot be written.
     """
-    there = [name for name in FILES if (folder / name).exists()]
+    there = [name for name in FILES if os.path.lexists(folder / name)]
     if there:
         raise UsageError(f"{folder}: has {', '.join(there)} already, and init overwrites nothing; name another folder: edgekd init FOLDER")
     try:

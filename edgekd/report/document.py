@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.verdict import Outcome
@@ -11,11 +12,11 @@ from edgekd.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from edgekd.domain.verdict import Check, Verdict
 
 SCHEMA = 1
+DESCRIPTION = Path(__file__).with_name("report.schema.json")
 
 
 def check_row(check: Check) -> dict[str, Any]:
@@ -38,10 +39,10 @@ def with_verdict(parts: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return the document of an earlier build.
+    """Return the document of an earlier build, by its folder or by its file.
 
     Raises:
-        UsageError: if there is none in the folder.
+        UsageError: if there is none in the folder, or not a whole one, or if the model that it says ships is gone.
     """
     path = folder / "report.json" if folder.is_dir() else folder
     try:
@@ -50,8 +51,13 @@ def read(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: {error.strerror}; expected the folder of a target, as in: edgekd report build/host") from None
     except ValueError:
         raise UsageError(f"{path}: is no JSON; build again") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA or "checks" not in found:
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise UsageError(f"{path}: is no report of schema {SCHEMA}; build again")
+    missing = sorted(set(json.loads(DESCRIPTION.read_bytes())["required"]) - set(found))
+    if missing:
+        raise UsageError(f"{path}: is no whole report: {', '.join(missing)} missing; build again")
+    if folder.is_dir() and found["shipped"] is not None and not (folder / str(found["shipped"])).is_file():
+        raise UsageError(f"{path}: says that {found['shipped']} ships, which is not there; build again")
     return found
 
 

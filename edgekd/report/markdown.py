@@ -19,6 +19,7 @@ def render(document: Mapping[str, Any]) -> str:
     parts = [
         f"# {document['recipe']} on {target['name']}: {document['outcome']}\n",
         f"{words.shipped_line(document)}.\n",
+        f"**{words.EXCUSED[0].upper()}{words.EXCUSED[1:]}**\n" if words.is_excused(document) else "",
         f"{words.teacher_line(document)}.\n",
         _table(("check", "value", "95 % interval", "limit", "outcome"), (words.check_cells(check) for check in document["checks"])),
         _reasons(document["checks"]),
@@ -27,10 +28,11 @@ def render(document: Mapping[str, Any]) -> str:
         "## Candidates\n",
         _table(
             ("candidate", "size KiB", "float ops", "accuracy %", "drop pp", "agreement %", "p50 ms", "speed-up", "ships, or why not"),
-            (_candidate(row) for row in document["candidates"]),
+            (_candidate(row, "**ships**" if document["shipped"] else "judged; nothing ships") for row in document["candidates"]),
         ),
+        _float_ops(document["candidates"]),
         _latencies(document),
-        _classes(document["classes"]),
+        _classes(document["classes"], _whose(document)),
         "## How it was made\n",
         _table(
             ("step", "key", "from the cache", "seconds"),
@@ -42,8 +44,12 @@ def render(document: Mapping[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(_cell(text) for text in row)} |" for row in rows)]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _reasons(checks: Iterable[Mapping[str, Any]]) -> str:
@@ -60,9 +66,9 @@ def _charge(row: Mapping[str, Any]) -> tuple[str, ...]:
     return row["stage"], f"{row['pp']:+.2f}", words.interval(row["interval_pp"]), p
 
 
-def _candidate(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _candidate(row: Mapping[str, Any], chosen: str) -> tuple[str, ...]:
     best = min(row["latency"], key=lambda item: item["p50"]["ms"], default=None)
-    speed = f"{best['speedup']['x']:.1f}x {words.interval(best['speedup']['interval'])}" if best and best["speedup"] else ""
+    speed = f"{words.number(best['speedup']['x'], 'x')} {words.interval(best['speedup']['interval'])}" if best and best["speedup"] else ""
     return (
         row["id"],
         f"{row['size_bytes'] / 1024:.1f}",
@@ -72,8 +78,13 @@ def _candidate(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{100 * row['agreement']:.2f}",
         words.number(best["p50"]["ms"]) if best else "",
         speed,
-        row["why_not"] or "**ships**",
+        row["why_not"] or chosen,
     )
+
+
+def _float_ops(candidates: Iterable[Mapping[str, Any]]) -> str:
+    lines = [f"- {row['id']}: {note}" for row in candidates for note in row["notes"]]
+    return "Remarks on the candidates:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _latencies(document: Mapping[str, Any]) -> str:
@@ -86,7 +97,7 @@ def _latencies(document: Mapping[str, Any]) -> str:
             name,
             item["runtime"],
             str(item["threads"]),
-            *(f"{words.number(item[q]['ms'])} {words.interval(item[q]['interval'])}" for q in ("p50", "p95", "p99")),
+            *(words.percentile(item[key]) for key in ("p50", "p95", "p99")),
             str(item["runs"]),
             words.number(item["peak_rss_mib"]),
         )
@@ -95,7 +106,11 @@ def _latencies(document: Mapping[str, Any]) -> str:
     return "## Latency\n\n" + _table(("model", "runtime", "threads", "p50 ms", "p95 ms", "p99 ms", "runs", "peak MiB"), cells)
 
 
-def _classes(classes: Mapping[str, Mapping[str, Any]]) -> str:
+def _whose(document: Mapping[str, Any]) -> str:
+    return "shipped" if document["shipped"] else "judged"
+
+
+def _classes(classes: Mapping[str, Mapping[str, Any]], whose: str) -> str:
     if not classes:
         return ""
     worst = sorted(classes.items(), key=lambda item: -item[1]["drop"])[:WORST_CLASSES]
@@ -109,19 +124,39 @@ def _classes(classes: Mapping[str, Mapping[str, Any]]) -> str:
         )
         for name, r in worst
     )
-    return f"## The {len(worst)} classes that lose most\n\n" + _table(("class", "samples", "teacher %", "shipped %", "drop pp"), rows)
+    return f"## The {len(worst)} classes that lose most\n\n" + _table(("class", "samples", "teacher %", f"{whose} %", "drop pp"), rows)
 
 
 def _environment(document: Mapping[str, Any]) -> str:
-    inherited = document["inherited"]
-    lines = [f"- target: {document['target']['title']}; evaluated on {document['instruction_set']}"]
+    inherited, target = document["inherited"], document["target"]
+    flag = " --inconclusive-ok" if document["inconclusive_ok"] else ""
+    lines = [
+        f"- again: `edgekd build --target {target['name']}{flag}`, in the recipe's folder; equal keys are equal bytes",
+        _distilled(document["student"]["curve"]),
+        f"- target: {target['title']}; evaluated on {document['instruction_set']}",
+    ]
+    if document["environment"] is not None:
+        lines.append(_machine(document["environment"]["before"]))
     if inherited["also_wrong"] is not None:
+        also, same = 100 * inherited["also_wrong"], 100 * inherited["same_answer"]
         lines.append(
-            f"- of the teacher's {inherited['teacher_errors']} errors the shipped model makes {100 * inherited['also_wrong']:.0f} % too, "
-            f"{100 * inherited['same_answer']:.0f} % with the same wrong answer"
+            f"- of the teacher's {inherited['teacher_errors']} errors the {_whose(document)} model makes {also:.0f} % too, "
+            f"{same:.0f} % with the same wrong answer"
         )
     lines += [f"- {note}" for note in document["notes"]]
-    lines.append("- tools: " + ", ".join(f"{name} {version}" for name, version in sorted(document["tools"].items())))
+    lines.append("- tools: " + ", ".join(f"{name} {version or 'unknown'}" for name, version in sorted(document["tools"].items())))
     if document["measured_at"]:
         lines.append(f"- judged at {document['measured_at']}")
     return "\n".join(lines) + "\n"
+
+
+def _distilled(curve: Mapping[str, Any]) -> str:
+    best = next(line for line in curve["epochs"] if line["epoch"] == curve["best_epoch"])
+    accuracy = best["validation_accuracy"]
+    told = f"loss of {best['validation_loss']:.4g}" if accuracy is None else f"accuracy of {100 * accuracy:.2f} %"
+    return f"- distilled for {len(curve['epochs'])} epochs; epoch {best['epoch']} was kept, with a validation {told}"
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
+    state = f"governor {facts['governor']}, load {words.number(facts['load'])}"
+    return f"- measured on {facts['cpu_model']}, {facts['cores']} cores, {facts['instruction_set']}, Linux {facts['kernel']}; {state}"

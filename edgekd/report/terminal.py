@@ -38,8 +38,8 @@ def verdict(document: Mapping[str, Any], *, standing: bool) -> str:
         if check["reason"]
     ]
     lines += [f"note: {note}" for note in document["notes"]]
-    if document["shipped"] and document["outcome"] == "INCONCLUSIVE":
-        lines.append("shipped although it is INCONCLUSIVE, and counted as success: --inconclusive-ok")
+    if words.is_excused(document):
+        lines.append(words.EXCUSED)
     table = _rich(title, rows) if _is_terminal(sys.stdout) else _plain(title, rows)
     return table + "".join(f"  {line}\n" for line in lines)
 
@@ -67,9 +67,9 @@ def teller() -> Iterator[Teller]:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[what]}"))
-    with Bars(*columns, console=console, transient=True) as bars:
+    name, what = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[what]}"))
+    columns = (name, BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), what)
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         yield _Bars(bars)
 
 
@@ -120,12 +120,13 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
 def _rich(title: str, rows: Sequence[tuple[str, ...]]) -> str:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title, style="bold"), title_justify="left")
     for name in HEAD:
         table.add_column(name)
     for row in rows:
-        table.add_row(*row[:-1], f"[{COLOURS[row[-1]]}]{row[-1]}[/]")
+        table.add_row(*map(Text, row[:-1]), Text(row[-1], style=COLOURS[row[-1]]))
     console = Console()
     with console.capture() as captured:
         console.print(table)

@@ -45,6 +45,19 @@ def shipped_line(document: Mapping[str, Any]) -> str:
     return f"{document['shipped']}: {what}, {size} ({choice['selected_by']})"
 
 
+def is_excused(document: Mapping[str, Any]) -> bool:
+    """Return whether a model ships that has not passed."""
+    return document["shipped"] is not None and document["outcome"] == "INCONCLUSIVE"
+
+
+EXCUSED = "shipped although it is INCONCLUSIVE, and counted as success: --inconclusive-ok"
+
+
+def percentile(row: Mapping[str, Any]) -> str:
+    """Return a percentile with its interval; one that the number of runs cannot carry is not told."""
+    return "n too small" if row["interval"] is None else f"{number(row['ms'])} {interval(row['interval'])}"
+
+
 def teacher_line(document: Mapping[str, Any]) -> str:
     """Return teacher and student side by side."""
     teacher, student, choice = document["teacher"], document["student"], document["choice"]
@@ -54,5 +67,5 @@ def teacher_line(document: Mapping[str, Any]) -> str:
     accuracy = f"accuracy {100 * choice['accuracy']:.2f} %, the teacher {100 * teacher['accuracy']:.2f} %"
     drop = f"drop {choice['drop']['pp']:.2f} pp {interval(choice['drop']['interval_pp'])}"
     speed = choice["speedup"]
-    told = f"; speed-up {speed['x']:.1f}x {interval(speed['interval'])}" if speed else ""
+    told = f"; speed-up {number(speed['x'], 'x')} {interval(speed['interval'])}" if speed else ""
     return f"{sizes}; {accuracy}, {drop}{told}"

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Package: the output folder of one target. A model that lies there has passed, and the manifest beside it says so.
 
-Order of writing: the stamp goes first, then model and manifest, then the reports; the stamp comes back last. So make never
-takes a build for current that was killed or failed.
+Order of writing: the stamp goes first, then an earlier model; then come reports and manifest, then the model that they are
+about, and the stamp last. So, wherever a build is killed, a model never lies beside a manifest or a report of another, and make
+never takes a build for current that was killed or failed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,9 @@ MANIFEST = "manifest.json"
 REPORT = "report.json"
 SUMMARY = "report.md"
 MIN_FREE_BYTES = 16 * 2**20
+EQUALS = "edgekd.equals"  # a make variable: written plainly, a name with "=" would make its rule an assignment
+# what make cannot read in a name, however it is escaped (tried with GNU make 4.3): separators, archive members, grouped targets
+NO_NAME = re.compile(r"[\x00-\x1f\x7f;|\\]|\(.*\)$|&$")
 
 
 def check_writable(folder: Path) -> None:
@@ -53,19 +58,16 @@ def ship(folder: Path, model: Path, name: str, manifest: Mapping[str, Any], repo
     Raises:
         StorageError: if the folder cannot be written; the stamp is gone then.
     """
+    told = {REPORT: as_json(report), SUMMARY: summary.encode(), MANIFEST: as_json(manifest)}
     try:
-        (folder / STAMP).unlink(missing_ok=True) if _differs(folder / name, model) else None
-        for other in _models(folder):
-            if other.name != name:
-                other.unlink()
-        if _differs(folder / name, model):
-            (folder / MANIFEST).unlink(missing_ok=True)
-            write_atomically(folder / name, model.read_bytes())
-        _write(folder / MANIFEST, as_json(manifest))
-        _write(folder / REPORT, as_json(report))
-        _write(folder / SUMMARY, summary.encode())
-        _write(folder / STAMP, f"{manifest['outputs'][name]['sha256']}\n".encode())
-        os.utime(folder / STAMP)
+        (folder / STAMP).unlink(missing_ok=True)
+        for path in _models(folder):
+            if path.name != name or _differs(path, model):
+                path.unlink()
+        for file, content in told.items():
+            _write(folder / file, content)
+        copy(model, folder / name)
+        write_atomically(folder / STAMP, f"{manifest['outputs'][name]['sha256']}\n".encode())
     except OSError as error:
         raise _unwritable(folder, error) from error
 
@@ -76,11 +78,12 @@ def withhold(folder: Path, report: Mapping[str, Any], summary: str) -> None:
     Raises:
         StorageError: if the folder cannot be written.
     """
+    told = {REPORT: as_json(report), SUMMARY: summary.encode()}
     try:
-        for path in (folder / STAMP, folder / MANIFEST, *_models(folder)):
+        for path in (folder / STAMP, *_models(folder), folder / MANIFEST):
             path.unlink(missing_ok=True)
-        _write(folder / REPORT, as_json(report))
-        _write(folder / SUMMARY, summary.encode())
+        for file, content in told.items():
+            _write(folder / file, content)
     except OSError as error:
         raise _unwritable(folder, error) from error
 
@@ -98,11 +101,12 @@ def read_previous(folder: Path) -> dict[str, Any] | None:
         return None
     if manifest is None:
         return None if _models(folder) or (folder / STAMP).exists() else report
-    for name, known in manifest.get("outputs", {}).items():
-        path = folder / name
-        if not path.is_file() or file_digest(path) != known.get("sha256"):
-            return None
-    return report if (folder / STAMP).is_file() else None
+    try:
+        model, known = folder / report["shipped"], manifest["outputs"][report["shipped"]]["sha256"]
+    except (KeyError, TypeError):
+        return None
+    whole = _models(folder) == [model] and (folder / STAMP).is_file() and file_digest(model) == known
+    return report if whole else None
 
 
 def write_depfile(path: Path, targets: Sequence[Path], prerequisites: Iterable[Path]) -> None:
@@ -111,11 +115,13 @@ def write_depfile(path: Path, targets: Sequence[Path], prerequisites: Iterable[P
     Raises:
         UsageError: if a name cannot stand in a makefile.
     """
-    names = [_escape(_near(item)) for item in dict.fromkeys(prerequisites)]
-    rule = f"{' '.join(_escape(_near(item)) for item in targets)}: {' '.join(names)}\n"
-    content = (rule + "".join(f"\n{name}:\n" for name in names)).encode()
+    names = list(dict.fromkeys(_near(item) for item in prerequisites))
+    rule = f"{' '.join(_as_target(_near(item)) for item in targets)}: {' '.join(map(_escape, names))}\n"
+    text = rule + "".join(f"\n{_as_target(name)}:\n" for name in names)
+    if EQUALS in text:
+        text = f"{EQUALS} := =\n{text}"
     try:
-        _write(path, content)
+        _write(path, os.fsencode(text))
     except OSError as error:
         raise _unwritable(path, error) from error
 
@@ -153,16 +159,24 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _near(path: Path) -> str:
-    """Return a path as make will see it: relative to where the build runs, if it lies below."""
+    """Return a path as make will see it: relative to where the build runs, if it lies below (and is not like a user's home)."""
     whole = os.path.normpath(path.absolute())
     near = os.path.relpath(whole)
-    return whole if near.startswith(os.pardir) else near
+    return whole if near.startswith((os.pardir, "~")) else near
 
 
 def _escape(name: str) -> str:
-    if "\n" in name or "\r" in name:
-        raise UsageError(f"{name!r}: a file name with a line break cannot stand in a depfile; rename it")
-    return name.replace(" ", "\\ ").replace("#", "\\#").replace("$", "$$").replace(":", "\\:")
+    """Return a name as make reads it among the prerequisites of a rule."""
+    found = NO_NAME.search(name)
+    if found is not None:
+        what = "a line break" if found[0] in {"\n", "\r"} else repr(found[0])
+        raise UsageError(f"{name!r}: a file name with {what} cannot stand in a depfile; rename it, or build without --depfile")
+    return re.sub(r"[ #:*?\[\]]", r"\\\g<0>", name.replace("$", "$$").replace("=", f"$({EQUALS})"))
+
+
+def _as_target(name: str) -> str:
+    """Return a name as make reads it before a colon, where ``%`` would make the rule a pattern."""
+    return _escape(name).replace("%", "\\%")
 
 
 def _unwritable(where: Path, error: OSError) -> StorageError:

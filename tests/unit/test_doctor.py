@@ -3,20 +3,22 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from edgekd import doctor
 
 
 def test_what_is_missing_is_told_with_the_command_that_mends_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "tool_version", lambda name: None if name == "onnxsim" else "1.0")
+    monkeypatch.setattr(doctor, "tool_version", lambda name: None if name == "onnxsim" else "99.0")
     findings = doctor.check(tmp_path / "cache", deep=False)
     line = next(line for line in doctor.as_text(findings).splitlines() if "onnxsim" in line)
     assert line.startswith("MISSING")
-    assert line.endswith("run: pip install 'edgekd[build]'")
+    assert line.endswith("to mend it: pip install 'edgekd[build]'")
     assert doctor.exit_code(findings) == 3
 
 
 def test_an_optional_tool_that_is_absent_is_no_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "tool_version", lambda name: "1.0")
+    monkeypatch.setattr(doctor, "tool_version", lambda name: "99.0")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     findings = doctor.check(tmp_path, deep=False)
     assert doctor.exit_code(findings) == 0
@@ -40,3 +42,48 @@ def test_a_cache_without_room_is_told(tmp_path, monkeypatch):
 def test_json_holds_the_same(tmp_path):
     findings = doctor.check(tmp_path, deep=False)
     assert [row["name"] for row in json.loads(doctor.as_json(findings))] == [finding.name for finding in findings]
+
+
+def test_a_version_below_what_the_package_declares_is_told_with_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "tool_version", lambda name: {"torch": "2.8.1+cpu", "onnx": "1.9.1"}.get(name, "99.0"))
+    bad = [finding for finding in doctor.check(tmp_path, deep=False) if finding.needed and not finding.ok]
+    assert [(finding.name, finding.found) for finding in bad] == [
+        ("torch", "2.8.1+cpu; edgekd needs at least 2.9"),
+        ("onnx", "1.9.1; edgekd needs at least 1.17"),
+    ]
+    assert bad[0].mend == "pip install 'edgekd[build]' --upgrade"
+
+
+@pytest.mark.parametrize(("version", "older"), [("2.9", False), ("2.10.0", False), ("2.13.0+cpu", False), ("2.8.9", True), ("1.99", True)])
+def test_versions_are_compared_as_numbers(version, older):
+    assert (doctor._numbers(version) < doctor._numbers("2.9")) is older
+
+
+def test_every_package_has_a_lowest_version():
+    assert [name for name in doctor.PACKAGES if doctor._least(name) is None] == []
+    assert doctor._least("onnx") != doctor._least("onnxruntime")
+
+
+def test_a_package_of_the_folder_does_not_stand_in_for_the_installed_one(tmp_path, monkeypatch):
+    (tmp_path / "click.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "PACKAGES", {"click": ("click", "x", "mend it")})
+    assert next(finding for finding in doctor.check(tmp_path, deep=True) if finding.name == "click").ok
+
+
+def test_a_cache_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "cache").write_text("")
+    (tmp_path / "cache").chmod(0o755)
+    (finding,) = [item for item in doctor.check(tmp_path / "cache", deep=False) if item.name == "cache"]
+    assert (finding.ok, finding.found.endswith(", not writable")) == (False, True)
+    (below,) = [item for item in doctor.check(tmp_path / "not" / "yet" / "there", deep=False) if item.name == "cache"]
+    assert below.found.startswith(f"{tmp_path}/not/yet/there, ")
+
+
+@pytest.mark.parametrize(("clock", "ok"), [("tsc\n", True), ("hpet\n", False), ("arch_sys_counter\n", True), (None, True)])
+def test_a_slow_clock_is_told(tmp_path, monkeypatch, clock, ok):
+    monkeypatch.setattr(doctor, "CLOCK", tmp_path / "clock")
+    if clock:
+        (tmp_path / "clock").write_text(clock)
+    (finding,) = [item for item in doctor.check(tmp_path, deep=False) if item.name == "clock"]
+    assert (finding.ok, finding.needed, finding.found) == (ok, False, (clock or "unknown").strip())

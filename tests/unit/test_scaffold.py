@@ -24,6 +24,12 @@ def test_nothing_that_is_there_is_touched(tmp_path):
     assert (tmp_path / "models.py").read_text() == "mine"
 
 
+def test_a_link_that_leads_nowhere_is_not_replaced(tmp_path):
+    (tmp_path / "data.py").symlink_to(tmp_path / "gone.py")
+    with pytest.raises(UsageError, match=r"has data\.py already"):
+        scaffold.write(tmp_path)
+
+
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
