@@ -124,8 +124,12 @@ def measure_files(models: Sequence[Path], target_name: str, threads: Sequence[in
     from edgekd.stages import measure
 
     target = config.load_target(target_name, runner.facts())
+
+    def waiting() -> None:
+        teller.say("measure: waits until builds on this machine have trained")
+
     with teller.step("measure") as progress:
-        return telling.measured_rows(measure.measure_files(models, target, threads, registry.device("local"), progress))
+        return telling.measured_rows(measure.measure_files(models, target, threads, registry.device("local"), progress, waiting))
 
 
 def _plan(recipe_path: Path, names: tuple[str, ...]) -> Plan:

@@ -189,7 +189,7 @@ def manifest(case: Case, told: Mapping[str, Any], name: str, model: Artifact) ->
         "recipe": case.plan.recipe.name,
         "target": case.target.name,
         "outcome": told["outcome"],
-        "inputs": dict(case.read),
+        "inputs": {name: known for name, known in case.read.items() if known is not None},
         "outputs": {name: {"sha256": model.digest, "bytes": model.size_bytes}},
         "candidate": told["choice"]["id"],
         "steps": {row["step"]: row["key"] for row in told["steps"]},

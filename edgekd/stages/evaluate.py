@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgekd.domain.target import Target
 
 NAME = "evaluate"
-VERSION = 1
+VERSION = 2
 BATCH = 256  # of models in PyTorch; model files run one sample at a time
 RESAMPLES = 1000
 SEED = 0

@@ -255,3 +255,10 @@ def test_the_depfile_names_what_the_build_read(site):
     target, _, names = rule.partition(": ")
     assert target == "build/host/edgekd.stamp"
     assert {"edgekd.toml", "data.py", "models.py"} <= set(names.split())
+
+
+def test_what_init_writes_builds_and_passes(site):
+    assert site.run("init", "new").returncode == 0
+    done = site.run("build", "--recipe", "new/edgekd.toml", "--target", "host.toml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("shapes on host: PASS\n")
