@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test gets a cache and a lock folder of its own, and no colour."""
+"""Every test gets a cache and a lock folder of its own, no colour, and no make around it."""
 
 from __future__ import annotations
 
@@ -11,3 +11,5 @@ def _own_folders(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("EDGEKD_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("EDGEKD_LOCK_DIR", str(tmp_path_factory.mktemp("locks")))
     monkeypatch.setenv("NO_COLOR", "1")
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # a make inside a test is none of the make that runs the tests
+        monkeypatch.delenv(name, raising=False)
