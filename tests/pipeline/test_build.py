@@ -15,6 +15,7 @@ import pytest
 
 from edgekd.cache import Cache
 from edgekd.digests import file_digest
+from tests.pipeline.files import cached_files
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "edgekd" / "report" / "report.schema.json").read_text())
@@ -180,8 +181,8 @@ def test_a_comment_in_the_data_code_runs_only_inspect(site):
 
 def test_a_flipped_byte_in_each_kind_of_file_is_mended(site):
     assert site.build("--target", "host").returncode == 0
-    wanted = file_digest(site.out() / site.report()["shipped"])
     cache = Cache(site.cache, lambda _: None)
+    wanted = cached_files(cache)
     used = {row["step"]: row["key"] for row in site.report()["steps"]}
     entries = {key[:12]: entry for key, entry, *_ in cache.entries()}
     for step in ("inspect", "distill", "quantize/litert/static_wi8_ai8/ptq", "evaluate/teacher"):
@@ -194,9 +195,11 @@ def test_a_flipped_byte_in_each_kind_of_file_is_mended(site):
         assert done.returncode == 0, done.stderr
         assert "is damaged and was removed" in done.stderr
         assert len(_ran(done)) == 1
+    assert cached_files(cache) == wanted
     (site.out() / site.report()["shipped"]).write_bytes(b"not the model")
     assert site.build("--target", "host").returncode == 0
-    assert file_digest(site.out() / site.report()["shipped"]) == wanted
+    # which candidate is the fastest is measured anew, so it may be another one
+    assert file_digest(site.out() / site.report()["shipped"]) in {item for files in wanted.values() for item in files.values()}
 
 
 def test_until_writes_what_a_stage_made(site):
