@@ -14,7 +14,7 @@ from edgekd.cache import Cache
 from edgekd.case import Case
 from edgekd.digests import digest
 from edgekd.domain.verdict import Outcome
-from edgekd.errors import RecipeError
+from edgekd.errors import RecipeError, did_you_mean
 from edgekd.harness import runner
 from edgekd.plan import Plan, resolve
 from edgekd.stages import package
@@ -59,6 +59,8 @@ def build(request: Request, teller: Teller) -> list[Result]:
     """
     started = time.monotonic()
     plan = _plan(request.recipe, request.targets)
+    for line in misspelt_targets(plan):
+        teller.say(f"warning: {line}")
     folders = {target.name: request.out / target.name for target in plan.targets}
     for folder in folders.values():
         package.check_writable(folder)
@@ -141,6 +143,16 @@ def _plan(recipe_path: Path, names: tuple[str, ...]) -> Plan:
     if twice:
         raise RecipeError(*(f"target {name}: named twice; each target has one output folder" for name in twice))
     return resolve(recipe, targets, pipeline.PIPELINE)
+
+
+def misspelt_targets(plan: Plan) -> list[str]:
+    """Return a line for each ``[target.NAME]`` that is read by no target here; it may be that of a user's own profile."""
+    known = {*config.target_names(), *(target.name for target in plan.targets)}
+    return [
+        f"[target.{name}] is the table of no target that edgekd ships or that is built now{did_you_mean(name, known)}: it is not read"
+        for name in plan.recipe.target
+        if name not in known
+    ]
 
 
 def _warner(plan: Plan, teller: Teller) -> Callable[[Step, Mapping[str, Done]], None]:
