@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
-from edgekd.domain.recipe import Budget, Entry, Evaluate, ForTarget, Loss, Quantize, Recipe, Teacher, TensorSpec
+from edgekd.domain.recipe import LOSSES, Budget, Entry, Evaluate, ForTarget, Loss, Quantize, Recipe, Teacher, TensorSpec
 from edgekd.domain.scheme import needs_calibration
 from edgekd.domain.target import Target
 from edgekd.domain.units import bytes_to_mib
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 NATIVE = "native"
 WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
 WHOLE_MODELS = (".onnx", ".pt2", ".ts")
-DEFAULT_TEMPERATURE = 4.0  # Hinton et al. and the CIFAR-100 tables since
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -40,7 +39,7 @@ def load_recipe(path: Path) -> Recipe:
     _check_recipe(reader, path.parent)
     if reader.problems or recipe is None:
         raise RecipeError(*reader.problems)
-    return dataclasses.replace(recipe, distill=_with_temperatures(recipe), target=targets)
+    return dataclasses.replace(recipe, target=targets)
 
 
 def load_target(name: str, facts: Mapping[str, Any] | None = None) -> Target:
@@ -132,14 +131,6 @@ def _shown(path: Path) -> str:
         return str(path)
 
 
-def _with_temperatures(recipe: Recipe) -> Any:
-    losses = tuple(
-        dataclasses.replace(loss, temperature=DEFAULT_TEMPERATURE) if loss.kind == "kl" and loss.temperature is None else loss
-        for loss in recipe.distill.losses
-    )
-    return dataclasses.replace(recipe.distill, losses=losses)
-
-
 def _for_targets(reader: Reader, tables: object) -> dict[str, ForTarget]:
     """Read ``[target.NAME.budget]`` and ``[target.NAME.quantize]`` over what the recipe has for all."""
     if not isinstance(tables, dict):
@@ -227,8 +218,8 @@ def _check_file(reader: Reader, key: str, folder: Path, name: str) -> None:
 def _check_loss(reader: Reader, loss: Loss, key: str, *, again: bool) -> None:
     if again:
         reader.problem(f"{key}.kind", f"'{loss.kind}' is there twice; expected each loss once")
-    if loss.kind == "ce" and loss.temperature is not None:
-        reader.problem(f"{key}.temperature", "ce has no temperature; expected it in a kl loss")
+    for name in sorted(loss.given.keys() - LOSSES[loss.kind].keys()):
+        reader.problem(f"{key}.{name}", f"'{loss.kind}' has no {name}; {expected_one_of(name, ('weight', *LOSSES[loss.kind]))}")
 
 
 def _check_evaluate(reader: Reader) -> None:

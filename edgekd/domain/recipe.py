@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from edgekd.domain.rules import Between, Name, NonEmpty, OneOf
@@ -12,7 +12,14 @@ from edgekd.domain.scheme import SCHEMES
 
 Positive = Between(0, above=True)
 DTYPES = ("float32", "int32", "int64")
-LOSSES = ("ce", "kl")
+# each kind of loss, with its options and what they are where a recipe does not say; sources: edgekd/kd/losses.py
+LOSSES: Mapping[str, Mapping[str, float | bool]] = {
+    "ce": {"label_smoothing": 0.0},
+    "dist": {"temperature": 1.0, "inter_weight": 1.0, "intra_weight": 1.0},
+    "dkd": {"temperature": 4.0, "target_weight": 1.0, "rest_weight": 8.0},
+    "kl": {"temperature": 4.0, "standardize": False},
+    "mse": {},
+}
 OPTIMIZERS = ("adamw", "sgd")
 
 
@@ -101,11 +108,27 @@ class Student:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """One term of the distillation loss; only ``kl`` has a temperature."""
+    """One term of the distillation loss. An option that is None has the value of ``LOSSES``; a kind takes those it has there."""
 
     kind: Annotated[str, OneOf("a loss", LOSSES)]
     weight: Annotated[float, Positive] = 1.0
     temperature: Annotated[float, Positive] | None = None
+    standardize: bool | None = None
+    label_smoothing: Annotated[float, Between(0, 1)] | None = None
+    target_weight: Annotated[float, Between(0)] | None = None
+    rest_weight: Annotated[float, Between(0)] | None = None
+    inter_weight: Annotated[float, Between(0)] | None = None
+    intra_weight: Annotated[float, Between(0)] | None = None
+
+    @property
+    def given(self) -> dict[str, float | bool]:
+        """Return the options that the recipe gives."""
+        return {item.name: getattr(self, item.name) for item in fields(self)[2:] if getattr(self, item.name) is not None}
+
+    @property
+    def options(self) -> dict[str, float | bool]:
+        """Return all options of this kind."""
+        return {**LOSSES[self.kind], **self.given}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +136,7 @@ class Distill:
     """How the student is trained: one-cycle learning rate, epoch chosen on the validation split."""
 
     epochs: Annotated[int, Between(1)]
-    losses: Annotated[tuple[Loss, ...], NonEmpty()] = (Loss("kl", 0.9, 4.0), Loss("ce", 0.1))
+    losses: Annotated[tuple[Loss, ...], NonEmpty()] = (Loss("kl", 0.9), Loss("ce", 0.1))
     batch_size: Annotated[int, Between(1)] = 128
     optimizer: Annotated[str, OneOf("an optimizer", OPTIMIZERS)] = "adamw"
     learning_rate: Annotated[float, Positive] = 0.003

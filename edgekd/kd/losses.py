@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses: pure functions of logits. A new one is one function, one line in ``LOSSES`` and its kind in ``domain.recipe``."""
+"""Losses: pure functions of logits. A new one is one function, one line in ``LOSSES`` and its kind in ``domain.recipe``.
+
+A loss takes what it needs of ``student`` (n, C), ``teacher`` (n, C) and ``labels`` (n,), int64, -1 where there is none, and
+returns a scalar. What else it takes are its options. Logits are widened to float32 at least.
+"""
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from edgekd.domain.recipe import Loss
 
 UNLABELLED = -1  # the label of a sample that has none
+_STILL = 1e-7  # logits that all agree have no spread to divide by
 
 
 def ce(student: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -33,46 +39,127 @@ def ce(student: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     return summed / (labels != UNLABELLED).sum().clamp(min=1)
 
 
-def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def kl(student: Tensor, teacher: Tensor, temperature: float, *, standardize: bool = False) -> Tensor:
     """Return the softened divergence of student from teacher.
 
     ``T^2 * mean over samples of KL(softmax(teacher / T) || softmax(student / T))``: summed over classes, so that the
     number of classes does not weaken it, and times T^2, so that its gradient keeps its size as T grows. At T = 1 its
-    gradient is that of cross-entropy to the teacher's soft labels. ``kl(p, p, T) = 0``.
+    gradient is that of cross-entropy to the teacher's soft labels. ``kl(p, p, T) = 0``. Standardized, each sample's
+    logits first lose their mean and are divided by their standard deviation: the student has to match the teacher's
+    order and relations, not its scale; what it then answers is not calibrated.
 
     Shapes:
         student, teacher: (n, C) logits; result: ().
 
     Source:
-        Hinton, Vinyals, Dean, arXiv 1503.02531, section 2.
+        Hinton, Vinyals, Dean, arXiv 1503.02531, section 2. Standardized: Sun et al., arXiv 2403.01427, algorithm 1.
     """
     from torch.nn.functional import kl_div, log_softmax
 
-    found = log_softmax(_wide(student) / temperature, dim=1)
-    wanted = log_softmax(_wide(teacher) / temperature, dim=1)
+    student, teacher = _wide(student), _wide(teacher)
+    if standardize:
+        student, teacher = _standardized(student), _standardized(teacher)
+    found, wanted = log_softmax(student / temperature, dim=1), log_softmax(teacher / temperature, dim=1)
     return kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
 
 
-LOSSES: Mapping[str, Callable[[Loss, Tensor, Tensor, Tensor], Tensor]] = {
-    "ce": lambda _, student, __, labels: ce(student, labels),
-    "kl": lambda loss, student, teacher, _: kl(student, teacher, _temperature(loss)),
-}
+def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, target_weight: float, rest_weight: float) -> Tensor:
+    """Return the divergence in two parts with a weight each: the label's class against all others, and among the others.
+
+    ``T^2 * mean over labelled samples of (target_weight * KL(b_teacher || b_student) + rest_weight * KL(r_teacher || r_student))``
+    with ``b = (p[label], 1 - p[label])``, ``r`` the softmax over the other classes, both of logits / T. Hinton's loss is
+    the case ``target_weight = 1``, ``rest_weight = 1 - p_teacher[label]``. ``dkd(p, p) = 0``; a batch without a label gives 0.
+
+    Shapes:
+        student, teacher: (n, C) logits with C > 1; labels: (n,) int64, -1 where there is none; result: ().
+
+    Source:
+        Zhao et al., arXiv 2203.08679, equation 7 (8 is the weight of most of its CIFAR-100 results).
+    """
+    import torch
+    from torch.nn.functional import kl_div
+
+    labelled = labels != UNLABELLED
+    chosen = labels[labelled]
+    is_target = torch.arange(student.shape[1]) == chosen[:, None]
+    parts = []
+    for logits in (student, teacher):
+        shares = torch.log_softmax(_wide(logits)[labelled] / temperature, dim=1)
+        others = shares[~is_target].reshape(len(chosen), logits.shape[1] - 1)
+        rest = others.logsumexp(dim=1, keepdim=True)
+        parts.append((torch.cat([shares[is_target][:, None], rest], dim=1), others - rest))
+    (target_found, rest_found), (target_wanted, rest_wanted) = parts
+    target = kl_div(target_found, target_wanted, reduction="sum", log_target=True)
+    among = kl_div(rest_found, rest_wanted, reduction="sum", log_target=True)
+    return (target_weight * target + rest_weight * among) * temperature**2 / labelled.sum().clamp(min=1)
 
 
-def total(losses: Sequence[Loss], student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+def dist(student: Tensor, teacher: Tensor, temperature: float, inter_weight: float, intra_weight: float) -> Tensor:
+    """Return how far the student's relations are from the teacher's: within each sample, and within each class of the batch.
+
+    ``T^2 * (inter_weight * mean over samples of (1 - r) + intra_weight * mean over classes of (1 - r))`` with Pearson's r
+    between rows (then columns) of ``softmax(logits / T)``. A teacher much stronger than its student is followed in what
+    it prefers, not in how sure it is; what the student then answers is not calibrated. ``dist(p, p) = 0``.
+
+    Shapes:
+        student, teacher: (n, C) logits; result: ().
+
+    Source:
+        Huang et al., arXiv 2205.10536, equations 8 to 10.
+    """
+    import torch
+
+    found, wanted = torch.softmax(_wide(student) / temperature, dim=1), torch.softmax(_wide(teacher) / temperature, dim=1)
+    inter = 1 - _correlation(found, wanted).mean()
+    intra = 1 - _correlation(found.T, wanted.T).mean()
+    return temperature**2 * (inter_weight * inter + intra_weight * intra)
+
+
+def mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared difference of logits: ``mean over samples and classes of (student - teacher)^2``.
+
+    Shapes:
+        student, teacher: (n, C) logits; result: ().
+
+    Source:
+        Kim et al., arXiv 2105.08919, equation 3.
+    """
+    from torch.nn.functional import mse_loss
+
+    return mse_loss(_wide(student), _wide(teacher))
+
+
+LOSSES: Mapping[str, Callable[..., Tensor]] = {"ce": ce, "dist": dist, "dkd": dkd, "kl": kl, "mse": mse}
+
+
+def total(losses: Sequence[Loss], student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
     """Return the weighted sum of losses.
 
     Shapes:
         student, teacher: (n, C) logits; labels: (n,) int64, -1 where there is none; result: ().
     """
-    terms = [loss.weight * LOSSES[loss.kind](loss, student, teacher, labels) for loss in losses]
+    known = {"student": student, "teacher": teacher, "labels": labels}
+    terms = []
+    for loss in losses:
+        needed = {name: known[name] for name in needs(loss.kind)}
+        terms.append(loss.weight * LOSSES[loss.kind](**needed, **loss.options))
     return sum(terms[1:], start=terms[0])
 
 
-def _temperature(loss: Loss) -> float:
-    if loss.temperature is None:
-        raise ValueError(f"a loss of kind '{loss.kind}' needs a temperature")  # the stage refuses such a recipe before
-    return loss.temperature
+def needs(kind: str) -> Iterable[str]:
+    """Return which of ``student``, ``teacher`` and ``labels`` a loss takes."""
+    return inspect.signature(LOSSES[kind]).parameters.keys() & {"student", "teacher", "labels"}
+
+
+def _standardized(logits: Tensor) -> Tensor:
+    return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + _STILL)
+
+
+def _correlation(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return Pearson's correlation of each pair of rows; 0 where one does not vary."""
+    from torch.nn.functional import cosine_similarity
+
+    return cosine_similarity(found - found.mean(dim=1, keepdim=True), wanted - wanted.mean(dim=1, keepdim=True), dim=1)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -28,16 +28,12 @@ VERSION = 1
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
-    """Return the one step.
-
-    Raises:
-        RecipeError: if a loss has no temperature that needs one, or one that means nothing.
-    """
+    """Return the one step."""
     del targets  # all share one student
     machine = runner.facts()
     params = {
         **asdict(recipe.distill),
-        "losses": [asdict(loss) for loss in _checked(recipe.distill.losses)],
+        "losses": [{"kind": loss.kind, "weight": loss.weight, **loss.options} for loss in recipe.distill.losses],
         "model": str(recipe.student.model),
         "threads": recipe.distill.threads or machine["cores"],
         "instruction_set": machine["instruction_set"],
@@ -60,7 +56,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     terms = [Loss(**term) for term in params["losses"]]
 
     def objective(logits: Tensor, outputs: Tensor | None, labels: Tensor) -> Tensor:
-        return losses.total(terms, logits, cast("Tensor", outputs), labels)  # every split of this stage has outputs
+        return losses.total(terms, logits, outputs, labels)
 
     job = train.Job(
         section="distill",
@@ -80,22 +76,14 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
 
 def _training_set(inputs: Mapping[str, Artifact], terms: list[Loss]) -> data.Samples:
     """Return the training split, with the unlabelled samples behind it if a loss can learn from them."""
-    from edgekd.kd.losses import UNLABELLED
+    from edgekd.kd.losses import UNLABELLED, needs
 
     found = data.samples(inputs, "train")
-    kinds = {term.kind for term in terms}
-    if "ce" in kinds and bool((found.labels == UNLABELLED).all()):
-        raise RecipeError("distill.losses: 'ce' needs classes, and the labels of the train split are none (int64 from 0); use 'kl' alone")
+    if bool((found.labels == UNLABELLED).all()):
+        for term in terms:
+            if "labels" in needs(term.kind):
+                what = f"'{term.kind}' needs classes, and the labels of the train split are none (int64 from 0)"
+                raise RecipeError(f"distill.losses: {what}; use 'kl' alone")
     more = data.samples(inputs, "unlabelled")
-    return data.joined(found, more) if len(more) and kinds != {"ce"} else found
-
-
-def _checked(losses: Sequence[Loss]) -> Sequence[Loss]:
-    problems = [
-        f"distill.losses[{index}]: '{loss.kind}' {'needs a temperature, such as 4.0' if loss.kind == 'kl' else 'has no temperature'}"
-        for index, loss in enumerate(losses)
-        if (loss.kind == "kl") != (loss.temperature is not None)
-    ]
-    if problems:
-        raise RecipeError(*problems)
-    return losses
+    learns = any("labels" not in needs(term.kind) for term in terms)
+    return data.joined(found, more) if len(more) and learns else found

@@ -28,7 +28,7 @@ RECIPE = words.Recipe(
         words.Entry("models.py", "teacher"), train=words.Training(epochs=2, augment=words.Entry("data.py", "augment"), threads=1)
     ),
     student=words.Student(words.Entry("models.py", "student"), (words.TensorSpec("image", (1, 1, 8, 8)),)),
-    distill=words.Distill(epochs=3, threads=1),
+    distill=words.Distill(3, (words.Loss("kl", 0.9, 4.0, standardize=False), words.Loss("ce", 0.1, label_smoothing=0.0)), threads=1),
     budget=words.Budget(
         max_accuracy_drop_pp=1.0,
         min_accuracy_pct=90.0,
@@ -64,6 +64,7 @@ OTHER = {
     "teacher.train.optimizer": "sgd",
     "distill.optimizer": "sgd",
     "distill.losses": (words.Loss("ce"),),
+    "distill.losses[0].standardize": True,
     "cpu.isa": "x86-64",
     "cpu.lacks": ("avx2",),
     "device.arch": "x86_64",
@@ -79,14 +80,12 @@ OTHER = {
     "runtimes": (profile.RuntimeEntry("litert", "ai-edge-litert", (1, 4)),),
     "target": {"board": words.ForTarget(words.Budget(max_size_kib=1.0), words.Quantize())},
 }
-# one value only, or not without another field: another runtime, another loss is another list
-SKIPPED = {
-    "schema",
-    "runtimes[0].name",
-    "runtimes[1].name",
-    "distill.losses[0].kind",
-    "distill.losses[1].kind",
-    "distill.losses[1].temperature",
+# one value only, or not without another field: another runtime, another loss is another list; an option of another kind of loss
+SKIPPED = {"schema", "runtimes[0].name", "runtimes[1].name", "distill.losses[0].kind", "distill.losses[1].kind"} | {
+    f"distill.losses[{index}].{field.name}"
+    for index, loss in enumerate(RECIPE.distill.losses)
+    for field in dataclasses.fields(loss)
+    if field.name not in {"kind", "weight", *words.LOSSES[loss.kind]}
 }
 
 
