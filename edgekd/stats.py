@@ -104,6 +104,56 @@ def difference_of_resampled(first: np.ndarray, second: np.ndarray, level: float 
     return Interval(float(low), float(high), level)
 
 
+def difference_over_seeds(differences: np.ndarray, groups: np.ndarray, level: float = LEVEL) -> tuple[float, Interval]:
+    """Return the mean of differences that were paired by seed and by sample, and its interval for new seeds and new samples.
+
+    Shapes: differences (S, n), groups (n,).
+    Source: as :func:`interval_over_seeds`; samples that share a group are summed first (Liang, Zeger 1986).
+    """
+    import numpy as np
+
+    seeds, count = differences.shape
+    by_seed = differences.mean(1)
+    value = by_seed.mean()
+    index = np.unique(groups, return_inverse=True)[1]
+    sums = np.stack([np.bincount(index, weights=row) for row in differences - by_seed[:, None]])
+    units = sums.shape[1]
+    correction = units / max(units - 1, 1) / count**2
+    sample_variance = float((sums.mean(0) ** 2).sum() * correction)
+    both_variance = float(((sums - sums.mean(0)) ** 2).sum() * correction / (seeds - 1) / seeds)
+    return float(value), interval_over_seeds(by_seed, sample_variance, both_variance, units, level)
+
+
+def interval_over_seeds(by_seed: np.ndarray, sample_variance: float, both_variance: float, units: int, level: float = LEVEL) -> Interval:
+    """Return the interval of a mean over seeds and samples, both drawn at random and crossed: each seed saw each sample.
+
+    The variance is that between seeds plus that between samples, less what both hold of their interaction; degrees of
+    freedom after Satterthwaite, so that few seeds widen it as they must.
+
+    Args:
+        by_seed: Shape (S,), S > 1: the mean of each seed.
+        sample_variance: Of the overall mean, over samples.
+        both_variance: The interaction's share of that, which the seeds' variance holds too.
+        units: How many independent samples there are.
+        level: Of the interval.
+
+    Source: two-way random effects (Searle, Casella, McCulloch 1992, chapter 4); Satterthwaite 1946, Biometrics Bulletin 2.
+    """
+    import numpy as np
+    from scipy.stats import t
+
+    seed_variance = float(np.var(by_seed, ddof=1)) / len(by_seed)
+    variance = max(seed_variance + sample_variance - both_variance, seed_variance, sample_variance)
+    value = float(by_seed.mean())
+    if variance == 0:  # no sample was answered differently under any seed: the rule of three says what could have been missed
+        missed = -math.log((1 - level) / 2) / units
+        return Interval(value - missed, value + missed, level)
+    spread = seed_variance**2 / (len(by_seed) - 1) + sample_variance**2 / max(units - 1, 1)
+    freedom = (seed_variance + sample_variance) ** 2 / spread
+    half = float(t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance)
+    return Interval(value - half, value + half, level)
+
+
 def runs_needed(quantile: float, level: float = LEVEL) -> int:
     """Return how many runs a quantile needs so that a sample above it is there with the level's probability.
 

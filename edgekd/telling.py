@@ -86,6 +86,7 @@ def parts(
         },
         "student": {"parameters": inspected["student"]["parameters"], "curve": read_json(artifacts(case, "distill")["curve.json"])},  # type: ignore[call-overload,index]
         "charges": _charges(scored, chosen),
+        "distillation": _distillation(case, scored),
         "classes": dict(accuracies[chosen.id].classes),
         "inherited": scores.inherited(scored.teacher, own, scored.labels),
         "instruction_set": own.instruction_set,
@@ -172,6 +173,35 @@ def _charges(scored: Scores, chosen: Candidate) -> list[dict[str, Any]]:
         pairs.append(("quantize", exported, scored.of[chosen.evaluate_step]))
     pairs.append(("in all", scored.teacher, scored.of[chosen.evaluate_step]))
     return [{"stage": name, **scores.as_row(scores.difference(first, second, scored.groups))} for name, first, second in pairs]
+
+
+def _distillation(case: Case, scored: Scores) -> dict[str, Any] | None:
+    """Return whether distillation helped, and what it took; None if the recipe has no control."""
+    from edgekd import twins
+
+    recipe = case.plan.recipe
+    if not recipe.arms:
+        return None
+    entries = {arm: [case.done[name].entry for name in names] for arm, names in recipe.arms.items()}
+    found = twins.judge(
+        {
+            arm: [scored.of["evaluate/student" if name == "distill" else f"evaluate/{name}"] for name in names]
+            for arm, names in recipe.arms.items()
+        },
+        {arm: [_validation(entry.metrics) for entry in of_arm] for arm, of_arm in entries.items()},
+        scored.teacher,
+        scored.labels,
+        scored.groups,
+        calibrated=recipe.evaluate.metric == "top1" and recipe.evaluate.score is None,
+    )
+    for row in found["arms"]:
+        row["seconds"] = sum(entry.seconds for entry in entries[row["arm"]])
+    return found
+
+
+def _validation(metrics: Mapping[str, Any]) -> float:
+    accuracy = metrics["validation_accuracy"]
+    return -float(metrics["validation_loss"]) if accuracy is None else float(accuracy)
 
 
 def _notes(case: Case, measurements: Sequence[Measurement]) -> list[str]:

@@ -20,6 +20,8 @@ LOSSES: Mapping[str, Mapping[str, float | bool]] = {
     "kl": {"temperature": 4.0, "standardize": False},
     "mse": {},
 }
+DISTILLED = "distilled"
+TWINS = {"alone": 0.0, "smoothed": 0.1}  # students that are trained alike without a teacher, and their label smoothing
 OPTIMIZERS = ("adamw", "sgd")
 
 
@@ -132,6 +134,13 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
+class Control:
+    """Twins: the same student, trained alike without a teacher, from as many seeds; they say whether distillation helps."""
+
+    seeds: Annotated[int, Between(2, 100)]
+
+
+@dataclass(frozen=True, slots=True)
 class Distill:
     """How the student is trained: one-cycle learning rate, epoch chosen on the validation split."""
 
@@ -143,6 +152,7 @@ class Distill:
     weight_decay: Annotated[float, Between(0)] = 0.01
     seed: Annotated[int, Between(0)] = 0
     threads: Annotated[int, Between(1)] | None = None
+    control: Control | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +218,15 @@ class Recipe:
     evaluate: Evaluate = Evaluate()
     budget: Budget = Budget()
     target: Mapping[str, ForTarget] = field(default_factory=dict)
+
+    @property
+    def arms(self) -> dict[str, tuple[str, ...]]:
+        """Return the steps that train each arm of the control, seed by seed; the student that ships is the first of its arm."""
+        if self.distill.control is None:
+            return {}
+        numbers = range(self.distill.control.seeds)
+        arms = {arm: tuple(f"distill/{arm}/{number}" for number in numbers) for arm in (DISTILLED, *TWINS)}
+        return {**arms, DISTILLED: ("distill", *arms[DISTILLED][1:])}
 
     def for_target(self, name: str) -> ForTarget:
         """Return the budget and quantization that hold for a target."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING, Any
 
 from edgekd.report import words
@@ -25,6 +26,7 @@ def render(document: Mapping[str, Any]) -> str:
         _reasons(document["checks"]),
         "## Loss of accuracy by stage\n",
         _table(("stage", "points", "95 % interval", "p"), (_charge(row) for row in document["charges"])),
+        _distillation(document),
         "## Candidates\n",
         _table(
             ("candidate", "size KiB", "float ops", "accuracy %", "drop pp", "agreement %", "p50 ms", "speed-up", "ships, or why not"),
@@ -64,6 +66,29 @@ def _reasons(checks: Iterable[Mapping[str, Any]]) -> str:
 def _charge(row: Mapping[str, Any]) -> tuple[str, ...]:
     p = "" if row["p"] is None else f"{row['p']:.2g}"
     return row["stage"], f"{row['pp']:+.2f}", words.interval(row["interval_pp"]), p
+
+
+def _distillation(document: Mapping[str, Any]) -> str:
+    found = document["distillation"]
+    if found is None:
+        return ""
+    gains = {row["against"]: f"{row['pp']:+.2f} {words.interval(row['interval_pp'])}" for row in found["gains"]}
+    rows = (
+        (
+            row["arm"],
+            f"{100 * statistics.mean(row['accuracies']):.2f}",
+            f"{100 * statistics.stdev(row['accuracies']):.2f}",
+            gains.get(row["arm"], ""),
+            "" if row["ece"] is None else f"{100 * row['ece']:.2f}",
+            "" if row["nll"] is None else f"{row['nll']:.4f}",
+            f"{row['seconds']:.0f}",
+        )
+        for row in found["arms"]
+    )
+    head = ("arm", "accuracy %", "between seeds", "distilled gains pp", "calibration error %", "log loss", "seconds")
+    flags = "".join(f"- {flag}\n" for flag in found["flags"])
+    line = words.distillation_line(document)
+    return f"## Did distillation help?\n\n{line}.\n\n{_table(head, rows)}" + (f"\n{flags}" if flags else "")
 
 
 def _candidate(row: Mapping[str, Any], chosen: str) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ def verdict(document: Mapping[str, Any], *, standing: bool) -> str:
         for check in document["checks"]
         if check["reason"]
     ]
+    lines += filter(None, [words.distillation_line(document)])
     lines += [f"note: {note}" for note in document["notes"]]
     if words.is_excused(document):
         lines.append(words.EXCUSED)

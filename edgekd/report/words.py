@@ -69,3 +69,14 @@ def teacher_line(document: Mapping[str, Any]) -> str:
     speed = choice["speedup"]
     told = f"; speed-up {number(speed['x'], 'x')} {interval(speed['interval'])}" if speed else ""
     return f"{sizes}; {accuracy}, {drop}{told}"
+
+
+def distillation_line(document: Mapping[str, Any]) -> str | None:
+    """Return the verdict on distillation in a line, or None if there is none."""
+    found = document["distillation"]
+    if found is None:
+        return None
+    gain = next(row for row in found["gains"] if row["against"] == found["against"])
+    closed = "" if found["gap_closed"] is None else f"; {100 * found['gap_closed']:.0f} % of the gap to the teacher closed"
+    told = f"{gain['pp']:+.2f} pp {interval(gain['interval_pp'])} over the twin '{found['against']}', {found['seeds']} seeds"
+    return f"distillation {found['outcome']}: {told}{closed}"

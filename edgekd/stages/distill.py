@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
-from edgekd.domain.recipe import Entry, Loss
+from edgekd.domain.recipe import DISTILLED, TWINS, Entry, Loss
 from edgekd.errors import RecipeError
 from edgekd.harness import runner
 from edgekd.kd import data
@@ -28,23 +28,35 @@ VERSION = 1
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
-    """Return the one step."""
+    """Return the step of the student that ships, and one for each twin, if the recipe asks for them."""
     del targets  # all share one student
     machine = runner.facts()
-    params = {
-        **asdict(recipe.distill),
-        "losses": [{"kind": loss.kind, "weight": loss.weight, **loss.options} for loss in recipe.distill.losses],
+    params: dict[str, Any] = {
+        **{name: value for name, value in asdict(recipe.distill).items() if name != "control"},
+        "losses": [_told(loss) for loss in recipe.distill.losses],
         "model": str(recipe.student.model),
         "threads": recipe.distill.threads or machine["cores"],
         "instruction_set": machine["instruction_set"],
     }
-    inputs = {
+    code = {"code": "inspect:student.code.json"}
+    taught = {
         **data.references(recipe, "train", labels=True, outputs=True),
         **data.references(recipe, "validation", labels=True, outputs=True),
         **data.references(recipe, "unlabelled", outputs=True),
-        "code": "inspect:student.code.json",
+        **code,
     }
-    return [Step(NAME, NAME, params, inputs, ("torch", "numpy", "safetensors"))]
+    alone = {**data.references(recipe, "train", labels=True), **data.references(recipe, "validation", labels=True), **code}
+    tools = ("torch", "numpy", "safetensors")
+    found = [Step(NAME, NAME, params, taught, tools)]
+    for arm, names in recipe.arms.items():
+        for number, name in enumerate(names):
+            own = {**params, "seed": recipe.distill.seed + number}
+            if arm == DISTILLED:
+                found += [Step(name, NAME, own, taught, tools)] if number else []
+            else:
+                own["losses"] = [_told(Loss("ce", label_smoothing=TWINS[arm]))]
+                found.append(Step(name, NAME, own, alone, tools))
+    return found
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
@@ -62,7 +74,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
         section="distill",
         entry=entry,
         build=lambda: models.student(context.recipe_dir, entry),
-        train=_training_set(inputs, terms),
+        train=_training_set(inputs, terms, "distill.losses" if "train.outputs" in inputs else "distill.control"),
         validation=data.samples(inputs, "validation"),
         objective=objective,
         settings=train.Settings(**{name: params[name] for name in train.Settings.__slots__}),
@@ -74,7 +86,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     return StageResult(metrics=asdict(train.best_of(curve)))
 
 
-def _training_set(inputs: Mapping[str, Artifact], terms: list[Loss]) -> data.Samples:
+def _training_set(inputs: Mapping[str, Artifact], terms: list[Loss], section: str) -> data.Samples:
     """Return the training split, with the unlabelled samples behind it if a loss can learn from them."""
     from edgekd.kd.losses import UNLABELLED, needs
 
@@ -83,7 +95,13 @@ def _training_set(inputs: Mapping[str, Artifact], terms: list[Loss]) -> data.Sam
         for term in terms:
             if "labels" in needs(term.kind):
                 what = f"'{term.kind}' needs classes, and the labels of the train split are none (int64 from 0)"
-                raise RecipeError(f"distill.losses: {what}; use 'kl' alone")
+                raise RecipeError(f"{section}: {what}; use 'kl' alone, without [distill.control]")
+    if "unlabelled.inputs.0" not in inputs:
+        return found
     more = data.samples(inputs, "unlabelled")
     learns = any("labels" not in needs(term.kind) for term in terms)
     return data.joined(found, more) if len(more) and learns else found
+
+
+def _told(loss: Loss) -> dict[str, Any]:
+    return {"kind": loss.kind, "weight": loss.weight, **loss.options}

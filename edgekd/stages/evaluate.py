@@ -50,6 +50,9 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         Step("evaluate/student", NAME, {**in_torch, "model": str(recipe.student.model)},
              {"model": "distill:student.safetensors", "code": "inspect:student.code.json", **shared}, tools),
     ]  # fmt: skip
+    for twin in (name for names in recipe.arms.values() for name in names if name != "distill"):
+        inputs = {"model": f"{twin}:student.safetensors", "code": "inspect:student.code.json", **shared}
+        found.append(Step(f"evaluate/{twin}", NAME, {**in_torch, "model": str(recipe.student.model)}, inputs, tools))
     files = {f"export/student/{name}": name for name in runtimes_of(recipe, targets)}
     files |= {step: candidate.runtime for step, candidate in quantized(recipe, targets).items()}
     for step, name in files.items():

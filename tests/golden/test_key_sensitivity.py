@@ -65,6 +65,7 @@ OTHER = {
     "distill.optimizer": "sgd",
     "distill.losses": (words.Loss("ce"),),
     "distill.losses[0].standardize": True,
+    "distill.control": words.Control(seeds=2),
     "cpu.isa": "x86-64",
     "cpu.lacks": ("avx2",),
     "device.arch": "x86_64",

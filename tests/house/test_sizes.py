@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "edgekd").rglob("*.py"))
 CODE = PACKAGE + [path for name in ("tests", "examples", "benchmarks", "scripts") for path in sorted((ROOT / name).rglob("*.py"))]
 MAX_LINES, MAX_FUNCTION_LINES = 350, 60
-MIN_FILES, MAX_FILES = 30, 77  # "about 70" source files
+MIN_FILES, MAX_FILES = 30, 85  # about 80 source files: docs/decisions/0005-twins.md
 VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "managers", "misc"}
 REGISTRIES = ("pypi" + ".org", "files.python" + "hosted.org", "deb.debian" + ".org", "registry.npmjs" + ".org")
 
@@ -43,7 +43,7 @@ def _tracked_texts():
             yield name, path.read_text(encoding="utf-8")
 
 
-def test_the_package_has_about_seventy_files():
+def test_the_package_has_about_eighty_files():
     assert MIN_FILES <= len(PACKAGE) <= MAX_FILES
 
 

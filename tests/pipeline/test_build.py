@@ -265,3 +265,22 @@ def test_what_init_writes_builds_and_passes(site):
     done = site.run("build", "--recipe", "new/edgekd.toml", "--target", "host.toml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("shapes on host: PASS\n")
+
+
+def test_twins_say_whether_distillation_helped(site):
+    site.recipe("[distill]", "[distill]\ncontrol = { seeds = 2 }")
+    done = site.build("--target", "host")
+    assert done.returncode == 0, done.stderr
+    ran = _ran(done)
+    assert {step for step in ran if step.startswith("distill")} == {
+        "distill/distilled/1",
+        "distill/alone/0",
+        "distill/alone/1",
+        "distill/smoothed/0",
+        "distill/smoothed/1",
+    }  # the student that ships is not trained again
+    found = site.report()["distillation"]
+    assert [row["arm"] for row in found["arms"]] == ["distilled", "alone", "smoothed"]
+    assert all(len(row["accuracies"]) == 2 and row["ece"] > 0 for row in found["arms"])
+    assert f"distillation {found['outcome']}: " in done.stdout
+    assert "## Did distillation help?" in (site.out() / "report.md").read_text()

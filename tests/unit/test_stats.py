@@ -103,3 +103,37 @@ def test_provable_drop_shrinks_with_samples():
     best, usual = stats.provable_drop(10_000)
     assert best < usual < stats.provable_drop(450)[1]
     assert 100 * usual == pytest.approx(0.438, abs=0.01)
+
+
+def test_a_difference_over_seeds_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(5)
+    trials, seeds, samples, truth, covered = 600, 5, 300, 0.02, 0
+    for _ in range(trials):
+        by_seed, by_sample = generator.normal(0, 0.01, (seeds, 1)), generator.normal(0, 0.15, (1, samples))
+        drawn = truth + by_seed + by_sample + generator.normal(0, 0.3, (seeds, samples))
+        value, interval = stats.difference_over_seeds(drawn, np.arange(samples))
+        assert value == pytest.approx(drawn.mean())
+        covered += interval.low <= truth <= interval.high
+    assert covered / trials > 0.93
+
+
+def test_few_seeds_widen_an_interval_more_than_the_same_spread_over_samples():
+    generator = np.random.default_rng(6)
+    drawn = generator.normal(0, 0.3, (2, 400)) + np.array([[0.02], [-0.02]])
+    many = generator.normal(0, 0.3, (20, 400)) + np.tile([[0.02], [-0.02]], (10, 1))
+    widths = [interval.high - interval.low for _, interval in (stats.difference_over_seeds(item, np.arange(400)) for item in (drawn, many))]
+    assert widths[0] > 3 * widths[1]
+
+
+def test_samples_of_one_speaker_count_as_one_in_a_difference_over_seeds():
+    generator = np.random.default_rng(7)
+    by_speaker = np.repeat(generator.normal(0, 0.3, (1, 20)), 15, axis=1) + generator.normal(0, 0.05, (4, 300))
+    alone = stats.difference_over_seeds(by_speaker, np.arange(300))[1]
+    together = stats.difference_over_seeds(by_speaker, np.repeat(np.arange(20), 15))[1]
+    assert together.high - together.low > 2 * (alone.high - alone.low)
+
+
+def test_no_difference_under_any_seed_is_not_proof_of_none():
+    value, interval = stats.difference_over_seeds(np.zeros((3, 200)), np.arange(200))
+    assert value == 0
+    assert interval.low < 0 < interval.high

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edgekd.domain.artifact import Artifact
-from edgekd.domain.recipe import Data, Distill, Entry, Loss, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.recipe import Control, Data, Distill, Entry, Loss, Recipe, Student, Teacher, TensorSpec
 from edgekd.errors import RecipeError
 from edgekd.kd import models
 from edgekd.ports import Context
@@ -108,6 +108,33 @@ def test_no_split_but_train_validation_and_unlabelled_is_seen():
     assert not [name for name in step.inputs.values() if "evaluation" in name or "calibration" in name]
 
 
+def test_twins_are_trained_alike_but_for_the_teacher_and_the_seed():
+    plain, *others = distill.steps(recipe(control=Control(seeds=2), seed=7), [])
+    assert [step.id for step in others] == [
+        "distill/distilled/1",
+        "distill/alone/0",
+        "distill/alone/1",
+        "distill/smoothed/0",
+        "distill/smoothed/1",
+    ]
+    assert [step.params["seed"] for step in others] == [8, 7, 8, 7, 8]
+    for step in others:
+        same = plain.params.keys() - ({"seed"} if "distilled" in step.id else {"seed", "losses"})
+        assert all(step.params[name] == plain.params[name] for name in same)
+        reads_teacher = any(reference.startswith("supervise:") for reference in step.inputs.values())
+        assert reads_teacher == ("distilled" in step.id)
+    assert others[-1].params["losses"] == [{"kind": "ce", "weight": 1.0, "label_smoothing": 0.1}]
+
+
+def test_a_twin_needs_no_teacher(folder):
+    inputs = {name: item for name, item in artifacts(folder).items() if "outputs" not in name and not name.startswith("unlabelled")}
+    *_, step = distill.steps(recipe(control=Control(seeds=2)), [])
+    for name in ("out", "work"):
+        (folder / name).mkdir()
+    result = distill.run(step, inputs, Context(folder, folder / "out", folder / "work", lambda *_: None))
+    assert result.metrics["validation_accuracy"] > 0.5
+
+
 @pytest.mark.parametrize("kind", ["dist", "dkd", "mse"])
 def test_each_loss_teaches(folder, kind):
     result, _ = run(folder, recipe(losses=(Loss(kind),)), artifacts(folder))
@@ -147,9 +174,9 @@ def test_ce_without_classes_is_refused(folder):
 
 def test_unlabelled_samples_are_learnt_from_through_kl_only(folder):
     inputs = artifacts(folder, unlabelled=200)
-    assert len(distill._training_set(inputs, [KL, CE])) == 260
-    assert distill._training_set(inputs, [KL, CE]).labels[60:].unique().tolist() == [-1]
-    assert len(distill._training_set(inputs, [CE])) == 60
+    assert len(distill._training_set(inputs, [KL, CE], "distill.losses")) == 260
+    assert distill._training_set(inputs, [KL, CE], "distill.losses").labels[60:].unique().tolist() == [-1]
+    assert len(distill._training_set(inputs, [CE], "distill.losses")) == 60
     with_more = run(folder, recipe(), inputs)[1]
     assert run(folder, recipe(), artifacts(folder))[1] != with_more
 
