@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
-from edgekd.domain.recipe import LOSSES, Budget, Entry, Evaluate, ForTarget, Loss, Quantize, Recipe, Teacher, TensorSpec
+from edgekd.domain.recipe import LOSSES, Budget, Distill, Entry, Evaluate, ForTarget, Loss, Quantize, Recipe, Teacher, TensorSpec
 from edgekd.domain.scheme import needs_calibration
 from edgekd.domain.target import Target
 from edgekd.domain.units import bytes_to_mib
@@ -171,6 +171,10 @@ def _check_recipe(reader: Reader, folder: Path) -> None:
     for key, loss in reader.all_made(Loss):
         _check_loss(reader, loss, key, again=loss.kind in kinds)
         kinds.add(loss.kind)
+    for key, distill in reader.all_made(Distill):
+        if (distill.augment is None) != (distill.views is None):
+            has, lacks = ("augment", "views, such as 8") if distill.views is None else ("views", "augment")
+            reader.problem(key, f"has {has} without {lacks}: the teacher answers so many augmented views of each sample")
     _check_evaluate(reader)
     for key, quantize in reader.all_made(Quantize):
         _check_quantize(reader, key, quantize)

@@ -142,7 +142,11 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Distill:
-    """How the student is trained: one-cycle learning rate, epoch chosen on the validation split."""
+    """How the student is trained: one-cycle learning rate, epoch chosen on the validation split.
+
+    ``augment`` is as the teacher's; of each sample ``views`` augmented ones are made, the teacher answers each once, and the
+    epochs take them in turns.
+    """
 
     epochs: Annotated[int, Between(1)]
     losses: Annotated[tuple[Loss, ...], NonEmpty()] = (Loss("kl", 0.9), Loss("ce", 0.1))
@@ -152,6 +156,8 @@ class Distill:
     weight_decay: Annotated[float, Between(0)] = 0.01
     seed: Annotated[int, Between(0)] = 0
     threads: Annotated[int, Between(1)] | None = None
+    augment: Entry | None = None
+    views: Annotated[int, Between(1)] | None = None
     control: Control | None = None
 
 

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgekd.kd import views
 from edgekd.kd.losses import UNLABELLED
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
+    from edgekd.kd.views import Augment
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +59,29 @@ def arrays(artifacts: Mapping[str, Artifact], split: str) -> list[np.ndarray]:
     return [_array(artifacts[f"{split}.inputs.{index}"].path) for index in range(count)]
 
 
-def samples(artifacts: Mapping[str, Artifact], split: str) -> Samples:
-    """Return a split with what the step has of it; labels that are no classes count as none."""
+def samples(artifacts: Mapping[str, Artifact], split: str, augment: Augment | None = None, number: int = 0) -> Samples:
+    """Return a split, or a view of it, with what the step has of it; labels that are no classes count as none."""
     import numpy as np
     import torch
 
-    inputs = arrays(artifacts, split)
+    inputs = tuple(map(torch.from_numpy, arrays(artifacts, split)))
     labels = np.full(len(inputs[0]), UNLABELLED, dtype=np.int64)
     if (found := artifacts.get(f"{split}.labels")) is not None:
         given = np.load(found.path, allow_pickle=False)
         labels = given if given.dtype == np.int64 and given.ndim == 1 else labels
     outputs = artifacts.get(f"{split}.outputs")
     return Samples(
-        tuple(torch.from_numpy(item) for item in inputs),
+        inputs if augment is None else views.view(augment, split, inputs, number),
         torch.from_numpy(labels),
-        None if outputs is None else torch.from_numpy(_array(outputs.path)),
+        None if outputs is None else torch.from_numpy(_array(outputs.path)[number]),
     )
+
+
+def view(augment: Augment, split: str, inputs: list[np.ndarray], number: int) -> list[np.ndarray]:
+    """Return one view of the inputs of a split, as arrays."""
+    import torch
+
+    return [item.numpy() for item in views.view(augment, split, tuple(map(torch.from_numpy, inputs)), number)]
 
 
 def joined(first: Samples, second: Samples) -> Samples:

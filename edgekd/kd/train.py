@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from edgekd.domain.recipe import Entry
     from edgekd.kd.data import Samples
+    from edgekd.kd.views import Augment
     from edgekd.ports import Progress
 
 CHECKPOINT = "checkpoint"
@@ -52,7 +53,8 @@ class Job:
     """What is trained, on what, towards what.
 
     ``section`` is the recipe's, for messages. ``build`` makes the module with fresh weights. ``objective`` maps
-    (logits, the teacher's outputs or None, labels) to the loss. ``augment`` maps (inputs, generator) to inputs.
+    (logits, the teacher's outputs or None, labels) to the loss. ``augment`` maps (inputs, generator) to inputs, batch by
+    batch; ``view`` maps an epoch to the training set as it is seen then, with the teacher's outputs for that.
     """
 
     section: str
@@ -62,7 +64,8 @@ class Job:
     validation: Samples
     objective: Callable[[Tensor, Tensor | None, Tensor], Tensor]
     settings: Settings
-    augment: Callable[[tuple[Tensor, ...], torch.Generator], tuple[Tensor, ...]] | None = None
+    augment: Augment | None = None
+    view: Callable[[int], Samples] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +150,11 @@ def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, pr
     settings, module, optimizer = job.settings, run.module.train(), run.optimizer
     shuffling = torch.Generator().manual_seed(derive(settings.seed, "shuffle", epoch))
     augmenting = torch.Generator().manual_seed(derive(settings.seed, "augment", epoch))
-    batches = _batches(torch.randperm(len(job.train), generator=shuffling), settings.batch_size)
+    samples = job.train if job.view is None else job.view(epoch)
+    batches = _batches(torch.randperm(len(samples), generator=shuffling), settings.batch_size)
     summed = 0.0
     for step, rows in enumerate(batches):
-        batch = job.train.pick(rows)
+        batch = samples.pick(rows)
         inputs = batch.inputs if job.augment is None else job.augment(batch.inputs, augmenting)
         rate = one_cycle(epoch * len(batches) + step, settings.epochs * len(batches), settings.learning_rate)
         for group in optimizer.param_groups:
@@ -165,7 +169,7 @@ def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, pr
         summed += value * len(rows)
         if step % max(1, len(batches) // _TOLD) == 0:
             progress((epoch + step / len(batches)) / settings.epochs, f"epoch {epoch + 1}/{settings.epochs}, loss {value:.3f}")
-    return summed / len(job.train)
+    return summed / len(samples)
 
 
 def _score(job: Job, module: nn.Module, layout: torch.memory_format) -> tuple[float, float | None]:

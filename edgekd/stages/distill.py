@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
     from edgekd.domain.target import Target
+    from edgekd.kd.views import Augment
     from edgekd.ports import Context
 
 NAME = "distill"
-VERSION = 1
+VERSION = 2
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
@@ -32,13 +33,14 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     del targets  # all share one student
     machine = runner.facts()
     params: dict[str, Any] = {
-        **{name: value for name, value in asdict(recipe.distill).items() if name != "control"},
+        **{name: value for name, value in asdict(recipe.distill).items() if name not in {"control", "augment"}},
+        "augment": None if recipe.distill.augment is None else str(recipe.distill.augment),
         "losses": [_told(loss) for loss in recipe.distill.losses],
         "model": str(recipe.student.model),
         "threads": recipe.distill.threads or machine["cores"],
         "instruction_set": machine["instruction_set"],
     }
-    code = {"code": "inspect:student.code.json"}
+    code = {"code": "inspect:student.code.json", "views.code": "inspect:views.code.json"}
     taught = {
         **data.references(recipe, "train", labels=True, outputs=True),
         **data.references(recipe, "validation", labels=True, outputs=True),
@@ -61,7 +63,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
 
 def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Train the student; write ``student.safetensors`` and ``curve.json``."""
-    from edgekd.kd import losses, models, train
+    from edgekd.kd import losses, models, train, views
 
     params = cast("dict[str, Any]", step.params)
     entry = Entry(*params["model"].rsplit(":", 1))
@@ -70,14 +72,21 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     def objective(logits: Tensor, outputs: Tensor | None, labels: Tensor) -> Tensor:
         return losses.total(terms, logits, outputs, labels)
 
+    section = "distill.losses" if "train.outputs" in inputs else "distill.control"
+    augment = None if params["augment"] is None else views.load(context.recipe_dir, Entry(*params["augment"].rsplit(":", 1)))
+
+    def view(number: int) -> data.Samples:
+        return _training_set(inputs, terms, section, augment, number)
+
     job = train.Job(
         section="distill",
         entry=entry,
         build=lambda: models.student(context.recipe_dir, entry),
-        train=_training_set(inputs, terms, "distill.losses" if "train.outputs" in inputs else "distill.control"),
+        train=view(0),
         validation=data.samples(inputs, "validation"),
         objective=objective,
         settings=train.Settings(**{name: params[name] for name in train.Settings.__slots__}),
+        view=None if augment is None else lambda epoch: view(epoch % params["views"]),
     )
     weights, curve = train.fit(job, context.work, context.progress)
     (context.out / "student.safetensors").write_bytes(models.pack(weights))
@@ -86,11 +95,13 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     return StageResult(metrics=asdict(train.best_of(curve)))
 
 
-def _training_set(inputs: Mapping[str, Artifact], terms: list[Loss], section: str) -> data.Samples:
+def _training_set(
+    inputs: Mapping[str, Artifact], terms: list[Loss], section: str, augment: Augment | None = None, number: int = 0
+) -> data.Samples:
     """Return the training split, with the unlabelled samples behind it if a loss can learn from them."""
     from edgekd.kd.losses import UNLABELLED, needs
 
-    found = data.samples(inputs, "train")
+    found = data.samples(inputs, "train", augment, number)
     if bool((found.labels == UNLABELLED).all()):
         for term in terms:
             if "labels" in needs(term.kind):
@@ -98,7 +109,7 @@ def _training_set(inputs: Mapping[str, Artifact], terms: list[Loss], section: st
                 raise RecipeError(f"{section}: {what}; use 'kl' alone, without [distill.control]")
     if "unlabelled.inputs.0" not in inputs:
         return found
-    more = data.samples(inputs, "unlabelled")
+    more = data.samples(inputs, "unlabelled", augment, number)
     learns = any("labels" not in needs(term.kind) for term in terms)
     return data.joined(found, more) if len(more) and learns else found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import math
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from edgekd.domain.recipe import Entry
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
     from edgekd.domain.target import Target
+    from edgekd.kd.views import Augment
     from edgekd.ports import Context
 
 NAME = "supervise"
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "validation", "unlabelled")
 BATCH_SIZE = 128
 _CHUNK_BATCHES = 16  # a kill costs at most this much
@@ -38,11 +40,13 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     artifact = recipe.teacher.artifact
     params = {
         "model": None if recipe.teacher.model is None else str(recipe.teacher.model),
+        "augment": None if recipe.distill.augment is None else str(recipe.distill.augment),
+        "views": recipe.distill.views or 1,
         "batch_size": BATCH_SIZE,
         "threads": machine["cores"],
         "instruction_set": machine["instruction_set"],
     }
-    inputs = {"teacher": artifact, "code": "inspect:teacher.code.json"}
+    inputs = {"teacher": artifact, "code": "inspect:teacher.code.json", "views.code": "inspect:views.code.json"}
     for split in SPLITS:
         inputs |= data.references(recipe, split)
     runtime = ("onnxruntime",) if artifact.endswith(".onnx") else ()
@@ -50,34 +54,50 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
-    """Let the teacher answer; write ``SPLIT.outputs.npy``, float32 logits (n, C), for each split."""
+    """Let the teacher answer; write ``SPLIT.outputs.npy``, float32 logits (V, n, C), for each split: one view of validation."""
     import numpy as np
 
-    from edgekd.kd import models
+    from edgekd.kd import models, views
     from edgekd.kd.repeatable import repeatable
 
     params = cast("dict[str, Any]", step.params)
     entry = None if params["model"] is None else Entry(*params["model"].rsplit(":", 1))
+    augment = None if params["augment"] is None else views.load(context.recipe_dir, Entry(*params["augment"].rsplit(":", 1)))
     splits = {split: data.arrays(inputs, split) for split in SPLITS}
-    total = sum(len(found[0]) for found in splits.values())
+    numbers = {split: range(1 if split == "validation" else params["views"]) for split in SPLITS}
+    total = sum(len(numbers[split]) * len(found[0]) for split, found in splits.items())
     done, classes = 0, 0
     with repeatable(params["threads"]):
         teacher = models.load_teacher(context.recipe_dir, entry, inputs["teacher"].path)
         for split, arrays in splits.items():
             answers = []
-            for rows in _chunks(len(arrays[0]), params["batch_size"]):
-                path = context.work / f"{split}.{rows.start}"
-                if (found := _kept(path)) is None:
-                    found = _ask(teacher, arrays, rows, params["batch_size"])
-                    _check_finite(found, split, rows.start)
-                    _keep(path, found)
-                answers.append(found)
-                done += len(rows)
-                context.progress(done / total, f"{split}: {rows.stop} of {len(arrays[0])} samples")
+            for number in numbers[split]:
+                seen = _seen(arrays, None if split == "validation" else augment, split, number)
+                told = f", view {number + 1} of {len(numbers[split])}" if len(numbers[split]) > 1 else ""
+                for rows in _chunks(len(arrays[0]), params["batch_size"]):
+                    path = context.work / f"{split}.{number}.{rows.start}"
+                    if (found := _kept(path)) is None:
+                        found = _ask(teacher, seen(), rows, params["batch_size"])
+                        _check_finite(found, split, rows.start)
+                        _keep(path, found)
+                    answers.append(found)
+                    done += len(rows)
+                    context.progress(done / total, f"{split}: {rows.stop} of {len(arrays[0])} samples{told}")
             classes = answers[0].shape[1] if answers else classes
             outputs = np.concatenate(answers) if answers else np.zeros((0, classes), dtype=np.float32)
-            np.save(context.out / f"{split}.outputs.npy", outputs, allow_pickle=False)
+            shaped = outputs.reshape(len(numbers[split]), len(arrays[0]), classes)
+            np.save(context.out / f"{split}.outputs.npy", shaped, allow_pickle=False)
     return StageResult(metrics={"samples": total, "classes": classes})
+
+
+def _seen(arrays: list[np.ndarray], augment: Augment | None, split: str, number: int) -> Callable[[], list[np.ndarray]]:
+    """Return what gives the inputs as they are in a view; it is made once, and only if it is asked for."""
+
+    @cache
+    def made() -> list[np.ndarray]:
+        return arrays if augment is None else data.view(augment, split, arrays, number)
+
+    return made
 
 
 def _chunks(samples: int, batch_size: int) -> list[range]:

@@ -14,10 +14,7 @@ from edgekd.kd import data
 from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    import torch
-    from torch import Tensor
+    from collections.abc import Mapping, Sequence
 
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
@@ -53,7 +50,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
 
 def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Train the teacher; write ``teacher.safetensors`` and ``curve.json``."""
-    from edgekd.kd import losses, models, train
+    from edgekd.kd import losses, models, train, views
 
     params = cast("dict[str, Any]", step.params)
     entry = Entry(*params["model"].rsplit(":", 1))
@@ -66,7 +63,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
         validation=_labelled(data.samples(inputs, "validation"), "validation"),
         objective=lambda logits, _, labels: losses.ce(logits, labels, params["label_smoothing"]),
         settings=settings,
-        augment=None if params["augment"] is None else _augment(Entry(*params["augment"].rsplit(":", 1)), context),
+        augment=None if params["augment"] is None else views.load(context.recipe_dir, Entry(*params["augment"].rsplit(":", 1))),
     )
     weights, curve = train.fit(job, context.work, context.progress)
     (context.out / "teacher.safetensors").write_bytes(models.pack(weights))
@@ -79,29 +76,3 @@ def _labelled(samples: data.Samples, split: str) -> data.Samples:
     if not len(samples) or int(samples.labels.min()) < 0:
         raise RecipeError(f"teacher.train: the {split} split has samples without a class; a teacher is taught from classes (int64 from 0)")
     return samples
-
-
-def _augment(entry: Entry, context: Context) -> Callable[[tuple[Tensor, ...], torch.Generator], tuple[Tensor, ...]]:
-    """Return the user's augmentation, its answers checked."""
-    import torch
-
-    from edgekd import usercode
-
-    function = usercode.load(context.recipe_dir, entry)
-
-    def augment(inputs: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-        given = inputs[0] if len(inputs) == 1 else inputs
-        made = usercode.call(function, entry, given, generator)
-        found = (made,) if isinstance(made, torch.Tensor) else made
-        alike = isinstance(found, tuple | list) and [_kind(item) for item in found] == [_kind(item) for item in inputs]
-        if not alike:
-            raise RecipeError(f"{entry}: must return what it was given, in the same shapes and types; it changed them")
-        return tuple(found)
-
-    return augment
-
-
-def _kind(item: object) -> object:
-    import torch
-
-    return (item.shape, item.dtype) if isinstance(item, torch.Tensor) else type(item)

@@ -28,7 +28,13 @@ RECIPE = words.Recipe(
         words.Entry("models.py", "teacher"), train=words.Training(epochs=2, augment=words.Entry("data.py", "augment"), threads=1)
     ),
     student=words.Student(words.Entry("models.py", "student"), (words.TensorSpec("image", (1, 1, 8, 8)),)),
-    distill=words.Distill(3, (words.Loss("kl", 0.9, 4.0, standardize=False), words.Loss("ce", 0.1, label_smoothing=0.0)), threads=1),
+    distill=words.Distill(
+        3,
+        (words.Loss("kl", 0.9, 4.0, standardize=False), words.Loss("ce", 0.1, label_smoothing=0.0)),
+        threads=1,
+        augment=words.Entry("data.py", "augment"),
+        views=4,
+    ),
     budget=words.Budget(
         max_accuracy_drop_pp=1.0,
         min_accuracy_pct=90.0,

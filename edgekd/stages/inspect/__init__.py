@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgekd.domain.target import Target
 
 NAME = "inspect"
-VERSION = 2
+VERSION = 3
 _LAST_LINES = 3
 _LINGER_SECONDS = 10.0  # how long the user's threads may go on when all is done
 
@@ -48,6 +48,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         "metric": None if isinstance(evaluate.metric, str) else str(evaluate.metric),
         "score": None if evaluate.score is None else str(evaluate.score),
         "augment": None if training is None or training.augment is None else str(training.augment),
+        "views": None if recipe.distill.augment is None else str(recipe.distill.augment),
     }
     runtime = ("onnxruntime",) if teacher.file is not None and teacher.file.endswith(".onnx") else ()
     return [Step(NAME, NAME, params, {}, ("torch", "numpy", "safetensors", *runtime))]

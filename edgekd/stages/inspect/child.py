@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,8 @@ class Inspection:
         self._phase("student", self.params["student"], self._student)
         self._compare()
         self._phase("metric", self.params["score"] or self.params["metric"], self._metric)
-        self._phase("augment", self.params["augment"], lambda: networks.augment(self.bench))
+        for name in ("augment", "views"):
+            self._phase(name, self.params[name], partial(networks.augment, self.bench, name))
         self._write("summary.json", self.summary)
         record = union(self.records)
         weights = {name: file_digest(self.recipe_dir / name) for name in self._weights()}

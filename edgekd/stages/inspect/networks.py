@@ -131,15 +131,15 @@ def metric(bench: Bench, outputs: np.ndarray, labels: np.ndarray) -> None:
             raise RecipeError(f"{entry}: returned {_told(found)}; expected one finite number for the whole set, 1 at most (0.93, not 93)")
 
 
-def augment(bench: Bench) -> None:
-    """Try the augmentation on two training samples.
+def augment(bench: Bench, name: str) -> None:
+    """Try an augmentation, the teacher's (``augment``) or the views' (``views``), on two training samples.
 
     Raises:
         RecipeError: if it changes shapes or types, or draws from another generator than the one it is given.
     """
     import torch
 
-    entry = bench.entry("augment")
+    entry = bench.entry(name)
     function = usercode.load(bench.recipe_dir, entry)
     arrays = bench.samples([0, 0], "train")
     wanted = [(list(array.shape), array.dtype.name) for array in arrays]

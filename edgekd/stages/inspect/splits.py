@@ -259,7 +259,7 @@ class _Split:
             if sink.digest(arrays) != sink.digests[index] or (label is not None and not np.array_equal(label, self.labels[index])):
                 raise RecipeError(
                     f"{self._where()}: sample {index} differs when it is read twice; give each sample as it is: "
-                    "augmentation belongs into teacher.train.augment"
+                    "augmentation belongs into teacher.train.augment or distill.augment"
                 )
 
     def _where(self) -> str:

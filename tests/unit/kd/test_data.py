@@ -23,7 +23,7 @@ def test_a_split_is_read_with_what_there_is_of_it(tmp_path):
         train__inputs__0=np.ones((4, 2), np.float32),
         train__inputs__1=np.arange(4)[:, None],
         train__labels=np.array([3, 1, 0, 2]),
-        train__outputs=np.zeros((4, 5), np.float32),
+        train__outputs=np.zeros((1, 4, 5), np.float32),
         unlabelled__inputs__0=np.zeros((0, 2), np.float32),
         unlabelled__inputs__1=np.zeros((0, 1), np.int64),
     )
@@ -51,6 +51,20 @@ def test_an_array_that_does_not_fit_is_mapped_and_gives_the_same_batch(tmp_path,
     mapped = data.arrays(artifacts, "train")[0]
     assert isinstance(mapped, np.memmap)
     assert torch.equal(data.samples(artifacts, "train").pick(rows).inputs[0], whole.inputs[0])
+
+
+def test_a_view_has_its_own_inputs_and_the_teachers_answers_to_them(tmp_path):
+    outputs = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+    artifacts = stored(tmp_path, train__inputs__0=np.ones((3, 2), np.float32), train__labels=np.array([0, 1, 0]), train__outputs=outputs)
+
+    def noisy(inputs, generator):
+        return tuple(item + torch.rand(item.shape, generator=generator) for item in inputs)
+
+    found = [data.samples(artifacts, "train", noisy, number) for number in (0, 1)]
+    assert not torch.equal(found[0].inputs[0], found[1].inputs[0])
+    assert torch.equal(found[1].inputs[0], data.samples(artifacts, "train", noisy, 1).inputs[0])
+    assert [item.outputs.tolist() for item in found] == outputs.tolist()
+    assert data.samples(artifacts, "train").inputs[0].unique().tolist() == [1]  # what is stored is not touched
 
 
 def test_splits_are_joined_in_order():

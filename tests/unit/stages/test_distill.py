@@ -12,12 +12,16 @@ import torch
 from edgekd.domain.artifact import Artifact
 from edgekd.domain.recipe import Control, Data, Distill, Entry, Loss, Recipe, Student, Teacher, TensorSpec
 from edgekd.errors import RecipeError
-from edgekd.kd import models
+from edgekd.kd import models, train
 from edgekd.ports import Context
 from edgekd.stages import distill
 
 CODE = """
+import torch
 from torch import nn
+
+def noisy(inputs, generator):
+    return inputs + 0.1 * torch.randn(inputs.shape, generator=generator)
 
 def student():
     return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, 3))
@@ -59,7 +63,7 @@ def artifacts(folder, unlabelled=0, labels=lambda classes: classes):
         arrays = {
             "inputs.0": (generator.standard_normal((count, 4)) + 2 * classes[:, None]).astype(np.float32),
             "labels": labels(classes),
-            "outputs": (6 * np.eye(3)[classes] + generator.standard_normal((count, 3))).astype(np.float32),
+            "outputs": (6 * np.eye(3)[classes] + generator.standard_normal((count, 3))).astype(np.float32)[None],
         }
         if split == "unlabelled":
             del arrays["labels"]
@@ -100,12 +104,40 @@ def test_the_step_names_all_that_changes_the_student():
         "unlabelled.inputs.0": "inspect:unlabelled.inputs.0.npy",
         "unlabelled.outputs": "supervise:unlabelled.outputs.npy",
         "code": "inspect:student.code.json",
+        "views.code": "inspect:views.code.json",
     }
 
 
 def test_no_split_but_train_validation_and_unlabelled_is_seen():
     [step] = distill.steps(recipe(), [])
     assert not [name for name in step.inputs.values() if "evaluation" in name or "calibration" in name]
+
+
+def test_epochs_take_the_views_in_turns(folder, monkeypatch):
+    inputs = artifacts(folder)
+    answers = np.load(inputs["train.outputs"].path)
+    np.save(inputs["train.outputs"].path, np.concatenate([answers, answers + 1, answers + 2]))
+    np.save(inputs["unlabelled.outputs"].path, np.zeros((3, 0, 3), np.float32))
+    seen = []
+
+    def fit(job, *_):
+        seen.extend(job.view(epoch) for epoch in range(5))
+        raise KeyboardInterrupt
+
+    [step] = distill.steps(recipe(augment=entry("noisy"), views=3), [])
+    monkeypatch.setattr(train, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(step, inputs, Context(folder, folder, folder, lambda *_: None))
+    assert [int(np.rint((item.outputs.numpy() - answers[0]).mean())) for item in seen] == [0, 1, 2, 0, 1]
+    assert torch.equal(seen[0].inputs[0], seen[3].inputs[0])
+    assert not torch.equal(seen[0].inputs[0], seen[1].inputs[0])
+
+
+def test_a_student_learns_from_views(folder):
+    inputs = artifacts(folder)
+    np.save(inputs["train.outputs"].path, np.repeat(np.load(inputs["train.outputs"].path), 2, axis=0))
+    np.save(inputs["unlabelled.outputs"].path, np.repeat(np.load(inputs["unlabelled.outputs"].path), 2, axis=0))
+    assert run(folder, recipe(augment=entry("noisy"), views=2), inputs)[0].metrics["validation_accuracy"] > 0.6
 
 
 def test_twins_are_trained_alike_but_for_the_teacher_and_the_seed():

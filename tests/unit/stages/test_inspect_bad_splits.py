@@ -180,11 +180,15 @@ BAD_TRAIN = {
     "label nothing": (Items([(x, None) for x, _ in PAIRS]), ["sample 0: its label is NoneType; expected a number, a tensor or an array"]),
     "samples differ when they are read twice": (
         Unstable(PAIRS),
-        ["sample 0 differs when it is read twice; give each sample as it is: augmentation belongs into teacher.train.augment"],
+        [
+            "sample 0 differs when it is read twice; give each sample as it is: augmentation belongs into teacher.train.augment or distill.augment"
+        ],
     ),
     "labels differ when they are read twice": (
         UnstableLabel(PAIRS),
-        ["sample 0 differs when it is read twice; give each sample as it is: augmentation belongs into teacher.train.augment"],
+        [
+            "sample 0 differs when it is read twice; give each sample as it is: augmentation belongs into teacher.train.augment or distill.augment"
+        ],
     ),
     "several things wrong": (
         Items([(x if i != 4 else x[:2], y if i != 6 else "cat") for i, (x, y) in enumerate(PAIRS)]),

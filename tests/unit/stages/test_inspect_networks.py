@@ -309,7 +309,7 @@ BAD_AUGMENTS = {
 
 
 def _augment(bench, expression):
-    networks.augment(bench(f"def augment(x, generator):\n    return {expression}\n", augment="models.py:augment"))
+    networks.augment(bench(f"def augment(x, generator):\n    return {expression}\n", augment="models.py:augment"), "augment")
 
 
 def test_a_right_augmentation(bench):

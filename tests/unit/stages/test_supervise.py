@@ -12,7 +12,7 @@ import torch
 from edgekd.domain.artifact import Artifact
 from edgekd.domain.recipe import Data, Distill, Entry, Loss, Recipe, Student, Teacher, TensorSpec
 from edgekd.errors import RecipeError
-from edgekd.kd import models
+from edgekd.kd import data, models, views
 from edgekd.ports import Context
 from edgekd.stages import supervise
 
@@ -28,6 +28,9 @@ class Counting(nn.Sequential):
 
 def teacher():
     return Counting(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+def noisy(inputs, generator):
+    return tuple(item + torch.randn(item.shape, generator=generator) for item in inputs)
 """
 ENTRY = Entry("supervise_user.py", "teacher")
 COUNTS = {"train": 5000, "validation": 40, "unlabelled": 0}
@@ -66,10 +69,10 @@ def artifacts(folder, counts=COUNTS):
     return found
 
 
-def run(folder, inputs, progress=lambda *_: None):
+def run(folder, inputs, progress=lambda *_: None, given=None):
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    [step] = supervise.steps(recipe(), [])
+    [step] = supervise.steps(given or recipe(), [])
     result = supervise.run(step, inputs, Context(folder, out, folder / "work", progress))
     return result, {path.name: path.read_bytes() for path in out.iterdir()}
 
@@ -84,8 +87,8 @@ def test_the_key_reads_the_teacher_and_the_samples_and_nothing_of_the_distillati
     assert step.inputs["code"] == "inspect:teacher.code.json"
     expected = {f"{split}.inputs.{index}": f"inspect:{split}.inputs.{index}.npy" for split in COUNTS for index in (0, 1)}
     assert expected.items() <= step.inputs.items()
-    assert len(step.inputs) == 8
-    assert set(step.params) == {"model", "batch_size", "threads", "instruction_set"}
+    assert len(step.inputs) == 9
+    assert set(step.params) == {"model", "augment", "views", "batch_size", "threads", "instruction_set"}
     changed = replace(recipe(), distill=Distill(epochs=9, losses=(Loss("kl", 1.0, 2.0),), seed=5, threads=1))
     assert supervise.steps(changed, []) == [step]
 
@@ -106,7 +109,7 @@ def test_every_sample_is_answered_once_with_raw_logits(folder):
     assert max(sys.modules["supervise_user"].Counting.batches) == supervise.BATCH_SIZE
     module = models.load_student(folder, ENTRY, folder / "teacher.safetensors")
     for split, count in COUNTS.items():
-        found = np.load(folder / "out" / f"{split}.outputs.npy")
+        [found] = np.load(folder / "out" / f"{split}.outputs.npy")
         assert (found.shape, found.dtype) == ((count, 3), np.float32)
         with torch.no_grad():
             expected = module(*[torch.from_numpy(np.load(inputs[f"{split}.inputs.{index}"].path)) for index in (0, 1)])
@@ -114,6 +117,24 @@ def test_every_sample_is_answered_once_with_raw_logits(folder):
     assert result.metrics == {"samples": 5040, "classes": 3}
     assert told[-1] == (1.0, "validation: 40 of 40 samples")
     assert [share for share, _ in told] == sorted(share for share, _ in told)
+
+
+def test_each_view_is_answered_as_the_student_will_see_it(folder):
+    inputs = artifacts(folder)
+    given = replace(recipe(), distill=Distill(epochs=2, augment=Entry("supervise_user.py", "noisy"), views=3))
+    result, _ = run(folder, inputs, given=given)
+    assert result.metrics["samples"] == 3 * (COUNTS["train"] + COUNTS["unlabelled"]) + COUNTS["validation"]
+    augment = views.load(folder, given.distill.augment)
+    module = models.load_student(folder, ENTRY, folder / "teacher.safetensors")
+    for split, count in COUNTS.items():
+        found = np.load(folder / "out" / f"{split}.outputs.npy")
+        assert found.shape == (1 if split == "validation" else 3, count, 3)
+        for number, answers in enumerate(found):
+            seen = tuple(torch.from_numpy(item) for item in data.arrays(inputs, split))
+            if split != "validation":
+                seen = views.view(augment, split, seen, number)
+            with torch.no_grad():
+                np.testing.assert_allclose(answers, module(*seen).numpy(), rtol=1e-5, atol=1e-5)
 
 
 class Stop(BaseException):
