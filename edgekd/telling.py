@@ -26,15 +26,17 @@ def provable_warnings(plan: Plan, done: Mapping[str, Done]) -> list[str]:
     """Return warnings where a budget is below what the evaluation set can prove."""
     from edgekd import stats
 
-    independent = int(done["inspect"].entry.metrics["groups"])  # type: ignore[arg-type]  # inspect's own number
-    best, usual = map(fraction_to_pp, stats.provable_drop(independent))
+    inspected: Any = done["inspect"].entry.metrics
+    samples, groups = inspected["splits"]["evaluation"]["samples"], inspected["groups"]
+    best, usual = fraction_to_pp(stats.provable_drop(samples)[0]), fraction_to_pp(stats.provable_drop(groups)[1])
+    what = f"{samples} evaluation samples" if groups == samples else f"{samples} evaluation samples in {groups} groups"
     told = []
     for target in plan.targets:
         limit = plan.recipe.for_target(target.name).budget.max_accuracy_drop_pp
         if limit is not None and limit < usual:
             verdict = "cannot pass, whatever the student" if limit < best else "may well end INCONCLUSIVE"
             told.append(
-                f"{target.name}: {independent} independent evaluation samples prove a drop of {usual:.2f} pp where 5 % of answers differ "
+                f"{target.name}: {what} prove a drop of {usual:.2f} pp where 5 % of answers differ "
                 f"({best:.2f} pp at best); the budget max_accuracy_drop_pp = {limit:g} {verdict}"
             )
     return told
@@ -205,7 +207,7 @@ def _validation(metrics: Mapping[str, Any]) -> float:
 
 
 def _notes(case: Case, measurements: Sequence[Measurement]) -> list[str]:
-    notes = [note for name in ("inspect",) for note in case.done[name].entry.notes]
+    notes = [note for name in ("inspect", "distill") for note in case.done[name].entry.notes]
     notes += [note for name, item in case.done.items() if name.startswith("export/teacher/") for note in item.entry.notes]
     notes += provable_warnings(case.plan, case.done) if len(case.plan.targets) == 1 else []
     notes += sorted({note for item in measurements for note in item.notes})

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgekd.ports import Context
 
 NAME = "distill"
-VERSION = 2
+VERSION = 3
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
@@ -63,7 +63,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
 
 def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Train the student; write ``student.safetensors`` and ``curve.json``."""
-    from edgekd.kd import losses, models, train, views
+    from edgekd.kd import calibrate, losses, models, train, views
 
     params = cast("dict[str, Any]", step.params)
     entry = Entry(*params["model"].rsplit(":", 1))
@@ -89,10 +89,14 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
         view=None if augment is None else lambda epoch: view(epoch % params["views"]),
     )
     weights, curve = train.fit(job, context.work, context.progress)
+    notes: tuple[str, ...] = ()
+    if calibrate.leaves_scale_free(terms):
+        weights, note = calibrate.calibrated(job.build(), weights, job.validation, entry, params["threads"])
+        notes = (note,)
     (context.out / "student.safetensors").write_bytes(models.pack(weights))
     lines = {"best_epoch": train.best_of(curve).epoch, "epochs": [asdict(line) for line in curve]}
     (context.out / "curve.json").write_text(json.dumps(lines, indent=1, sort_keys=True) + "\n")
-    return StageResult(metrics=asdict(train.best_of(curve)))
+    return StageResult(metrics=asdict(train.best_of(curve)), notes=notes)
 
 
 def _training_set(

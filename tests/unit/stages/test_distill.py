@@ -12,7 +12,7 @@ import torch
 from edgekd.domain.artifact import Artifact
 from edgekd.domain.recipe import Control, Data, Distill, Entry, Loss, Recipe, Student, Teacher, TensorSpec
 from edgekd.errors import RecipeError
-from edgekd.kd import models, train
+from edgekd.kd import calibrate, data, models, train
 from edgekd.ports import Context
 from edgekd.stages import distill
 
@@ -165,6 +165,19 @@ def test_a_twin_needs_no_teacher(folder):
         (folder / name).mkdir()
     result = distill.run(step, inputs, Context(folder, folder / "out", folder / "work", lambda *_: None))
     assert result.metrics["validation_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("loss", [Loss("dist"), Loss("kl", 1.0, 2.0, standardize=True)])
+def test_answers_of_a_loss_that_leaves_the_scale_free_are_calibrated(folder, loss):
+    inputs = artifacts(folder)
+    result, _ = run(folder, recipe(losses=(loss,)), inputs)
+    (note,) = result.notes
+    assert "is folded into the last layer" in note
+    module = models.load_student(folder, entry("student"), folder / "out" / "student.safetensors")
+    validation = data.samples(inputs, "validation")
+    with torch.no_grad():
+        assert calibrate.temperature(module(*validation.inputs), validation.labels) == pytest.approx(1, abs=0.02)
+    assert run(folder, recipe(), inputs)[0].notes == ()
 
 
 @pytest.mark.parametrize("kind", ["dist", "dkd", "mse"])

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from edgekd import telling
+from edgekd.domain.recipe import Budget, ForTarget, Quantize
+
+
+def _warned(limit, samples, groups):
+    metrics = {"splits": {"evaluation": {"samples": samples}}, "groups": groups}
+    recipe = SimpleNamespace(for_target=lambda _: ForTarget(Budget(max_accuracy_drop_pp=limit), Quantize()))
+    plan = SimpleNamespace(targets=(SimpleNamespace(name="board"),), recipe=recipe)
+    return telling.provable_warnings(plan, {"inspect": SimpleNamespace(entry=SimpleNamespace(metrics=metrics))})
+
+
+def test_a_budget_that_the_evaluation_set_can_prove_is_not_warned_of():
+    assert _warned(2.5, 450, 450) == []
+    assert _warned(None, 10, 10) == []
+
+
+def test_a_budget_below_what_is_usually_proved_may_end_inconclusive():
+    (line,) = _warned(1.5, 450, 450)
+    assert line.startswith("board: 450 evaluation samples prove a drop of 2.07 pp")
+    assert line.endswith("the budget max_accuracy_drop_pp = 1.5 may well end INCONCLUSIVE")
+
+
+def test_a_budget_below_what_can_be_proved_cannot_pass():
+    (line,) = _warned(0.5, 450, 450)
+    assert line.endswith("cannot pass, whatever the student")
+
+
+def test_few_speakers_prove_less_than_their_samples_and_only_the_samples_say_what_cannot_be():
+    (line,) = _warned(5.0, 720, 6)
+    assert line.startswith("board: 720 evaluation samples in 6 groups prove a drop of 17.89 pp")
+    assert line.endswith("may well end INCONCLUSIVE")
+    assert _warned(0.1, 720, 6)[0].endswith("cannot pass, whatever the student")
