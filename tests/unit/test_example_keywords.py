@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keywords' data and networks, on clips of noise: the recording's own are not part of this repository."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "keywords"
+
+
+def _module(name):
+    spec = importlib.util.spec_from_file_location(f"keywords_{name}", EXAMPLE / f"{name}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def data():
+    return _module("data")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, data):
+    generator = np.random.default_rng(0)
+    for split, speakers in (("train", range(1, 21)), ("val", (21, 22)), ("test", (23, 24))):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            for word in data.WORDS:
+                for speaker in speakers:
+                    packed = io.BytesIO()
+                    soundfile.write(packed, generator.normal(0, 0.1, generator.integers(12_000, 18_000)), 16_000, format="FLAC")
+                    member = tarfile.TarInfo(f"{word}/{speaker:08}_NO_01.flac")
+                    member.size = len(packed.getvalue())
+                    archive.addfile(member, io.BytesIO(packed.getvalue()))
+    monkeypatch.setenv("EDGEKD_DATA", str(tmp_path))
+    return tmp_path
+
+
+def test_clips_become_scaled_coefficients_with_their_speakers(data, folder):
+    found = data.splits()
+    assert {name: len(split) for name, split in found.items()} == {"train": 240, "validation": 24, "calibration": 240, "evaluation": 24}
+    features, label = found["train"][0]
+    assert (tuple(features.shape), features.dtype, int(label)) == ((1, 63, 13), torch.float32, 0)
+    whole = torch.stack([features for features, _ in found["train"]])
+    torch.testing.assert_close(whole.mean((0, 1, 2)), torch.zeros(13), atol=1e-4, rtol=0)
+    torch.testing.assert_close(whole.std((0, 1, 2)), torch.ones(13), atol=1e-3, rtol=0)
+    assert sorted(set(found["evaluation"].groups)) == ["00000023", "00000024"]
+    (folder / "val.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"val\.tar: no such file; name the folder"):
+        data.splits()
+
+
+def test_a_tone_has_its_energy_where_its_pitch_is(data):
+    seconds = np.arange(16_000) / 16_000
+    low, high = (data.mfcc(0.5 * np.sin(2 * np.pi * pitch * seconds)) for pitch in (200, 6000))
+    assert low.shape == (63, 13)
+    assert low[30, 1] > 0 > high[30, 1]  # the first cosine is positive at low bands, negative at high ones
+
+
+def test_an_augmented_clip_is_moved_and_blanked_and_the_seed_decides(data):
+    features = torch.randn(8, 1, 63, 13)
+    first, again, other = (data.augment(features, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    for clip, source in zip(first[:, 0], features[:, 0], strict=True):
+        assert all((row == 0).all() or (row == source).all(1).any() for row in clip)
+
+
+def test_the_student_is_ten_times_smaller():
+    models = _module("models")
+    teacher, student = models.teacher(), models.student()
+    counts = [sum(parameter.numel() for parameter in module.parameters()) for module in (teacher, student)]
+    assert counts[0] >= 10 * counts[1]
+    assert student(torch.zeros(2, 1, 63, 13)).shape == (2, 12)
