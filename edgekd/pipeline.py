@@ -146,6 +146,9 @@ def _execute(step: Step, done: Mapping[str, Done], site: Site, material: Mapping
     key = base if result.record is None else cache.add_record(base, result.record)
     entry = cache.put(out, key, material, result, seconds)
     site.teller.say(f"{step.id}: done in {seconds:.1f} s")
+    for note in result.notes:
+        if note.startswith("warning: "):  # what the user should know before the stages that follow are paid for
+            site.teller.say(note)
     return entry
 
 

@@ -67,7 +67,10 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """Numbers and remarks of a run (kept beside the artifacts); ``record`` only from ``inspect``."""
+    """Numbers and remarks of a run (kept beside the artifacts); ``record`` only from ``inspect``.
+
+    A note that starts with ``warning: `` is told at once.
+    """
 
     metrics: Mapping[str, Json] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

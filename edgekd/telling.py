@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from edgekd.pipeline import Done
     from edgekd.plan import Plan
     from edgekd.stages import gate, select
+
+CAPACITY_GAP_PP, CAPACITY_OVERFIT_PP = 3.0, 1.0
 
 
 def provable_warnings(plan: Plan, done: Mapping[str, Done]) -> list[str]:
@@ -89,6 +92,7 @@ def parts(
         "student": {"parameters": inspected["student"]["parameters"], "curve": read_json(artifacts(case, "distill")["curve.json"])},  # type: ignore[call-overload,index]
         "charges": _charges(scored, chosen),
         "distillation": _distillation(case, scored),
+        "cost": _cost(case, choice.measurement, measurements),
         "classes": dict(accuracies[chosen.id].classes),
         "inherited": scores.inherited(scored.teacher, own, scored.labels),
         "instruction_set": own.instruction_set,
@@ -201,15 +205,51 @@ def _distillation(case: Case, scored: Scores) -> dict[str, Any] | None:
     return found
 
 
+def _capacity(case: Case) -> str | None:
+    """Return the remark that the student is too small for what its teacher knows, or None.
+
+    It is, if it stays behind the teacher on validation although it does no better on what it was trained on: it does not
+    overfit, so neither more data nor more epochs would close the gap. Views are harder than what they were made of: no remark then.
+    """
+    distill = case.done["distill"].entry.metrics
+    trained, found = distill["train_accuracy"], distill["validation_accuracy"]
+    teacher = case.done["supervise"].entry.metrics["validation_accuracy"]
+    if case.plan.recipe.distill.augment is not None or trained is None or found is None or teacher is None:
+        return None
+    behind, overfit = fraction_to_pp(teacher - found), fraction_to_pp(trained - found)  # type: ignore[operator]  # numbers, as these stages write them
+    if behind < CAPACITY_GAP_PP or overfit > CAPACITY_OVERFIT_PP:
+        return None
+    return (
+        f"the student's capacity is the limit: {behind:.1f} pp behind its teacher on validation, and only {max(overfit, 0.0):.1f} "
+        "pp better on what it was trained on; a wider or deeper student would gain more than data or epochs"
+    )
+
+
+def _cost(case: Case, chosen: Measurement | None, measurements: Sequence[Measurement]) -> dict[str, Any]:
+    """Return the seconds that training took, whenever it was, and how many inferences it takes to win them back on the device."""
+    from edgekd import stats
+
+    twins = {name for names in case.plan.recipe.arms.values() for name in names} - {"distill"}
+    found: dict[str, float] = {}
+    for name, item in case.done.items():
+        if item.step.stage in {"teach", "supervise", "distill"}:
+            part = "twins" if name in twins else item.step.stage
+            found[part] = round(found.get(part, 0.0) + item.entry.seconds, 3)
+    teacher = teacher_of(chosen, measurements)
+    saved_ns = 0.0 if teacher is None or chosen is None else stats.median(teacher.samples_ns()) - stats.median(chosen.samples_ns())
+    return {"seconds": found, "paid_back_after": math.ceil(sum(found.values()) * 1e9 / saved_ns) if saved_ns > 0 else None}
+
+
 def _validation(metrics: Mapping[str, Any]) -> float:
     accuracy = metrics["validation_accuracy"]
     return -float(metrics["validation_loss"]) if accuracy is None else float(accuracy)
 
 
 def _notes(case: Case, measurements: Sequence[Measurement]) -> list[str]:
-    notes = [note for name in ("inspect", "distill") for note in case.done[name].entry.notes]
+    notes = [note for name in ("inspect", "supervise", "distill") for note in case.done[name].entry.notes]
     notes += [note for name, item in case.done.items() if name.startswith("export/teacher/") for note in item.entry.notes]
     notes += provable_warnings(case.plan, case.done) if len(case.plan.targets) == 1 else []
+    notes += filter(None, [_capacity(case)])
     notes += sorted({note for item in measurements for note in item.notes})
     return notes
 

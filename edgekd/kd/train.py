@@ -70,10 +70,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """One line of the curve; ``learning_rate`` is the last step's, ``validation_accuracy`` None without classes."""
+    """One line of the curve; ``learning_rate`` is the last step's, accuracies are None without classes.
+
+    ``train_accuracy`` is that of the answers that were trained on: as the weights were at each step, dropout and views included.
+    """
 
     epoch: int
     train_loss: float
+    train_accuracy: float | None
     validation_loss: float
     validation_accuracy: float | None
     learning_rate: float
@@ -112,10 +116,10 @@ def fit(job: Job, work: Path, progress: Progress) -> tuple[dict[str, Tensor], li
         run = _resumed(job, layout, work) or _fresh(job, layout)
         for epoch in range(len(run.curve), settings.epochs):
             seed_all(derive(settings.seed, "epoch", epoch))
-            train_loss = _train_epoch(job, run, layout, epoch, progress)
+            train_loss, train_accuracy = _train_epoch(job, run, layout, epoch, progress)
             loss, accuracy = _score(job, run.module, layout)
             _check_finite(job, loss, f"on the validation split after epoch {epoch + 1}")
-            line = Epoch(epoch + 1, train_loss, loss, accuracy, run.optimizer.param_groups[0]["lr"])
+            line = Epoch(epoch + 1, train_loss, train_accuracy, loss, accuracy, run.optimizer.param_groups[0]["lr"])
             if not run.curve or line.rank > max(earlier.rank for earlier in run.curve):
                 run.best = {name: value.detach().clone() for name, value in run.module.state_dict().items()}
             run.curve.append(line)
@@ -143,8 +147,8 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
     return peak * (low + (1 - low) * (1 + math.cos(math.pi * share)) / 2)
 
 
-def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, progress: Progress) -> float:
-    """Train one epoch and return the mean loss of its samples."""
+def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, progress: Progress) -> tuple[float, float | None]:
+    """Train one epoch and return the mean loss of its samples, and the accuracy on those that have a class."""
     import torch
 
     settings, module, optimizer = job.settings, run.module.train(), run.optimizer
@@ -152,7 +156,7 @@ def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, pr
     augmenting = torch.Generator().manual_seed(derive(settings.seed, "augment", epoch))
     samples = job.train if job.view is None else job.view(epoch)
     batches = _batches(torch.randperm(len(samples), generator=shuffling), settings.batch_size)
-    summed = 0.0
+    summed, right = 0.0, torch.zeros((), dtype=torch.int64)
     for step, rows in enumerate(batches):
         batch = samples.pick(rows)
         inputs = batch.inputs if job.augment is None else job.augment(batch.inputs, augmenting)
@@ -167,9 +171,11 @@ def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, pr
         value = loss.item()
         _check_finite(job, value, f"in epoch {epoch + 1}, step {step + 1} of {len(batches)}")
         summed += value * len(rows)
+        right += (logits.detach().argmax(dim=1) == batch.labels).sum()
         if step % max(1, len(batches) // _TOLD) == 0:
             progress((epoch + step / len(batches)) / settings.epochs, f"epoch {epoch + 1}/{settings.epochs}, loss {value:.3f}")
-    return summed / len(samples)
+    labelled = int((samples.labels != UNLABELLED).sum())
+    return summed / len(samples), int(right) / labelled if labelled else None
 
 
 def _score(job: Job, module: nn.Module, layout: torch.memory_format) -> tuple[float, float | None]:

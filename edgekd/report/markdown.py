@@ -158,6 +158,7 @@ def _environment(document: Mapping[str, Any]) -> str:
     lines = [
         f"- again: `edgekd build --target {target['name']}{flag}`, in the recipe's folder; equal keys are equal bytes",
         _distilled(document["student"]["curve"]),
+        _cost(document["cost"]),
         f"- target: {target['title']}; evaluated on {document['instruction_set']}",
     ]
     if document["environment"] is not None:
@@ -180,6 +181,12 @@ def _distilled(curve: Mapping[str, Any]) -> str:
     accuracy = best["validation_accuracy"]
     told = f"loss of {best['validation_loss']:.4g}" if accuracy is None else f"accuracy of {100 * accuracy:.2f} %"
     return f"- distilled for {len(curve['epochs'])} epochs; epoch {best['epoch']} was kept, with a validation {told}"
+
+
+def _cost(cost: Mapping[str, Any]) -> str:
+    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in sorted(cost["seconds"].items()))
+    back = cost["paid_back_after"]
+    return f"- training took: {parts}" + ("" if back is None else f"; won back after {back:,} inferences here, against the teacher's")
 
 
 def _machine(facts: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgekd.ports import Context
 
 NAME = "distill"
-VERSION = 3
+VERSION = 4
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:

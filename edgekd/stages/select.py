@@ -92,7 +92,8 @@ def _by_measurement(pool: Sequence[Option], why_not: dict[str, str]) -> Choice:
             theirs = min(_median_ns(item) for item in other.measurements)
             word = "as fast, and larger" if any(item[0] is other for item in equal) else "slower"
             why_not[other.candidate.id] = f"{word}: p50 {ns_to_ms(theirs):.4g} ms against {ns_to_ms(middle):.4g} ms"
-    by = f"measurement: p50 {ns_to_ms(middle):.4g} ms at threads = {measurement.threads}, the fastest of {len(settings)} settings"
+    rank = "the fastest" if measurement is fastest[1] else "smaller than the fastest and as fast,"
+    by = f"measurement: p50 {ns_to_ms(middle):.4g} ms at threads = {measurement.threads}, {rank} of {len(settings)} settings"
     return Choice(option, measurement, measurement.threads, by, why_not)
 
 

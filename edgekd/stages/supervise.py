@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edgekd.ports import Context
 
 NAME = "supervise"
-VERSION = 2
+VERSION = 3
 SPLITS = ("train", "validation", "unlabelled")
 BATCH_SIZE = 128
 _CHUNK_BATCHES = 16  # a kill costs at most this much
@@ -48,7 +48,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     }
     inputs = {"teacher": artifact, "code": "inspect:teacher.code.json", "views.code": "inspect:views.code.json"}
     for split in SPLITS:
-        inputs |= data.references(recipe, split)
+        inputs |= data.references(recipe, split, labels=split == "validation")
     runtime = ("onnxruntime",) if artifact.endswith(".onnx") else ()
     return [Step(NAME, NAME, params, inputs, ("torch", "numpy", "safetensors", *runtime))]
 
@@ -57,7 +57,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     """Let the teacher answer; write ``SPLIT.outputs.npy``, float32 logits (V, n, C), for each split: one view of validation."""
     import numpy as np
 
-    from edgekd.kd import models, views
+    from edgekd.kd import domain, models, views
     from edgekd.kd.repeatable import repeatable
 
     params = cast("dict[str, Any]", step.params)
@@ -66,7 +66,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     splits = {split: data.arrays(inputs, split) for split in SPLITS}
     numbers = {split: range(1 if split == "validation" else params["views"]) for split in SPLITS}
     total = sum(len(numbers[split]) * len(found[0]) for split, found in splits.items())
-    done, classes = 0, 0
+    done, classes, sureness = 0, 0, {}
     with repeatable(params["threads"]):
         teacher = models.load_teacher(context.recipe_dir, entry, inputs["teacher"].path)
         for split, arrays in splits.items():
@@ -87,7 +87,10 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
             outputs = np.concatenate(answers) if answers else np.zeros((0, classes), dtype=np.float32)
             shaped = outputs.reshape(len(numbers[split]), len(arrays[0]), classes)
             np.save(context.out / f"{split}.outputs.npy", shaped, allow_pickle=False)
-    return StageResult(metrics={"samples": total, "classes": classes})
+            sureness[split] = domain.sureness(shaped)
+    warning = domain.shift(sureness["validation"], sureness["unlabelled"])
+    metrics = {"samples": total, "classes": classes, "validation_accuracy": _accuracy(inputs, context.out)}
+    return StageResult(metrics, () if warning is None else (f"warning: {warning}",))
 
 
 def _seen(arrays: list[np.ndarray], augment: Augment | None, split: str, number: int) -> Callable[[], list[np.ndarray]]:
@@ -98,6 +101,17 @@ def _seen(arrays: list[np.ndarray], augment: Augment | None, split: str, number:
         return arrays if augment is None else data.view(augment, split, arrays, number)
 
     return made
+
+
+def _accuracy(inputs: Mapping[str, Artifact], out: Path) -> float | None:
+    """Return the teacher's accuracy on the validation split, or None if no sample there has a class."""
+    import numpy as np
+
+    labels = np.load(inputs["validation.labels"].path, allow_pickle=False)
+    if labels.dtype != np.int64 or labels.ndim != 1 or not (labels >= 0).any():
+        return None
+    [outputs] = np.load(out / "validation.outputs.npy", allow_pickle=False)
+    return float((outputs.argmax(1) == labels)[labels >= 0].mean())
 
 
 def _chunks(samples: int, batch_size: int) -> list[range]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgekd.ports import Context
 
 NAME = "teach"
-VERSION = 1
+VERSION = 2
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:

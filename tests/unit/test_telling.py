@@ -35,3 +35,22 @@ def test_few_speakers_prove_less_than_their_samples_and_only_the_samples_say_wha
     assert line.startswith("board: 720 evaluation samples in 6 groups prove a drop of 17.89 pp")
     assert line.endswith("may well end INCONCLUSIVE")
     assert _warned(0.1, 720, 6)[0].endswith("cannot pass, whatever the student")
+
+
+def _capacity(trained, validation, teacher, augment=None):
+    metrics = {"distill": {"train_accuracy": trained, "validation_accuracy": validation}, "supervise": {"validation_accuracy": teacher}}
+    done = {name: SimpleNamespace(entry=SimpleNamespace(metrics=found)) for name, found in metrics.items()}
+    recipe = SimpleNamespace(distill=SimpleNamespace(augment=augment))
+    return telling._capacity(SimpleNamespace(done=done, plan=SimpleNamespace(recipe=recipe)))
+
+
+def test_a_student_that_does_no_better_on_what_it_was_trained_on_lacks_capacity():
+    assert _capacity(0.80, 0.80, 0.92).startswith("the student's capacity is the limit: 12.0 pp behind its teacher")
+
+
+def test_a_student_that_overfits_or_is_near_its_teacher_does_not():
+    assert _capacity(0.99, 0.80, 0.92) is None
+    assert _capacity(0.91, 0.91, 0.92) is None
+    assert _capacity(None, None, 0.92) is None
+    assert _capacity(0.80, 0.80, None) is None
+    assert _capacity(0.80, 0.80, 0.92, augment="data.py:augment") is None

@@ -217,7 +217,7 @@ def test_the_weights_of_the_best_epoch_are_kept(tmp_path):
 
 def test_equal_accuracies_are_ranked_by_loss_and_equal_losses_by_order():
     def line(epoch, accuracy, loss):
-        return train.Epoch(epoch, 1.0, loss, accuracy, 0.1)
+        return train.Epoch(epoch, 1.0, 0.9, loss, accuracy, 0.1)
 
     assert train.best_of([line(1, 0.5, 0.9), line(2, 0.7, 0.8), line(3, 0.7, 0.6), line(4, 0.7, 0.6)]).epoch == 3
     assert train.best_of([line(1, None, 0.9), line(2, None, 0.3), line(3, None, 0.6)]).epoch == 2

@@ -63,6 +63,8 @@ def artifacts(folder, counts=COUNTS):
             path = folder / f"{split}.inputs.{index}.npy"
             np.save(path, generator.standard_normal((count, width)).astype(np.float32))
             found[f"{split}.inputs.{index}"] = Artifact(path, "", 0)
+    np.save(folder / "validation.labels.npy", np.arange(counts["validation"]) % 3)
+    found["validation.labels"] = Artifact(folder / "validation.labels.npy", "", 0)
     torch.manual_seed(1)
     models.save_weights(models.student(folder, ENTRY), folder / "teacher.safetensors")
     found["teacher"] = Artifact(folder / "teacher.safetensors", "", 0)
@@ -87,7 +89,7 @@ def test_the_key_reads_the_teacher_and_the_samples_and_nothing_of_the_distillati
     assert step.inputs["code"] == "inspect:teacher.code.json"
     expected = {f"{split}.inputs.{index}": f"inspect:{split}.inputs.{index}.npy" for split in COUNTS for index in (0, 1)}
     assert expected.items() <= step.inputs.items()
-    assert len(step.inputs) == 9
+    assert len(step.inputs) == 10
     assert set(step.params) == {"model", "augment", "views", "batch_size", "threads", "instruction_set"}
     changed = replace(recipe(), distill=Distill(epochs=9, losses=(Loss("kl", 1.0, 2.0),), seed=5, threads=1))
     assert supervise.steps(changed, []) == [step]
@@ -114,9 +116,30 @@ def test_every_sample_is_answered_once_with_raw_logits(folder):
         with torch.no_grad():
             expected = module(*[torch.from_numpy(np.load(inputs[f"{split}.inputs.{index}"].path)) for index in (0, 1)])
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
-    assert result.metrics == {"samples": 5040, "classes": 3}
+    [answers] = np.load(folder / "out" / "validation.outputs.npy")
+    accuracy = (answers.argmax(1) == np.arange(40) % 3).mean()
+    assert result.metrics == {"samples": 5040, "classes": 3, "validation_accuracy": pytest.approx(accuracy)}
+    assert result.notes == ()
     assert told[-1] == (1.0, "validation: 40 of 40 samples")
     assert [share for share, _ in told] == sorted(share for share, _ in told)
+
+
+def test_labels_that_are_no_classes_give_no_accuracy(folder):
+    inputs = artifacts(folder)
+    np.save(folder / "validation.labels.npy", np.linspace(0, 1, 40))
+    assert run(folder, inputs)[0].metrics["validation_accuracy"] is None
+
+
+def test_unlabelled_samples_of_another_domain_are_warned_of(folder):
+    inputs = artifacts(folder, {**COUNTS, "unlabelled": 400})
+    assert run(folder, inputs)[0].notes == ()
+    for path in (folder / "work").iterdir():
+        path.unlink()
+    for index in (0, 1):
+        path = inputs[f"validation.inputs.{index}"].path
+        np.save(path, 20 * np.load(path))  # far from where the teacher decides: it is sure of them
+    (note,) = run(folder, inputs)[0].notes
+    assert note.startswith("warning: the domains differ: the teacher's confidence is ")
 
 
 def test_each_view_is_answered_as_the_student_will_see_it(folder):
