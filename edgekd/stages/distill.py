@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgekd.ports import Context
 
 NAME = "distill"
-VERSION = 4
+VERSION = 5
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
@@ -47,7 +47,12 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         **data.references(recipe, "unlabelled", outputs=True),
         **code,
     }
-    alone = {**data.references(recipe, "train", labels=True), **data.references(recipe, "validation", labels=True), **code}
+    alone = {
+        **data.references(recipe, "train", labels=True),
+        **data.references(recipe, "validation", labels=True),
+        **data.references(recipe, "unlabelled"),
+        **code,
+    }
     tools = ("torch", "numpy", "safetensors")
     found = [Step(NAME, NAME, params, taught, tools)]
     for arm, names in recipe.arms.items():
@@ -103,6 +108,8 @@ def _training_set(
     inputs: Mapping[str, Artifact], terms: list[Loss], section: str, augment: Augment | None = None, number: int = 0
 ) -> data.Samples:
     """Return the training split, with the unlabelled samples behind it if a loss can learn from them."""
+    import torch
+
     from edgekd.kd.losses import UNLABELLED, needs
 
     found = data.samples(inputs, "train", augment, number)
@@ -111,11 +118,13 @@ def _training_set(
             if "labels" in needs(term.kind):
                 what = f"'{term.kind}' needs classes, and the labels of the train split are none (int64 from 0)"
                 raise RecipeError(f"{section}: {what}; use 'kl' alone, without [distill.control]")
-    if "unlabelled.inputs.0" not in inputs:
-        return found
     more = data.samples(inputs, "unlabelled", augment, number)
+    if not len(more):
+        return found
+    if "train.outputs" not in inputs:  # a twin takes as many steps as the distilled student, on the samples that it can learn from
+        return found.pick(torch.arange(len(found) + len(more)) % len(found))
     learns = any("labels" not in needs(term.kind) for term in terms)
-    return data.joined(found, more) if len(more) and learns else found
+    return data.joined(found, more) if learns else found
 
 
 def _told(loss: Loss) -> dict[str, Any]:

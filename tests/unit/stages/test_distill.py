@@ -159,12 +159,21 @@ def test_twins_are_trained_alike_but_for_the_teacher_and_the_seed():
 
 
 def test_a_twin_needs_no_teacher(folder):
-    inputs = {name: item for name, item in artifacts(folder).items() if "outputs" not in name and not name.startswith("unlabelled")}
+    inputs = {name: item for name, item in artifacts(folder).items() if "outputs" not in name}
     *_, step = distill.steps(recipe(control=Control(seeds=2)), [])
     for name in ("out", "work"):
         (folder / name).mkdir()
     result = distill.run(step, inputs, Context(folder, folder / "out", folder / "work", lambda *_: None))
     assert result.metrics["validation_accuracy"] > 0.5
+
+
+def test_a_twin_takes_as_many_steps_as_the_student_that_learns_from_unlabelled_samples_too(folder):
+    inputs = artifacts(folder, unlabelled=200)
+    taught = distill._training_set(inputs, [KL, CE], "distill.losses")
+    alone = distill._training_set({name: item for name, item in inputs.items() if "outputs" not in name}, [CE], "distill.control")
+    assert len(alone) == len(taught) == 260
+    assert torch.equal(alone.inputs[0][60:120], taught.inputs[0][:60])
+    assert alone.labels.min() >= 0
 
 
 @pytest.mark.parametrize("loss", [Loss("dist"), Loss("kl", 1.0, 2.0, standardize=True)])

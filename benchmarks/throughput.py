@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples a second of distillation with stored teacher outputs, against the ways in which it is usually done.
+
+A ResNet-8 student (He et al.'s layout, 78,042 parameters), 32x32 colour images, batches of 128. Blocks take turns in one process:
+``distil`` is edgekd's loop with KL and CE; ``alone`` the loop that one writes in PyTorch by hand for the student alone, data in memory;
+``loader`` the same behind the usual DataLoader with PIL crops and flips; ``online`` distillation by hand with a ResNet-56 teacher in the
+loop. Prints the median ratio of neighbouring blocks with its interval. Ends with 1 if one is below its bar.
+
+    python benchmarks/throughput.py [rounds]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from distill_step import median_interval
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from edgekd.domain.recipe import Entry, Loss
+from edgekd.kd import losses, train
+from edgekd.kd.data import Samples
+from edgekd.kd.repeatable import repeatable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Batches = Iterator[tuple[Tensor, Tensor]]
+
+ROUNDS, STEPS, BATCH, PADDING = 21, 4, 128, 4
+BARS = {"alone": 1.2, "loader": 2.0, "online": 5.0}  # alone: 1.5 where the processor has bf16 instructions
+TERMS = (Loss("kl", 0.9, 4.0), Loss("ce", 0.1))
+
+
+class Block(nn.Module):
+    """Two convolutions around a short cut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.short = nn.Sequential() if stride == 1 and inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Shapes: images (n, inputs, h, w); result (n, outputs, h / stride, w / stride)."""
+        found = torch.relu(self.norm1(self.first(images)))
+        return torch.relu(self.norm2(self.second(found)) + self.short(images))
+
+
+def resnet(blocks: int) -> nn.Module:
+    """Return a ResNet of ``6 * blocks + 2`` layers for images of 32x32 pixels (arXiv 1512.03385, section 4.2)."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    width = 16
+    for outputs in (16, 32, 64):
+        for number in range(blocks):
+            layers.append(Block(width, outputs, 2 if number == 0 and outputs != width else 1))
+            width = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Pictures that are cropped and flipped by PIL, one by one."""
+
+    def __init__(self, count: int) -> None:
+        generator = np.random.default_rng(0)
+        self.pictures = [Image.fromarray(item) for item in generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)]
+        self.labels = generator.integers(0, 10, count).tolist()
+        self.generator = generator
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.pictures)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        """Return one picture, (3, 32, 32), and its label."""
+        picture = Image.new("RGB", (32 + 2 * PADDING,) * 2)
+        picture.paste(self.pictures[row], (PADDING, PADDING))
+        left, top = self.generator.integers(0, 2 * PADDING + 1, 2)
+        picture = picture.crop((left, top, left + 32, top + 32))
+        if self.generator.random() < 0.5:  # noqa: PLR2004  (heads or tails)
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+        return (pixels - 0.5) / 0.25, self.labels[row]
+
+
+def ours(samples: Samples) -> Callable[[], None]:
+    """Return one block of edgekd's loop."""
+    settings = train.Settings(1000, BATCH, "sgd", 0.001, 5e-4, 0, torch.get_num_threads())
+
+    def objective(logits: Tensor, outputs: Tensor | None, labels: Tensor) -> Tensor:
+        return losses.total(TERMS, logits, outputs, labels)
+
+    job = train.Job("distill", Entry("bench.py", "student"), lambda: resnet(1), samples, samples, objective, settings)
+    layout = train._layout(job)  # noqa: SLF001  (what fit does before its first epoch)
+    run = train._fresh(job, layout)  # noqa: SLF001  (the same)
+
+    def block() -> None:
+        with repeatable(settings.threads):
+            train._train_epoch(job, run, layout, 1, lambda *_: None)  # noqa: SLF001  (the step itself is what is timed)
+
+    return block
+
+
+def by_hand(batches: Callable[[], Batches], teacher: nn.Module | None = None) -> Callable[[], None]:
+    """Return one block of the loop that one writes by hand."""
+    module = resnet(1).train()
+    optimizer = torch.optim.SGD(module.parameters(), 0.001, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    def block() -> None:
+        for images, labels in batches():
+            logits = module(images)
+            loss = functional.cross_entropy(logits, labels)
+            if teacher is not None:
+                with torch.no_grad():
+                    wanted = teacher(images)
+                soft = functional.kl_div(functional.log_softmax(logits / 4, 1), functional.softmax(wanted / 4, 1), reduction="batchmean")
+                loss = 0.1 * loss + 0.9 * 16 * soft
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+            optimizer.step()
+            loss.item()
+
+    return block
+
+
+def main() -> int:
+    """Run the rounds and print."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    torch.manual_seed(0)
+    count = STEPS * BATCH
+    images, labels = torch.randn(count, 3, 32, 32), torch.randint(0, 10, (count,))
+    loader = DataLoader(Pictures(count), BATCH, shuffle=True)
+
+    def in_memory() -> Batches:
+        return ((images[rows], labels[rows]) for rows in torch.split(torch.randperm(count), BATCH))
+
+    blocks = {
+        "distil": ours(Samples((images,), labels, torch.randn(count, 10))),
+        "alone": by_hand(in_memory),
+        "loader": by_hand(lambda: iter(loader)),
+        "online": by_hand(in_memory, resnet(9).eval()),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in blocks}
+    for block in blocks.values():
+        block()
+    for turn in range(rounds):
+        for name in list(blocks) if turn % 2 else reversed(list(blocks)):
+            started = time.perf_counter()
+            blocks[name]()
+            speeds[name].append(count / (time.perf_counter() - started))
+    for name, found in speeds.items():
+        print(f"{name:6} {statistics.median(found):8.0f} samples/s (median of {rounds} blocks of {STEPS} steps)")
+    slow = False
+    for other, bar in BARS.items():
+        median, low, high = median_interval([mine / its for mine, its in zip(speeds["distil"], speeds[other], strict=True)])
+        slow = slow or median < bar
+        print(f"distil / {other}: {median:.3f} [{low:.3f}, {high:.3f}], bar {bar}")
+    return int(slow)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
