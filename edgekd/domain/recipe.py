@@ -17,6 +17,7 @@ LOSSES: Mapping[str, Mapping[str, float | bool]] = {
     "ce": {"label_smoothing": 0.0},
     "dist": {"temperature": 1.0, "inter_weight": 1.0, "intra_weight": 1.0},
     "dkd": {"temperature": 4.0, "target_weight": 1.0, "rest_weight": 8.0},
+    "hard": {},
     "kl": {"temperature": 4.0, "standardize": False},
     "mse": {},
 }

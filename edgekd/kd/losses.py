@@ -115,6 +115,20 @@ def dist(student: Tensor, teacher: Tensor, temperature: float, inter_weight: flo
     return temperature**2 * (inter_weight * inter + intra_weight * intra)
 
 
+def hard(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the cross-entropy of the teacher's own answers, as if they were labels: ``mean of -log softmax(student)[argmax teacher]``.
+
+    Shapes:
+        student, teacher: (n, C) logits; result: ().
+
+    Source:
+        Touvron et al., arXiv 2012.12877, equation 3.
+    """
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(_wide(student), teacher.argmax(dim=1))
+
+
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared difference of logits: ``mean over samples and classes of (student - teacher)^2``.
 
@@ -129,7 +143,7 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
     return mse_loss(_wide(student), _wide(teacher))
 
 
-LOSSES: Mapping[str, Callable[..., Tensor]] = {"ce": ce, "dist": dist, "dkd": dkd, "kl": kl, "mse": mse}
+LOSSES: Mapping[str, Callable[..., Tensor]] = {"ce": ce, "dist": dist, "dkd": dkd, "hard": hard, "kl": kl, "mse": mse}
 
 
 def total(losses: Sequence[Loss], student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:

@@ -182,6 +182,12 @@ def test_dist_is_one_less_the_correlation_of_rows_and_of_columns(logits, weights
     assert losses.dist(*logits, 2.0, *weights).item() == pytest.approx(_dist(*logits, 2.0, *weights), rel=1e-4)
 
 
+def test_hard_is_the_cross_entropy_of_the_teachers_own_answers(logits):
+    expected = -_log_softmax(logits[0].numpy())[np.arange(7), logits[1].numpy().argmax(1)].mean()
+    assert losses.hard(*logits).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.hard(logits[0], logits[1] * 7 + 2).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_mse_is_the_mean_squared_difference(logits):
     assert losses.mse(*logits).item() == pytest.approx(((logits[0] - logits[1]).numpy().astype(np.float64) ** 2).mean(), rel=1e-6)
 
@@ -196,7 +202,7 @@ def test_matching_the_teacher_is_zero_and_less_is_more(logits, kind):
     assert _value(kind, *logits).item() > 0.01
 
 
-@pytest.mark.parametrize("kind", ["dist", "dkd", "mse"])
+@pytest.mark.parametrize("kind", ["dist", "dkd", "hard", "mse"])
 def test_no_loss_depends_on_the_size_of_the_batch(logits, kind):
     twice = [torch.cat([item, item]) for item in logits]
     assert _value(kind, *twice, torch.cat([LABELS, LABELS])).item() == pytest.approx(_value(kind, *logits).item(), rel=1e-5)
@@ -207,7 +213,7 @@ def test_classes_that_cannot_be_do_not_change_dkd(logits):
     assert _value("dkd", *padded).item() == pytest.approx(_value("dkd", *logits).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dist", "dkd", "mse"])
+@pytest.mark.parametrize("kind", ["dist", "dkd", "hard", "mse"])
 def test_each_gradient_is_right(logits, kind):
     student, teacher = logits[0].double().requires_grad_(), logits[1].double()
     assert torch.autograd.gradcheck(lambda found: _value(kind, found, teacher), student)
@@ -220,7 +226,7 @@ def test_the_gradient_of_dkd_settles_as_the_temperature_grows(logits):
     assert norms[1] == pytest.approx(norms[0], rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["dist", "dkd", "mse"])
+@pytest.mark.parametrize("kind", ["dist", "dkd", "hard", "mse"])
 def test_half_precision_is_widened(logits, kind):
     halves = [item.bfloat16() for item in logits]
     found = _value(kind, *halves)

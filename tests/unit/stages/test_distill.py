@@ -189,7 +189,7 @@ def test_answers_of_a_loss_that_leaves_the_scale_free_are_calibrated(folder, los
     assert run(folder, recipe(), inputs)[0].notes == ()
 
 
-@pytest.mark.parametrize("kind", ["dist", "dkd", "mse"])
+@pytest.mark.parametrize("kind", ["dist", "dkd", "hard", "mse"])
 def test_each_loss_teaches(folder, kind):
     result, _ = run(folder, recipe(losses=(Loss(kind),)), artifacts(folder))
     assert result.metrics["validation_accuracy"] > 0.5
