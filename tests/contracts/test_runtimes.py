@@ -45,6 +45,18 @@ class Tokens(nn.Module):
         return self.out(torch.tanh(self.embed(ids).mean(1) + self.mix(extra)))
 
 
+class Largest(nn.Module):
+    """The largest answer of each filter, joined: its reduction has axes that are an input in ONNX."""
+
+    def __init__(self):
+        super().__init__()
+        self.filters = nn.ModuleList(nn.Conv2d(1, 6, size, padding=size // 2) for size in (3, 5))
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, image):
+        return self.out(torch.cat([torch.relu(item(image)).amax(dim=(2, 3)) for item in self.filters], dim=1))
+
+
 @pytest.fixture(scope="module", params=RUNTIMES)
 def made(request, tmp_path_factory):
     """Return a runtime and its float32 file of the convolutional model."""
@@ -126,6 +138,21 @@ def test_a_model_of_two_inputs_one_of_them_integers(name, tmp_path):
     )
     assert told["scheme"] == DYNAMIC_INT8
     assert np.abs(_answers(runtime, quantized, samples) - wanted).max() < 0.1
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_model_of_largest_answers_is_quantized_statically(name, tmp_path):
+    runtime = registry.runtime(name)
+    torch.manual_seed(0)
+    model = Largest().eval()
+    path, quantized = tmp_path / f"m.{runtime.FORMAT}", tmp_path / f"q.{runtime.FORMAT}"
+    runtime.export(model, SPEC, path)
+    runtime.quantize(
+        path, quantized, {"scheme": STATIC_INT8, "io": "float32", **runtime.variant(STATIC_INT8, ("avx2",), "x86_64")}, SAMPLES
+    )
+    with torch.inference_mode():
+        wanted = np.concatenate([model(torch.from_numpy(*sample)).numpy() for sample in SAMPLES])
+    assert np.abs(_answers(runtime, quantized, SAMPLES) - wanted).max() < 0.1
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
