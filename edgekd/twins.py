@@ -62,7 +62,7 @@ def judge(
         "arms": rows,
         "gains": gains,
         "gap_closed": (distilled - alone) / gap if gap > 0 else None,
-        "flags": _flags(teacher, distilled, alone, groups),
+        "flags": [*_flags(teacher, distilled, alone, groups), *_inherited(arms, teacher, labels, groups)],
     }
 
 
@@ -110,6 +110,28 @@ def _flags(teacher: Scored, distilled: float, alone: float, groups: np.ndarray) 
     elif distilled >= scores.accuracy_interval(teacher, groups).low:
         told = f"{100 * distilled:.2f} % of {100 * teacher.accuracy:.2f} %"
         flags.append(f"the student has reached its teacher ({told}): a better student needs a better teacher")
+    return flags
+
+
+def _inherited(arms: Mapping[str, Sequence[Scored]], teacher: Scored, labels: np.ndarray, groups: np.ndarray) -> list[str]:
+    """Return a flag for each class that the teacher knows less of than the twin alone does, if its students know less of it too."""
+    import numpy as np
+
+    scored = {arm: [item.scores for item in found] for arm, found in arms.items()}
+    if teacher.scores is None or labels.ndim != 1 or any(item is None for found in scored.values() for item in found):
+        return []
+    flags = []
+    classes = np.unique(labels)
+    for label in classes:
+        rows = labels == label
+        distilled, alone = (np.stack(scored[arm])[:, rows] for arm in (DISTILLED, "alone"))  # type: ignore[arg-type]  # none is None
+        known, plain = float(teacher.scores[rows].mean()), float(alone.mean())
+        if known >= plain:
+            continue
+        value, interval = stats.difference_over_seeds(distilled - alone, groups[rows], 1 - (1 - stats.LEVEL) / len(classes))
+        if interval.high < 0:
+            told = f"{100 * known:.1f} %, the twin alone {100 * plain:.1f} %, the distilled student {100 * (plain + value):.1f} %"
+            flags.append(f"the student inherits its teacher's errors in class {label}: the teacher is right on {told}")
     return flags
 
 

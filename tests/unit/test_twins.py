@@ -59,6 +59,30 @@ def test_a_student_that_has_reached_its_teacher_is_flagged():
     assert [flag for flag in _judge(0.94, 0.88, 0.89)["flags"] if "the student has reached its teacher" in flag]
 
 
+def _blind_to_class_0(scored):
+    scores = scored.scores.copy()
+    scores[(LABELS == 0) & (np.arange(400) % 3 > 0)] = 0
+    return Scored(float(scores.mean()), scored.outputs, scores, None, scored.instruction_set)
+
+
+@pytest.mark.parametrize(("teacher_is", "student_is", "flagged"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_a_class_that_the_teacher_misjudges_is_flagged_if_its_students_do_too(teacher_is, student_is, flagged):
+    arms = {name: [_scored(0.9, 10 * number + seed) for seed in range(5)] for number, name in enumerate(("distilled", "alone", "smoothed"))}
+    teacher = _scored(0.95, 99)
+    if student_is:
+        arms["distilled"] = [_blind_to_class_0(item) for item in arms["distilled"]]
+    found = twins.judge(
+        arms,
+        {name: [0.9] for name in arms},
+        _blind_to_class_0(teacher) if teacher_is else teacher,
+        LABELS,
+        np.arange(400),
+        calibrated=False,
+    )
+    flags = [flag for flag in found["flags"] if flag.startswith("the student inherits its teacher's errors in class")]
+    assert [flag.split(":")[0].rpartition(" ")[2] for flag in flags] == (["0"] if flagged else [])
+
+
 def test_calibration_is_told_only_where_outputs_are_logits_of_classes():
     assert all(row["ece"] is None and row["nll"] is None for row in _judge(0.9, 0.8, 0.8, calibrated=False)["arms"])
     assert all(0 < row["ece"] < 1 and row["nll"] > 0 for row in _judge(0.9, 0.8, 0.8)["arms"])
