@@ -27,7 +27,7 @@ from edgekd.kd.data import Samples
 from edgekd.kd.repeatable import repeatable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 BAR = 0.95
 ROUNDS, STEPS, BATCH = 41, 4, 128
@@ -44,10 +44,17 @@ def student() -> nn.Module:
     )
 
 
-def ours(samples: Samples, objective: Callable[..., torch.Tensor], *, free: bool = False) -> Callable[[], None]:
+def ours(
+    build: Callable[[], nn.Module],
+    samples: Samples,
+    objective: Callable[..., torch.Tensor],
+    optimizer: str = "adamw",
+    *,
+    free: bool = False,
+) -> Callable[[], None]:
     """Return one block of edgekd's loop; ``free``: of any algorithm, not only of those that give the same bytes again."""
-    settings = train.Settings(1000, BATCH, "adamw", 0.001, 0.01, 0, torch.get_num_threads())
-    job = train.Job("distill", Entry("bench.py", "student"), student, samples, samples, objective, settings)
+    settings = train.Settings(1000, BATCH, optimizer, 0.001, 0.01, 0, torch.get_num_threads())
+    job = train.Job("distill", Entry("bench.py", "student"), build, samples, samples, objective, settings)
     layout = train._layout(job)  # noqa: SLF001  (the step itself is what is timed)  (what fit does before its first epoch)
     run = train._fresh(job, layout)  # noqa: SLF001  (the step itself is what is timed)
 
@@ -89,18 +96,13 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     return statistics.median(ordered), ordered[below], ordered[n - 1 - below]
 
 
-def main() -> int:
-    """Run the rounds and print."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
-    torch.manual_seed(0)
-    count = STEPS * BATCH
-    samples = Samples((torch.randn(count, 1, 28, 28),), torch.randint(0, 10, (count,)), torch.randn(count, 10))
-    blocks = {
-        "distil": ours(samples, lambda logits, outputs, labels: losses.total(TERMS, logits, outputs, labels)),
-        "free": ours(samples, lambda logits, outputs, labels: losses.total(TERMS, logits, outputs, labels), free=True),
-        "alone": ours(samples, lambda logits, _, labels: losses.ce(logits, labels)),
-        "plain": plain(samples),
-    }
+def distillation(logits: torch.Tensor, outputs: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+    """Return the loss of distillation: KL and CE."""
+    return losses.total(TERMS, logits, outputs, labels)
+
+
+def compared(blocks: Mapping[str, Callable[[], None]], count: int, rounds: int, bars: Mapping[str, float]) -> int:
+    """Time blocks of ``count`` samples in turns and print; return 1 if the ratio of ``distil`` to another is below its bar."""
     speeds: dict[str, list[float]] = {name: [] for name in blocks}
     for block in blocks.values():
         block()
@@ -110,14 +112,28 @@ def main() -> int:
             blocks[name]()
             speeds[name].append(count / (time.perf_counter() - started))
     for name, found in speeds.items():
-        print(f"{name:6} {statistics.median(found):8.0f} samples/s (median of {rounds} blocks of {STEPS} steps)")
+        print(f"{name:6} {statistics.median(found):8.0f} samples/s (median of {rounds} blocks of {count} samples)")
     slow = False
-    for other in ("free", "alone", "plain"):
-        ratios = [mine / its for mine, its in zip(speeds["distil"], speeds[other], strict=True)]
-        median, low, high = median_interval(ratios)
-        slow = slow or median < BAR
-        print(f"distil / {other}: {median:.3f} [{low:.3f}, {high:.3f}], bar {BAR}")
+    for other, bar in bars.items():
+        median, low, high = median_interval([mine / its for mine, its in zip(speeds["distil"], speeds[other], strict=True)])
+        slow = slow or median < bar
+        print(f"distil / {other}: {median:.3f} [{low:.3f}, {high:.3f}], bar {bar}")
     return int(slow)
+
+
+def main() -> int:
+    """Run the rounds and print."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    torch.manual_seed(0)
+    count = STEPS * BATCH
+    samples = Samples((torch.randn(count, 1, 28, 28),), torch.randint(0, 10, (count,)), torch.randn(count, 10))
+    blocks = {
+        "distil": ours(student, samples, distillation),
+        "free": ours(student, samples, distillation, free=True),
+        "alone": ours(student, samples, lambda logits, _, labels: losses.ce(logits, labels)),
+        "plain": plain(samples),
+    }
+    return compared(blocks, count, rounds, dict.fromkeys(("free", "alone", "plain"), BAR))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     alone = {
         **data.references(recipe, "train", labels=True),
         **data.references(recipe, "validation", labels=True),
-        **data.references(recipe, "unlabelled"),
+        **(data.references(recipe, "unlabelled") if _learns_unlabelled(recipe.distill.losses) else {}),
         **code,
     }
     tools = ("torch", "numpy", "safetensors")
@@ -118,13 +118,20 @@ def _training_set(
             if "labels" in needs(term.kind):
                 what = f"'{term.kind}' needs classes, and the labels of the train split are none (int64 from 0)"
                 raise RecipeError(f"{section}: {what}; use 'kl' alone, without [distill.control]")
+    if "unlabelled.inputs.0" not in inputs:
+        return found
     more = data.samples(inputs, "unlabelled", augment, number)
     if not len(more):
         return found
     if "train.outputs" not in inputs:  # a twin takes as many steps as the distilled student, on the samples that it can learn from
         return found.pick(torch.arange(len(found) + len(more)) % len(found))
-    learns = any("labels" not in needs(term.kind) for term in terms)
-    return data.joined(found, more) if learns else found
+    return data.joined(found, more) if _learns_unlabelled(terms) else found
+
+
+def _learns_unlabelled(terms: Sequence[Loss]) -> bool:
+    from edgekd.kd.losses import needs
+
+    return any("labels" not in needs(term.kind) for term in terms)
 
 
 def _told(loss: Loss) -> dict[str, Any]:

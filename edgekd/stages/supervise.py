@@ -57,7 +57,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     """Let the teacher answer; write ``SPLIT.outputs.npy``, float32 logits (V, n, C), for each split: one view of validation."""
     import numpy as np
 
-    from edgekd.kd import domain, models, views
+    from edgekd.kd import models, shift, views
     from edgekd.kd.repeatable import repeatable
 
     params = cast("dict[str, Any]", step.params)
@@ -87,8 +87,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
             outputs = np.concatenate(answers) if answers else np.zeros((0, classes), dtype=np.float32)
             shaped = outputs.reshape(len(numbers[split]), len(arrays[0]), classes)
             np.save(context.out / f"{split}.outputs.npy", shaped, allow_pickle=False)
-            sureness[split] = domain.sureness(shaped)
-    warning = domain.shift(sureness["validation"], sureness["unlabelled"])
+            sureness[split] = shift.sureness(shaped)
+    warning = shift.warning(sureness["validation"], sureness["unlabelled"])
     metrics = {"samples": total, "classes": classes, "validation_accuracy": _accuracy(inputs, context.out)}
     return StageResult(metrics, () if warning is None else (f"warning: {warning}",))
 

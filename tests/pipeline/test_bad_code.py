@@ -12,41 +12,8 @@ from edgekd import config
 from edgekd.errors import RecipeError
 from edgekd.ports import Context
 from edgekd.stages import inspect
+from tests.toy import DATA, MODELS, RECIPE
 
-RECIPE = """\
-schema = 1
-name = "toy"
-[data]
-splits = "data.py:splits"
-[teacher]
-model = "models.py:teacher"
-[teacher.train]
-epochs = 1
-[student]
-model = "models.py:student"
-inputs = [{ name = "x", shape = [1, 4], dtype = "float32" }]
-[distill]
-epochs = 1
-"""
-DATA = """\
-import torch
-from torch.utils.data import Subset, TensorDataset
-def splits():
-    made = torch.Generator().manual_seed(0)
-    x, y = torch.randn(60, 4, generator=made), torch.arange(60) % 3
-    train = TensorDataset(x[:30], y[:30])
-    found = {"train": train, "validation": TensorDataset(x[30:40], y[30:40]),
-             "calibration": Subset(train, range(8)), "evaluation": TensorDataset(x[40:], y[40:])}
-    return found
-"""
-MODELS = """\
-import torch
-from torch import nn
-def teacher():
-    return nn.Linear(4, 3)
-def student():
-    return nn.Linear(4, 3)
-"""
 RETURN = "    return found\n"
 TEACHER, STUDENT = "def teacher():\n    return nn.Linear(4, 3)\n", "def student():\n    return nn.Linear(4, 3)\n"
 

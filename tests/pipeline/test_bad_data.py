@@ -15,34 +15,13 @@ from edgekd import config
 from edgekd.errors import RecipeError
 from edgekd.ports import Context
 from edgekd.stages import inspect
+from tests import toy
 
-RECIPE = """\
-schema = 1
-name = "toy"
-[data]
-splits = "data.py:splits"
-[teacher]
-model = "models.py:teacher"
-[teacher.train]
-epochs = 1
-augment = "data.py:augment"
-[student]
-model = "models.py:student"
-inputs = [{ name = "x", shape = [1, 4], dtype = "float32" }]
-[distill]
-epochs = 1
-"""
+RECIPE = toy.RECIPE.replace("[teacher.train]\nepochs = 1\n", '[teacher.train]\nepochs = 1\naugment = "data.py:augment"\n')
 GIVEN = RECIPE.replace('[teacher.train]\nepochs = 1\naugment = "data.py:augment"\n', 'weights = "teacher.safetensors"\n')
-DATA = """\
-import torch
-from torch.utils.data import Subset, TensorDataset
-def splits():
-    made = torch.Generator().manual_seed(0)
-    x, y = torch.randn(60, 4, generator=made), torch.arange(60) % 3
-    train = TensorDataset(x[:30], y[:30])
-    found = {"train": train, "validation": TensorDataset(x[30:40], y[30:40]),
-             "calibration": Subset(train, range(8)), "evaluation": TensorDataset(x[40:], y[40:])}
-    return found
+DATA = (
+    toy.DATA
+    + """\
 def augment(x, generator):
     return x + torch.rand(x.shape, generator=generator)
 def score(outputs, labels):
@@ -50,17 +29,11 @@ def score(outputs, labels):
 def metric(outputs, labels):
     return float((outputs.argmax(1) == labels).mean())
 """
-MODELS = """\
-from torch import nn
-def teacher():
-    return nn.Linear(4, 3)
-def student():
-    return nn.Linear(4, 3)
-"""
+)
 START, RETURN = "    made =", "    return found\n"
 
 
-def _inspect(folder, data=DATA, models=MODELS, recipe=RECIPE):
+def _inspect(folder, data=DATA, models=toy.MODELS, recipe=RECIPE):
     for name, text in (("data.py", data), ("models.py", models), ("edgekd.toml", recipe)):
         (folder / name).write_text(text)
     for name in ("out", "work"):
@@ -75,8 +48,8 @@ BAD = {
         "data.py:splits: the process was ended by signal SIGSEGV at data.py:4 while this ran",
     ),
     "crashes in the student": (
-        {"models": MODELS + "    return 1\ndef student():\n    import ctypes\n    ctypes.string_at(0)\n"},
-        "models.py:student: the process was ended by signal SIGSEGV at models.py:9 while this ran",
+        {"models": toy.MODELS + "    return 1\ndef student():\n    import ctypes\n    ctypes.string_at(0)\n"},
+        "models.py:student: the process was ended by signal SIGSEGV at models.py:10 while this ran",
     ),
     "leaves with last words": (
         {"data": DATA.replace(START, f"    print('one\\ntwo'); import os; os._exit(0)\n{START}")},
@@ -118,7 +91,7 @@ BAD = {
         ),
     ),
     "has one output": (
-        {"models": MODELS.replace("(4, 3)", "(4, 1)")},
+        {"models": toy.MODELS.replace("(4, 3)", "(4, 1)")},
         "models.py:student and models.py:teacher: teacher and student give one output; top-1 needs one for each class, two at least",
     ),
     "scores in percent": (

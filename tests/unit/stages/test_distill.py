@@ -176,6 +176,12 @@ def test_a_twin_takes_as_many_steps_as_the_student_that_learns_from_unlabelled_s
     assert alone.labels.min() >= 0
 
 
+def test_a_twin_of_a_student_that_learns_from_labels_only_reads_no_unlabelled_samples():
+    for losses, reads in (((KL, CE), True), ((Loss("dkd"), CE), False)):
+        twin = distill.steps(recipe(losses=losses, control=Control(seeds=2)), [])[-1]
+        assert any(name.startswith("unlabelled") for name in twin.inputs) == reads
+
+
 @pytest.mark.parametrize("loss", [Loss("dist"), Loss("kl", 1.0, 2.0, standardize=True)])
 def test_answers_of_a_loss_that_leaves_the_scale_free_are_calibrated(folder, loss):
     inputs = artifacts(folder)

@@ -6,60 +6,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from edgekd.domain.recipe import Entry
-from edgekd.errors import RecipeError
 from edgekd.stages.inspect import splits
+from tests.unit.stages.toy_splits import ENTRY, TWO, Items, good, part, problems, read, tensors
 
-ENTRY = Entry("data.py", "splits")
-ONE = [{"name": "x", "shape": [1, 4], "dtype": "float32"}]
-TWO = [*ONE, {"name": "mask", "shape": [1, 2, 3], "dtype": "int64"}]
-
-
-class Items(Dataset):
-    """A data set of any items."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
-
-def _tensors(start, stop, classes=3):
-    made = torch.Generator().manual_seed(0)
-    return torch.randn(100, 4, generator=made)[start:stop], (torch.arange(100) % classes)[start:stop]
-
-
-def _part(start, stop):
-    return TensorDataset(*_tensors(start, stop))
-
-
-def _good(**changes):
-    train = _part(0, 30)
-    found = {"train": train, "validation": _part(30, 40), "calibration": Subset(train, range(8)), "evaluation": _part(40, 60)}
-    return {**found, **changes}
-
-
-def _reader(out, specs=ONE, *, classes=True):
-    return splits.Reader(ENTRY, specs, classes, out, lambda share, text: None)
-
-
-def _read(out, found, specs=ONE, *, classes=True):
-    return splits.read(splits.named(found, ENTRY), _reader(out, specs, classes=classes))
-
-
-def _problems(call, *arguments, **options):
-    with pytest.raises(RecipeError) as caught:
-        call(*arguments, **options)
-    return list(caught.value.problems)
-
-
-X, Y = _tensors(0, 30)
+X, Y = tensors(0, 30)
 
 
 class Unstable(Items):
@@ -203,27 +155,27 @@ BAD_TRAIN = {
 @pytest.mark.parametrize("name", BAD_TRAIN)
 def test_a_split_with(name, tmp_path):
     data, expected = BAD_TRAIN[name]
-    assert _problems(_read, tmp_path, _good(train=data)) == [f"data.py:splits: train: {text}" for text in expected]
+    assert problems(read, tmp_path, good(train=data)) == [f"data.py:splits: train: {text}" for text in expected]
 
 
 def test_the_problems_of_all_splits_are_told_at_once(tmp_path):
-    found = _problems(_read, tmp_path, _good(train=TensorDataset(X, Y.float()), evaluation=TensorDataset(*_tensors(40, 60)[:1])))
+    found = problems(read, tmp_path, good(train=TensorDataset(X, Y.float()), evaluation=TensorDataset(*tensors(40, 60)[:1])))
     assert [text.split(": ")[1] for text in found] == ["train", "evaluation"]
 
 
 def test_a_sample_that_raises_is_told_with_its_number(tmp_path):
-    (found,) = _problems(_read, tmp_path, _good(train=Raises(PAIRS)))
+    (found,) = problems(read, tmp_path, good(train=Raises(PAIRS)))
     assert found.endswith(": reading sample 5 of train raised OSError: disk gone")
-    (found,) = _problems(_read, tmp_path, _good(train=Subset(_part(0, 30), [0, 99])))
+    (found,) = problems(read, tmp_path, good(train=Subset(part(0, 30), [0, 99])))
     assert "reading train raised IndexError" in found
 
 
-NOT_MAPPINGS = {"nothing": None, "a list": [_part(0, 3)], "a tuple": (1, 2), "a data set": _part(0, 3)}
+NOT_MAPPINGS = {"nothing": None, "a list": [part(0, 3)], "a tuple": (1, 2), "a data set": part(0, 3)}
 
 
 @pytest.mark.parametrize("name", NOT_MAPPINGS)
 def test_splits_that_are(name):
-    (found,) = _problems(splits.named, NOT_MAPPINGS[name], ENTRY)
+    (found,) = problems(splits.named, NOT_MAPPINGS[name], ENTRY)
     assert found.startswith("data.py:splits: returned ")
     assert found.endswith("; expected a mapping with the splits train, validation, calibration, evaluation")
 
@@ -241,15 +193,15 @@ NO_DATA_SETS = {
 
 @pytest.mark.parametrize("name", NO_DATA_SETS)
 def test_a_split_that_is(name):
-    (found,) = _problems(splits.named, _good(validation=NO_DATA_SETS[name]), ENTRY)
+    (found,) = problems(splits.named, good(validation=NO_DATA_SETS[name]), ENTRY)
     assert found.startswith("data.py:splits: split 'validation' is ")
     assert found.endswith("; expected a map-style torch data set, with __len__ and __getitem__")
 
 
 def test_missing_unknown_and_empty_splits_are_told_at_once():
-    found = _good(validaton=_part(30, 40), evaluation=Items([]))
+    found = good(validaton=part(30, 40), evaluation=Items([]))
     del found["validation"]
-    assert _problems(splits.named, found, ENTRY) == [
+    assert problems(splits.named, found, ENTRY) == [
         "data.py:splits: lacks the split 'validation'; expected train, validation, calibration, evaluation, and unlabelled if there is one",
         (
             "data.py:splits: 'validaton' is not a split; expected one of calibration, evaluation, train, unlabelled, validation "
@@ -257,35 +209,35 @@ def test_missing_unknown_and_empty_splits_are_told_at_once():
         ),
         "data.py:splits: split 'evaluation' is empty; expected at least one sample",
     ]
-    (found,) = _problems(splits.named, _good(train=NoLength([])), ENTRY)
+    (found,) = problems(splits.named, good(train=NoLength([])), ENTRY)
     assert found.endswith("the length of split 'train' raised NotImplementedError: no length")
 
 
 OVERLAPS = {
     "train and evaluation": (
-        {"evaluation": _part(28, 48), "validation": _part(50, 60)},
+        {"evaluation": part(28, 48), "validation": part(50, 60)},
         [
             "splits train and evaluation overlap: 2 of 20 samples of evaluation stand in train too (evaluation[0] is train[28], evaluation[1] is train[29]);"
         ],
     ),
-    "train and validation": ({"validation": _part(27, 37)}, ["splits train and validation overlap: 3 of 10 samples of validation"]),
+    "train and validation": ({"validation": part(27, 37)}, ["splits train and validation overlap: 3 of 10 samples of validation"]),
     "validation and evaluation": (
-        {"validation": _part(30, 41)},
+        {"validation": part(30, 41)},
         ["splits validation and evaluation overlap: 1 of 20 samples of evaluation"],
     ),
     "one data set for two": (
-        {"validation": _part(40, 60)},
+        {"validation": part(40, 60)},
         ["splits validation and evaluation overlap: 20 of 20 samples of evaluation"],
     ),
-    "unlabelled and evaluation": ({"unlabelled": _part(59, 70)}, ["splits unlabelled and evaluation overlap: 1 of 20"]),
+    "unlabelled and evaluation": ({"unlabelled": part(59, 70)}, ["splits unlabelled and evaluation overlap: 1 of 20"]),
     "calibration and validation": (
-        {"calibration": _part(29, 32)},
+        {"calibration": part(29, 32)},
         [
             "splits calibration and validation overlap: 2 of 10 samples of validation stand in calibration too",
             "calibration: 2 of 3 samples are not in train (1, 2); expected samples of the training split, as they are there",
         ],
     ),
-    "calibration from nowhere": ({"calibration": _part(70, 75)}, ["calibration: 5 of 5 samples are not in train (0, 1, 2, ...);"]),
+    "calibration from nowhere": ({"calibration": part(70, 75)}, ["calibration: 5 of 5 samples are not in train (0, 1, 2, ...);"]),
     "calibration scaled": ({"calibration": TensorDataset(X[:4] / 2)}, ["calibration: 4 of 4 samples are not in train"]),
 }
 
@@ -293,19 +245,19 @@ OVERLAPS = {
 @pytest.mark.parametrize("name", OVERLAPS)
 def test_overlap_of(name, tmp_path):
     changes, expected = OVERLAPS[name]
-    found = _problems(splits.overlaps, _read(tmp_path, _good(**changes)), 0, ENTRY)
+    found = problems(splits.overlaps, read(tmp_path, good(**changes)), 0, ENTRY)
     assert len(found) == len(expected)
     assert all(text.startswith(f"data.py:splits: {start}") for text, start in zip(found, expected, strict=True))
 
 
 def test_overlap_is_allowed_up_to_what_the_recipe_says(tmp_path):
-    kept = _read(tmp_path, _good(evaluation=_part(28, 48), validation=_part(50, 60)))
+    kept = read(tmp_path, good(evaluation=part(28, 48), validation=part(50, 60)))
     assert splits.overlaps(kept, 2, ENTRY)["evaluation"] == {"train": 2}
-    assert "expected at most data.max_overlap = 1" in _problems(splits.overlaps, kept, 1, ENTRY)[0]
+    assert "expected at most data.max_overlap = 1" in problems(splits.overlaps, kept, 1, ENTRY)[0]
 
 
 def test_samples_of_several_inputs_overlap_only_if_all_are_the_same(tmp_path):
-    x, y = _tensors(0, 60)
+    x, y = tensors(0, 60)
     x = x[torch.arange(60) % 30]  # evaluation repeats the first inputs of train
     mask = torch.arange(360).reshape(60, 2, 3)
 
@@ -316,6 +268,6 @@ def test_samples_of_several_inputs_overlap_only_if_all_are_the_same(tmp_path):
         name: part(*rows, mask)
         for name, rows in {"train": (0, 30), "calibration": (0, 3), "validation": (30, 40), "evaluation": (40, 60)}.items()
     }
-    splits.overlaps(_read(tmp_path, found, TWO), 0, ENTRY)
+    splits.overlaps(read(tmp_path, found, TWO), 0, ENTRY)
     found["evaluation"] = part(40, 60, mask[torch.arange(60) % 30])
-    assert "splits train and evaluation overlap: 20 of 20" in _problems(splits.overlaps, _read(tmp_path, found, TWO), 0, ENTRY)[0]
+    assert "splits train and evaluation overlap: 20 of 20" in problems(splits.overlaps, read(tmp_path, found, TWO), 0, ENTRY)[0]

@@ -14,32 +14,8 @@ import pytest
 from edgekd import config
 from edgekd.ports import Context
 from edgekd.stages import inspect
+from tests.toy import DATA, MODELS, RECIPE
 
-RECIPE = """\
-schema = 1
-name = "toy"
-[data]
-splits = "data.py:splits"
-[teacher]
-model = "models.py:teacher"
-[teacher.train]
-epochs = 1
-[student]
-model = "models.py:student"
-inputs = [{ name = "x", shape = [1, 4], dtype = "float32" }]
-[distill]
-epochs = 1
-"""
-DATA = """\
-import torch
-from torch.utils.data import Subset, TensorDataset
-def splits():
-    x, y = torch.randn(60, 4), torch.arange(60) % 3
-    train = TensorDataset(x[:30], y[:30])
-    return {"train": train, "validation": TensorDataset(x[30:40], y[30:40]), "calibration": Subset(train, range(8)),
-            "evaluation": TensorDataset(x[40:], y[40:])}
-"""
-MODELS = "from torch import nn\ndef teacher():\n    return nn.Linear(4, 3)\ndef student():\n    return nn.Linear(4, 3)\n"
 PROGRAM = """\
 import signal, sys
 from pathlib import Path

@@ -41,7 +41,7 @@ def sureness(outputs: np.ndarray) -> Sureness:
     return Sureness(samples, float(confidence.mean()), float(confidence.var()))
 
 
-def shift(home: Sureness, other: Sureness) -> str | None:
+def warning(home: Sureness, other: Sureness) -> str | None:
     """Return the warning that the teacher is less sure of the unlabelled samples than of its validation split, or None.
 
     A teacher is more confident on samples like those that it was taught on; the mean difference estimates what its accuracy

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.kd import domain
+from edgekd.kd import shift
 
 
 def _logits(samples, noise, seed, views=1):
@@ -22,27 +22,27 @@ def _logits(samples, noise, seed, views=1):
 
 def test_confidence_is_the_mean_of_the_largest_share():
     outputs = np.log(np.array([[[0.7, 0.2, 0.1], [0.5, 0.25, 0.25]]]))
-    found = domain.sureness(outputs)
+    found = shift.sureness(outputs)
     assert (found.samples, found.mean) == (2, pytest.approx(0.6))
     assert found.variance == pytest.approx(0.01)
 
 
 def test_views_of_one_sample_count_once():
-    assert domain.sureness(_logits(300, 0.5, 1, views=5)).samples == 300
+    assert shift.sureness(_logits(300, 0.5, 1, views=5)).samples == 300
 
 
 @pytest.mark.parametrize("noise", [2.0, 3.0])
 def test_noise_that_the_teacher_does_not_know_is_warned_of(noise):
-    told = domain.shift(domain.sureness(_logits(500, 0.3, 1)), domain.sureness(_logits(400, noise, 2)))
+    told = shift.warning(shift.sureness(_logits(500, 0.3, 1)), shift.sureness(_logits(400, noise, 2)))
     assert told.startswith("the domains differ: the teacher's confidence is ")
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_samples_from_home_are_silent(seed):
-    assert domain.shift(domain.sureness(_logits(500, 0.3, 10 + seed)), domain.sureness(_logits(400, 0.3, 20 + seed))) is None
+    assert shift.warning(shift.sureness(_logits(500, 0.3, 10 + seed)), shift.sureness(_logits(400, 0.3, 20 + seed))) is None
 
 
 def test_few_samples_and_none_are_silent():
-    home = domain.sureness(_logits(500, 0.3, 1))
-    assert domain.shift(home, domain.sureness(_logits(20, 6.0, 2))) is None
-    assert domain.shift(home, domain.sureness(np.zeros((1, 0, 3)))) is None
+    home = shift.sureness(_logits(500, 0.3, 1))
+    assert shift.warning(home, shift.sureness(_logits(20, 6.0, 2))) is None
+    assert shift.warning(home, shift.sureness(np.zeros((1, 0, 3)))) is None
