@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from edgekd.domain.recipe import Entry, Loss
-from edgekd.kd import losses, train
+from edgekd.domain.losses import Loss
+from edgekd.domain.recipe import Entry
+from edgekd.kd import losses, train, trial
 from edgekd.kd.data import Samples
 from edgekd.kd.repeatable import repeatable
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 BAR = 0.95
 ROUNDS, STEPS, BATCH = 41, 4, 128
-TERMS = (Loss("kl", 0.9, 4.0), Loss("ce", 0.1))
+TERMS = (Loss("kl", 0.9, temperature=4.0), Loss("ce", 0.1))
 
 
 def student() -> nn.Module:
@@ -55,7 +56,7 @@ def ours(
     """Return one block of edgekd's loop; ``free``: of any algorithm, not only of those that give the same bytes again."""
     settings = train.Settings(1000, BATCH, optimizer, 0.001, 0.01, 0, torch.get_num_threads())
     job = train.Job("distill", Entry("bench.py", "student"), build, samples, samples, objective, settings)
-    layout = train._layout(job)  # noqa: SLF001  (the step itself is what is timed)  (what fit does before its first epoch)
+    layout = trial.layout_for(job)  # what fit does before its first epoch
     run = train._fresh(job, layout)  # noqa: SLF001  (the step itself is what is timed)
 
     def block() -> None:
@@ -96,9 +97,9 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     return statistics.median(ordered), ordered[below], ordered[n - 1 - below]
 
 
-def distillation(logits: torch.Tensor, outputs: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+def distillation(logits: torch.Tensor, answers: Mapping[str, torch.Tensor | None], labels: torch.Tensor, _: int) -> torch.Tensor:
     """Return the loss of distillation: KL and CE."""
-    return losses.total(TERMS, logits, outputs, labels)
+    return losses.total(TERMS, logits, answers, labels)
 
 
 def compared(blocks: Mapping[str, Callable[[], None]], count: int, rounds: int, bars: Mapping[str, float]) -> int:
@@ -130,7 +131,7 @@ def main() -> int:
     blocks = {
         "distil": ours(student, samples, distillation),
         "free": ours(student, samples, distillation, free=True),
-        "alone": ours(student, samples, lambda logits, _, labels: losses.ce(logits, labels)),
+        "alone": ours(student, samples, lambda logits, _answers, labels, _epoch: losses.ce(logits, labels)),
         "plain": plain(samples),
     }
     return compared(blocks, count, rounds, dict.fromkeys(("free", "alone", "plain"), BAR))

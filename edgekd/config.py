@@ -9,8 +9,8 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd import registry
-from edgekd.domain.recipe import LOSSES, Budget, Distill, Entry, Evaluate, ForTarget, Loss, Quantize, Recipe, Teacher, TensorSpec
+from edgekd import distill_rules, registry
+from edgekd.domain.recipe import Budget, Entry, Evaluate, ForTarget, Quantize, Recipe, Teacher, TensorSpec
 from edgekd.domain.scheme import needs_calibration
 from edgekd.domain.target import Target
 from edgekd.domain.units import bytes_to_mib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NATIVE = "native"
 WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
-WHOLE_MODELS = (".onnx", ".pt2", ".ts")
+WHOLE_MODELS = (".onnx", ".pt2", ".safetensors", ".ts")
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -167,14 +167,7 @@ def _check_recipe(reader: Reader, folder: Path) -> None:
         if spec.name in names:
             reader.problem(f"{key}.name", f"{spec.name!r} is named twice; expected a name for each input")
         names.add(spec.name)
-    kinds: set[str] = set()
-    for key, loss in reader.all_made(Loss):
-        _check_loss(reader, loss, key, again=loss.kind in kinds)
-        kinds.add(loss.kind)
-    for key, distill in reader.all_made(Distill):
-        if (distill.augment is None) != (distill.views is None):
-            has, lacks = ("augment", "views, such as 8") if distill.views is None else ("views", "augment")
-            reader.problem(key, f"has {has} without {lacks}: the teacher answers so many augmented views of each sample")
+    distill_rules.check(reader)
     _check_evaluate(reader)
     for key, quantize in reader.all_made(Quantize):
         _check_quantize(reader, key, quantize)
@@ -202,7 +195,9 @@ def _check_files(reader: Reader, folder: Path) -> None:
     for key, entry in reader.all_made(Entry):
         _check_file(reader, key, folder, entry.file)
     for key, teacher in reader.all_made(Teacher):
-        for name, given, suffixes in (("weights", teacher.weights, WEIGHTS), ("file", teacher.file, WHOLE_MODELS)):
+        named = [("weights", teacher.weights, WEIGHTS), ("file", teacher.file, WHOLE_MODELS)]
+        named += [(f"checkpoints[{index}]", given, WEIGHTS) for index, given in enumerate(teacher.checkpoints)]
+        for name, given, suffixes in named:
             if given is None:
                 continue
             if Path(given).suffix not in suffixes:
@@ -217,13 +212,6 @@ def _check_file(reader: Reader, key: str, folder: Path, name: str) -> None:
             reader.problem(key, f"{name!r}: no such file beside the recipe")
     except OSError as error:
         reader.problem(key, f"{name!r}: cannot be read: {error.strerror}")
-
-
-def _check_loss(reader: Reader, loss: Loss, key: str, *, again: bool) -> None:
-    if again:
-        reader.problem(f"{key}.kind", f"'{loss.kind}' is there twice; expected each loss once")
-    for name in sorted(loss.given.keys() - LOSSES[loss.kind].keys()):
-        reader.problem(f"{key}.{name}", f"'{loss.kind}' has no {name}; {expected_one_of(name, ('weight', *LOSSES[loss.kind]))}")
 
 
 def _check_evaluate(reader: Reader) -> None:

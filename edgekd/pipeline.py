@@ -83,10 +83,14 @@ def run(plan: Plan, site: Site, until: str | None) -> dict[str, Done]:
 
 
 def wanted(plan: Plan, until: str | None) -> Iterator[Step]:
-    """Yield the steps of a plan up to and with a stage."""
+    """Yield the steps of a plan up to and with a stage, but for those that need a later one (an assistant's answers)."""
     names = list(STAGES)
     last = len(names) if until is None else names.index(until)
-    return (step for step in plan.steps if names.index(step.stage) <= last)
+    kept: set[str] = set()
+    for step in plan.steps:
+        if names.index(step.stage) <= last and {reference.partition(":")[0] for reference in step.inputs.values()} <= kept:
+            kept.add(step.id)
+            yield step
 
 
 def explain(plan: Plan, cache: Cache, recipe_dir: Path) -> list[Explained]:

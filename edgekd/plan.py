@@ -37,8 +37,25 @@ def resolve(recipe: Recipe, targets: Sequence[Target], pipeline: Sequence[Stage]
         RecipeError: if a target leaves no candidate, or the recipe asks for what a target does not allow.
     """
     found = {target.name: candidates(recipe, target) for target in targets}
-    steps = tuple(step for stage in pipeline for step in stage.steps(recipe, targets))
+    steps = _ordered([step for stage in pipeline for step in stage.steps(recipe, targets)])
     return Plan(recipe, tuple(targets), steps, found)
+
+
+def _ordered(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Return steps so that inputs come first; else in the order of the pipeline, which a chain of assistants leaves."""
+    by_id = {step.id: step for step in steps}
+    found: dict[str, Step] = {}
+
+    def add(step: Step) -> None:
+        for needed in dict.fromkeys(reference.partition(":")[0] for reference in step.inputs.values()):
+            if needed not in found:
+                add(by_id[needed])
+        found[step.id] = step
+
+    for step in steps:
+        if step.id not in found:
+            add(step)
+    return tuple(found.values())
 
 
 def candidates(recipe: Recipe, target: Target) -> tuple[Candidate, ...]:

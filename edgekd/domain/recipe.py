@@ -4,23 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated
 
+from edgekd.domain.losses import Loss
 from edgekd.domain.rules import Between, Name, NonEmpty, OneOf
 from edgekd.domain.scheme import SCHEMES
 
 Positive = Between(0, above=True)
 DTYPES = ("float32", "int32", "int64")
-# each kind of loss, with its options and what they are where a recipe does not say; sources: edgekd/kd/losses.py
-LOSSES: Mapping[str, Mapping[str, float | bool]] = {
-    "ce": {"label_smoothing": 0.0},
-    "dist": {"temperature": 1.0, "inter_weight": 1.0, "intra_weight": 1.0},
-    "dkd": {"temperature": 4.0, "target_weight": 1.0, "rest_weight": 8.0},
-    "hard": {},
-    "kl": {"temperature": 4.0, "standardize": False},
-    "mse": {},
-}
 DISTILLED = "distilled"
 TWINS = {"alone": 0.0, "smoothed": 0.1}  # students that are trained alike without a teacher, and their label smoothing
 OPTIMIZERS = ("adamw", "sgd")
@@ -75,20 +67,26 @@ class Training:
     augment: Entry | None = None
     seed: Annotated[int, Between(0)] = 0
     threads: Annotated[int, Between(1)] | None = None
+    checkpoints: Annotated[int, Between(0)] = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """The reference: a module with weights (or to be taught), or a file that is a whole model.
+    """The reference, or a further teacher: a module with weights (or to be taught), or a file that is a whole model.
 
     ``weights`` is ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.
-    ``file`` is TorchScript (``.ts``), ``torch.export`` (``.pt2``) or ONNX (``.onnx``).
+    ``file`` is TorchScript (``.ts``), ``torch.export`` (``.pt2``), ONNX (``.onnx``), or ``.safetensors``: answers that were
+    stored with ``edgekd.store_answers``, of a teacher that is not here.
+    ``checkpoints`` are earlier weights of the same module, the earliest first: they teach before it does, in turns of as many
+    epochs. ``weight`` is its share where there are several teachers.
     """
 
     model: Entry | None = None
     weights: str | None = None
     file: str | None = None
     train: Training | None = None
+    checkpoints: tuple[str, ...] = ()
+    weight: Annotated[float, Positive] = 1.0
 
     @property
     def artifact(self) -> str:
@@ -96,9 +94,29 @@ class Teacher:
 
         ``inspect`` checks a given teacher and keeps it: weights as ``teacher.safetensors``, a whole model under its suffix.
         """
-        if self.file is not None:
-            return f"inspect:teacher.{self.file.rpartition('.')[2]}"
-        return "teach:teacher.safetensors" if self.train else "inspect:teacher.safetensors"
+        return "teach:teacher.safetensors" if self.train and self.file is None else f"inspect:teacher.{self.suffix}"
+
+    @property
+    def suffix(self) -> str:
+        """Return the suffix of the file in which it is kept."""
+        return "safetensors" if self.file is None else self.file.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Assistant:
+    """A network between teacher and student in size: it is distilled from the teacher, and the student from it."""
+
+    model: Entry
+    epochs: Annotated[int, Between(1)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Supervisor:
+    """What answers the samples in a step of ``supervise``: the artifact that holds it, its code, and the entry of its module."""
+
+    model: Entry | None
+    artifact: str
+    code: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,31 +125,6 @@ class Student:
 
     model: Entry
     inputs: Annotated[tuple[TensorSpec, ...], NonEmpty()]
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """One term of the distillation loss. An option that is None has the value of ``LOSSES``; a kind takes those it has there."""
-
-    kind: Annotated[str, OneOf("a loss", LOSSES)]
-    weight: Annotated[float, Positive] = 1.0
-    temperature: Annotated[float, Positive] | None = None
-    standardize: bool | None = None
-    label_smoothing: Annotated[float, Between(0, 1)] | None = None
-    target_weight: Annotated[float, Between(0)] | None = None
-    rest_weight: Annotated[float, Between(0)] | None = None
-    inter_weight: Annotated[float, Between(0)] | None = None
-    intra_weight: Annotated[float, Between(0)] | None = None
-
-    @property
-    def given(self) -> dict[str, float | bool]:
-        """Return the options that the recipe gives."""
-        return {item.name: getattr(self, item.name) for item in fields(self)[2:] if getattr(self, item.name) is not None}
-
-    @property
-    def options(self) -> dict[str, float | bool]:
-        """Return all options of this kind."""
-        return {**LOSSES[self.kind], **self.given}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +139,8 @@ class Distill:
     """How the student is trained: one-cycle learning rate, epoch chosen on the validation split.
 
     ``augment`` is as the teacher's; of each sample ``views`` augmented ones are made, the teacher answers each once, and the
-    epochs take them in turns.
+    epochs take them in turns. ``teachers`` are further ones beside the reference: the student follows the mean of all their
+    answers, by their weights, or for each sample by their ``confidence`` too. ``assistants`` make a chain.
     """
 
     epochs: Annotated[int, Between(1)]
@@ -159,6 +153,9 @@ class Distill:
     threads: Annotated[int, Between(1)] | None = None
     augment: Entry | None = None
     views: Annotated[int, Between(1)] | None = None
+    teachers: tuple[Teacher, ...] = ()
+    mixing: Annotated[str, OneOf("a way to mix teachers", ("weights", "confidence"))] = "weights"
+    assistants: tuple[Assistant, ...] = ()
     control: Control | None = None
 
 
@@ -225,6 +222,26 @@ class Recipe:
     evaluate: Evaluate = Evaluate()
     budget: Budget = Budget()
     target: Mapping[str, ForTarget] = field(default_factory=dict)
+
+    @property
+    def supervisors(self) -> dict[str, Supervisor]:
+        """Return what answers the samples, by its step: the reference first, then further teachers, checkpoints, assistants."""
+        found = {"supervise": Supervisor(self.teacher.model, self.teacher.artifact, "inspect:teacher.code.json")}
+        for number, teacher in enumerate(self.distill.teachers):
+            kept, code = f"inspect:teacher.{number}.{teacher.suffix}", f"inspect:teacher.{number}.code.json"
+            found[f"supervise/teacher/{number}"] = Supervisor(teacher.model, kept, code)
+        for number in range(self.checkpoints):
+            kept = f"{'teach' if self.teacher.train else 'inspect'}:checkpoint.{number}.safetensors"
+            found[f"supervise/checkpoint/{number}"] = Supervisor(self.teacher.model, kept, "inspect:teacher.code.json")
+        for number, assistant in enumerate(self.distill.assistants):
+            kept, code = f"distill/assistant/{number}:student.safetensors", f"inspect:assistant.{number}.code.json"
+            found[f"supervise/assistant/{number}"] = Supervisor(assistant.model, kept, code)
+        return found
+
+    @property
+    def checkpoints(self) -> int:
+        """Return how many earlier weights of the teacher teach."""
+        return len(self.teacher.checkpoints) if self.teacher.train is None else self.teacher.train.checkpoints
 
     @property
     def arms(self) -> dict[str, tuple[str, ...]]:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from edgekd.domain.recipe import Entry, Loss
+    from edgekd.domain.losses import Loss
+    from edgekd.domain.recipe import Entry
     from edgekd.kd.data import Samples
 
 LOWEST, HIGHEST = 0.02, 50.0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgekd.kd import views
 from edgekd.kd.losses import UNLABELLED
+from edgekd.kd.mixing import mixed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,8 +60,26 @@ def arrays(artifacts: Mapping[str, Artifact], split: str) -> list[np.ndarray]:
     return [_array(artifacts[f"{split}.inputs.{index}"].path) for index in range(count)]
 
 
-def samples(artifacts: Mapping[str, Artifact], split: str, augment: Augment | None = None, number: int = 0) -> Samples:
-    """Return a split, or a view of it, with what the step has of it; labels that are no classes count as none."""
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """How the answers of several teachers become one: their weights, the reference's first, and ``weights`` or ``confidence``."""
+
+    weights: tuple[float, ...]
+    by: str
+
+
+def samples(
+    artifacts: Mapping[str, Artifact],
+    split: str,
+    augment: Augment | None = None,
+    number: int = 0,
+    mixing: Mixing | None = None,
+    checkpoint: int | None = None,
+) -> Samples:
+    """Return a split, or a view of it, with what the step has of it; labels that are no classes count as none.
+
+    ``checkpoint`` is that of the reference whose answers stand for its own.
+    """
     import numpy as np
     import torch
 
@@ -69,12 +88,14 @@ def samples(artifacts: Mapping[str, Artifact], split: str, augment: Augment | No
     if (found := artifacts.get(f"{split}.labels")) is not None:
         given = np.load(found.path, allow_pickle=False)
         labels = given if given.dtype == np.int64 and given.ndim == 1 else labels
-    outputs = artifacts.get(f"{split}.outputs")
-    return Samples(
-        inputs if augment is None else views.view(augment, split, inputs, number),
-        torch.from_numpy(labels),
-        None if outputs is None else torch.from_numpy(_array(outputs.path)[number]),
-    )
+    classes = torch.from_numpy(labels)
+    outputs = None
+    if f"{split}.outputs" in artifacts:
+        first = f"{split}.outputs" if checkpoint is None else f"{split}.outputs.checkpoint.{checkpoint}"
+        names = [first, *(f"{split}.outputs.teacher.{index}" for index in range(0 if mixing is None else len(mixing.weights) - 1))]
+        answers = [torch.from_numpy(_array(artifacts[name].path)[number]) for name in names]
+        outputs = answers[0] if mixing is None else mixed(answers, mixing.weights, classes, mixing.by)
+    return Samples(inputs if augment is None else views.view(augment, split, inputs, number), classes, outputs)
 
 
 def view(augment: Augment, split: str, inputs: list[np.ndarray], number: int) -> list[np.ndarray]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
+from edgekd.domain.losses import TAPPED
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
-    from edgekd.domain.recipe import Loss
+    from edgekd.domain.losses import Loss
 
 UNLABELLED = -1  # the label of a sample that has none
 _STILL = 1e-7  # logits that all agree have no spread to divide by
@@ -146,23 +148,28 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 LOSSES: Mapping[str, Callable[..., Tensor]] = {"ce": ce, "dist": dist, "dkd": dkd, "hard": hard, "kl": kl, "mse": mse}
 
 
-def total(losses: Sequence[Loss], student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
-    """Return the weighted sum of losses.
+def total(losses: Sequence[Loss], student: Tensor, answers: Mapping[str, Tensor | None], labels: Tensor, epoch: int = 0) -> Tensor:
+    """Return the weighted sum of the losses of answers that count in an epoch, 0 if none does.
+
+    A loss follows the answers of its own teacher; one whose teacher has none yet (the student's previous self in the first
+    epoch) is left out.
 
     Shapes:
-        student, teacher: (n, C) logits; labels: (n,) int64, -1 where there is none; result: ().
+        student, each of answers: (n, C) logits; labels: (n,) int64, -1 where there is none; result: ().
     """
-    known = {"student": student, "teacher": teacher, "labels": labels}
     terms = []
     for loss in losses:
+        if loss.kind in TAPPED or not loss.counts_in(epoch) or ("teacher" in needs(loss.kind) and answers[loss.teacher] is None):
+            continue
+        known = {"student": student, "teacher": answers[loss.teacher], "labels": labels}
         needed = {name: known[name] for name in needs(loss.kind)}
         terms.append(loss.weight * LOSSES[loss.kind](**needed, **loss.options))
-    return sum(terms[1:], start=terms[0])
+    return sum(terms[1:], start=terms[0]) if terms else student.new_zeros(())
 
 
 def needs(kind: str) -> Iterable[str]:
-    """Return which of ``student``, ``teacher`` and ``labels`` a loss takes."""
-    return inspect.signature(LOSSES[kind]).parameters.keys() & {"student", "teacher", "labels"}
+    """Return which of ``student``, ``teacher`` and ``labels`` a loss takes; one of tapped tensors takes none."""
+    return () if kind in TAPPED else inspect.signature(LOSSES[kind]).parameters.keys() & {"student", "teacher", "labels"}
 
 
 def _standardized(logits: Tensor) -> Tensor:

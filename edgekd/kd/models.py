@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd import usercode
 from edgekd.digests import write_atomically
 from edgekd.errors import RecipeError, expected_one_of
-from edgekd.kd import teachers
+from edgekd.kd import stored, teachers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -77,7 +77,7 @@ def load_teacher(recipe_dir: Path, entry: Entry | None, artifact: Path) -> Calla
     Args:
         recipe_dir: Where the user's code lies.
         entry: The function that makes the module, for weights; None for a file that is a whole model.
-        artifact: ``.safetensors`` (weights), ``.ts`` (TorchScript), ``.pt2`` (torch.export) or ``.onnx``.
+        artifact: ``.safetensors`` (weights, or stored answers), ``.ts`` (TorchScript), ``.pt2`` (torch.export) or ``.onnx``.
 
     Raises:
         RecipeError: if it cannot be loaded, or could run code of its own; the callable, if an answer is no logits.
@@ -87,7 +87,7 @@ def load_teacher(recipe_dir: Path, entry: Entry | None, artifact: Path) -> Calla
     """
     if entry is not None:
         return teachers.of_module(load_teacher_module(recipe_dir, entry, artifact), entry)
-    kinds = {".ts": teachers.of_torchscript, ".pt2": teachers.of_exported, ".onnx": teachers.of_onnx}
+    kinds = {".ts": teachers.of_torchscript, ".pt2": teachers.of_exported, ".onnx": teachers.of_onnx, ".safetensors": stored.of_stored}
     if artifact.suffix not in kinds:
         raise RecipeError(f"teacher.file {artifact.name}: {expected_one_of(artifact.suffix, kinds)}")
     return kinds[artifact.suffix](artifact)

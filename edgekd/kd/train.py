@@ -10,28 +10,31 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgekd import usercode
-from edgekd.errors import RecipeError, StageError
+from edgekd.errors import StageError
+from edgekd.kd.beside import Beside, beside
 from edgekd.kd.losses import UNLABELLED
 from edgekd.kd.repeatable import derive, keep, kept, repeatable, seed_all
+from edgekd.kd.trial import laid_out, layout_for, placed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
     from torch import Tensor, nn
 
+    from edgekd.domain.losses import Loss
     from edgekd.domain.recipe import Entry
     from edgekd.kd.data import Samples
+    from edgekd.kd.taps import Network
     from edgekd.kd.views import Augment
     from edgekd.ports import Progress
 
 CHECKPOINT = "checkpoint"
 _WARM_UP, _START, _END = 0.3, 1 / 25, 1 / 250_000  # share of the steps; learning rates as shares of the peak
-_PROBED = 8  # samples of the batch that is tried before anything long
 _TOLD = 20  # times an epoch tells how far it is
 
 
@@ -53,8 +56,10 @@ class Job:
     """What is trained, on what, towards what.
 
     ``section`` is the recipe's, for messages. ``build`` makes the module with fresh weights. ``objective`` maps
-    (logits, the teacher's outputs or None, labels) to the loss. ``augment`` maps (inputs, generator) to inputs, batch by
-    batch; ``view`` maps an epoch to the training set as it is seen then, with the teacher's outputs for that.
+    (logits, each teacher's answers or None, labels, epoch) to the loss. ``augment`` maps (inputs, generator) to inputs, batch
+    by batch; ``view`` maps an epoch to the training set as it is seen then, with the teacher's outputs for that.
+    ``teacher`` makes the teacher whose insides the ``tapped`` losses follow; ``selves`` are those of the student that teach
+    it. ``is_judged`` says whether an epoch's weights may be kept: whether its loss is the one that is meant in the end.
     """
 
     section: str
@@ -62,10 +67,14 @@ class Job:
     build: Callable[[], nn.Module]
     train: Samples
     validation: Samples
-    objective: Callable[[Tensor, Tensor | None, Tensor], Tensor]
+    objective: Callable[[Tensor, Mapping[str, Tensor | None], Tensor, int], Tensor]
     settings: Settings
     augment: Augment | None = None
     view: Callable[[int], Samples] | None = None
+    teacher: Callable[[], Network] | None = None
+    tapped: Sequence[Loss] = ()
+    selves: Sequence[str] = ()
+    is_judged: Callable[[int], bool] = lambda _: True
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +90,12 @@ class Epoch:
     validation_loss: float
     validation_accuracy: float | None
     learning_rate: float
+    judged: bool = True
 
     @property
-    def rank(self) -> tuple[float, float]:
+    def rank(self) -> tuple[bool, float, float]:
         """Return what the epochs are compared by: accuracy, then the lower loss, both on the validation split."""
-        return (0.0 if self.validation_accuracy is None else self.validation_accuracy, -self.validation_loss)
+        return (self.judged, 0.0 if self.validation_accuracy is None else self.validation_accuracy, -self.validation_loss)
 
 
 @dataclass(slots=True)
@@ -96,15 +106,19 @@ class Run:
     optimizer: torch.optim.Optimizer
     curve: list[Epoch]
     best: dict[str, Tensor]
+    beside: Beside
 
 
-def fit(job: Job, work: Path, progress: Progress) -> tuple[dict[str, Tensor], list[Epoch]]:
+def fit(
+    job: Job, work: Path, progress: Progress, after_epoch: Callable[[int, nn.Module], None] | None = None
+) -> tuple[dict[str, Tensor], list[Epoch]]:
     """Train and return the weights of the best epoch (the first of equals) and the curve.
 
     Args:
         job: What is trained.
         work: Where the checkpoint lies; it belongs to this job alone.
         progress: Is told how far it is.
+        after_epoch: Is given each finished epoch's number, from 0, and the module as it is then, before it is checkpointed.
 
     Raises:
         RecipeError: if the module cannot be trained on these samples, or its code fails.
@@ -112,17 +126,20 @@ def fit(job: Job, work: Path, progress: Progress) -> tuple[dict[str, Tensor], li
     """
     settings = job.settings
     with repeatable(settings.threads):
-        layout = _layout(job)
+        layout = layout_for(job)
         run = _resumed(job, layout, work) or _fresh(job, layout)
         for epoch in range(len(run.curve), settings.epochs):
             seed_all(derive(settings.seed, "epoch", epoch))
             train_loss, train_accuracy = _train_epoch(job, run, layout, epoch, progress)
-            loss, accuracy = _score(job, run.module, layout)
+            loss, accuracy = _score(job, run, layout, epoch)
             _check_finite(job, loss, f"on the validation split after epoch {epoch + 1}")
-            line = Epoch(epoch + 1, train_loss, train_accuracy, loss, accuracy, run.optimizer.param_groups[0]["lr"])
+            line = Epoch(epoch + 1, train_loss, train_accuracy, loss, accuracy, run.optimizer.param_groups[0]["lr"], job.is_judged(epoch))
             if not run.curve or line.rank > max(earlier.rank for earlier in run.curve):
                 run.best = {name: value.detach().clone() for name, value in run.module.state_dict().items()}
             run.curve.append(line)
+            run.beside.after_epoch(run.module)
+            if after_epoch is not None:
+                after_epoch(epoch, run.module)
             _save(run, work)
             progress((epoch + 1) / settings.epochs, _told(line, settings.epochs))
     return run.best, run.curve
@@ -163,11 +180,14 @@ def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, pr
         rate = one_cycle(epoch * len(batches) + step, settings.epochs * len(batches), settings.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        logits = usercode.call(module, job.entry, *_laid_out(inputs, layout))
-        loss = job.objective(logits, batch.outputs, batch.labels)
+        given = laid_out(inputs, layout)
+        logits = usercode.call(module, job.entry, *given)
+        answers = run.beside.answers(given, batch.outputs, epoch)
+        loss = job.objective(logits, answers, batch.labels, epoch) + run.beside.loss(given, epoch)
         optimizer.zero_grad(set_to_none=True)
         usercode.call(loss.backward, job.entry)
         optimizer.step()
+        run.beside.after_step(module)
         value = loss.item()
         _check_finite(job, value, f"in epoch {epoch + 1}, step {step + 1} of {len(batches)}")
         summed += value * len(rows)
@@ -178,17 +198,20 @@ def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, pr
     return summed / len(samples), int(right) / labelled if labelled else None
 
 
-def _score(job: Job, module: nn.Module, layout: torch.memory_format) -> tuple[float, float | None]:
+def _score(job: Job, run: Run, layout: torch.memory_format, epoch: int) -> tuple[float, float | None]:
     """Return loss and accuracy on the validation split; accuracy is None if no sample has a class."""
     import torch
 
-    module.eval()
+    module = run.module.eval()
     summed, right, labelled = 0.0, 0, 0
     with torch.inference_mode():
         for rows in _batches(torch.arange(len(job.validation)), job.settings.batch_size):
             batch = job.validation.pick(rows)
-            logits = usercode.call(module, job.entry, *_laid_out(batch.inputs, layout))
-            summed += job.objective(logits, batch.outputs, batch.labels).item() * len(rows)
+            given = laid_out(batch.inputs, layout)
+            logits = usercode.call(module, job.entry, *given)
+            answers = run.beside.answers(given, batch.outputs, epoch)
+            loss = job.objective(logits, answers, batch.labels, epoch) + run.beside.loss(given, epoch)
+            summed += loss.item() * len(rows)
             right += int((logits.argmax(dim=1) == batch.labels).sum())
             labelled += int((batch.labels != UNLABELLED).sum())
     return summed / len(job.validation), right / labelled if labelled else None
@@ -197,63 +220,6 @@ def _score(job: Job, module: nn.Module, layout: torch.memory_format) -> tuple[fl
 def _batches(rows: Tensor, size: int) -> tuple[Tensor, ...]:
     """Return rows in batches of at most ``size``, as equal as they can be: no tiny last one to upset batch norm."""
     return rows.tensor_split(math.ceil(len(rows) / size))
-
-
-def _laid_out(inputs: tuple[Tensor, ...], layout: torch.memory_format) -> list[Tensor]:
-    images = 4
-    return [item.contiguous(memory_format=layout) if item.ndim == images else item for item in inputs]
-
-
-def _layout(job: Job) -> torch.memory_format:
-    """Return the memory layout to train in, after one batch was tried on a module of its own.
-
-    Channels-last makes small convolutional networks 1.2 to 1.4 times faster on CPUs (measured: a plain, a depthwise and
-    a residual network). Code that calls ``view`` on an image cannot run in it; it trains in the default layout.
-
-    Raises:
-        RecipeError: if the module cannot be trained on these samples.
-    """
-    import torch
-
-    try:
-        _try_one_batch(job, torch.channels_last)
-    except RecipeError as error:
-        if not isinstance(error.__cause__, RuntimeError):
-            raise
-        _try_one_batch(job, torch.contiguous_format)
-        return torch.contiguous_format
-    return torch.channels_last
-
-
-def _try_one_batch(job: Job, layout: torch.memory_format) -> None:
-    import torch
-
-    seed_all(job.settings.seed)
-    module = _placed(job, layout).train()
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise RecipeError(f"{job.entry}: the module has no parameter to train")
-    batch = job.train.pick(torch.arange(min(_PROBED, len(job.train))))
-    logits = usercode.call(module, job.entry, *_laid_out(batch.inputs, layout))
-    _check_logits(job, logits, len(batch))
-    usercode.call(job.objective(logits, batch.outputs, batch.labels).backward, job.entry)
-
-
-def _check_logits(job: Job, logits: Any, samples: int) -> None:
-    import torch
-
-    matrix = 2
-    if not isinstance(logits, torch.Tensor):
-        raise RecipeError(f"{job.entry}: answered with {type(logits).__name__}; expected one tensor of logits (n, classes)")
-    if logits.ndim != matrix or len(logits) != samples or not logits.is_floating_point():
-        found = f"{logits.dtype} {list(logits.shape)}".removeprefix("torch.")
-        raise RecipeError(f"{job.entry}: answered {samples} samples with {found}; expected float logits [{samples}, classes]")
-    classes = logits.shape[1]
-    if job.train.outputs is not None and job.train.outputs.shape[1] != classes:
-        raise RecipeError(f"{job.entry}: answers with {classes} classes; the teacher answers with {job.train.outputs.shape[1]}")
-    for split, samples_of in (("train", job.train), ("validation", job.validation)):
-        highest = int(samples_of.labels.max())
-        if highest >= classes:
-            raise RecipeError(f"{job.entry}: answers with {classes} classes; the {split} split has the label {highest}")
 
 
 def _check_finite(job: Job, loss: float, where: str) -> None:
@@ -266,18 +232,15 @@ def _check_finite(job: Job, loss: float, where: str) -> None:
 
 def _fresh(job: Job, layout: torch.memory_format) -> Run:
     seed_all(derive(job.settings.seed, "init"))
-    module = _placed(job, layout)
-    return Run(module, _optimizer(module, job.settings), [], {})
+    module = placed(job, layout)
+    guides = beside(job, module, layout)
+    return Run(module, _optimizer([*module.parameters(), *guides.parameters()], job.settings), [], {}, guides)
 
 
-def _placed(job: Job, layout: torch.memory_format) -> nn.Module:
-    return job.build().to(memory_format=layout)  # type: ignore[call-overload,no-any-return]  # an overload torch forgot
-
-
-def _optimizer(module: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def _optimizer(given: Sequence[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
     import torch
 
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in given if parameter.requires_grad]
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, rate, momentum=0.9, nesterov=True, weight_decay=decay, fused=True)
@@ -292,6 +255,7 @@ def _save(run: Run, work: Path) -> None:
         "optimizer": run.optimizer.state_dict(),
         "curve": [asdict(line) for line in run.curve],
         "best": run.best,
+        "beside": run.beside.state(),
     }
     packed = io.BytesIO()
     torch.save(state, packed)
@@ -309,7 +273,8 @@ def _resumed(job: Job, layout: torch.memory_format, work: Path) -> Run | None:
     run = _fresh(job, layout)
     run.module.load_state_dict(state["module"])
     run.optimizer.load_state_dict(state["optimizer"])
-    return Run(run.module, run.optimizer, [Epoch(**line) for line in state["curve"]], state["best"])
+    run.beside.load(state["beside"])
+    return Run(run.module, run.optimizer, [Epoch(**line) for line in state["curve"]], state["best"], run.beside)
 
 
 def _told(line: Epoch, epochs: int) -> str:

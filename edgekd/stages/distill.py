@@ -7,10 +7,13 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
-from edgekd.domain.recipe import DISTILLED, TWINS, Entry, Loss
+from edgekd.domain.losses import FROZEN, TAPPED, Loss, untold
+from edgekd.domain.recipe import DISTILLED, TWINS, Entry
 from edgekd.errors import RecipeError
 from edgekd.harness import runner
 from edgekd.kd import data
+from edgekd.kd.beside import PREVIOUS
+from edgekd.kd.taps import Network
 from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:
@@ -21,48 +24,83 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
     from edgekd.domain.target import Target
-    from edgekd.kd.views import Augment
     from edgekd.ports import Context
 
 NAME = "distill"
-VERSION = 5
+VERSION = 6
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
-    """Return the step of the student that ships, and one for each twin, if the recipe asks for them."""
+    """Return the step of the student that ships, after those of its assistants, and one for each twin, if the recipe asks for them."""
     del targets  # all share one student
     machine = runner.facts()
+    distill, assistants = recipe.distill, recipe.distill.assistants
+    others = {"control", "augment", "teachers", "mixing", "assistants"}
     params: dict[str, Any] = {
-        **{name: value for name, value in asdict(recipe.distill).items() if name not in {"control", "augment"}},
-        "augment": None if recipe.distill.augment is None else str(recipe.distill.augment),
-        "losses": [_told(loss) for loss in recipe.distill.losses],
+        **{name: value for name, value in asdict(distill).items() if name not in others},
+        "augment": None if distill.augment is None else str(distill.augment),
+        "losses": [loss.told for loss in distill.losses],
         "model": str(recipe.student.model),
-        "threads": recipe.distill.threads or machine["cores"],
+        "threads": distill.threads or machine["cores"],
         "instruction_set": machine["instruction_set"],
     }
-    code = {"code": "inspect:student.code.json", "views.code": "inspect:views.code.json"}
-    taught = {
-        **data.references(recipe, "train", labels=True, outputs=True),
-        **data.references(recipe, "validation", labels=True, outputs=True),
-        **data.references(recipe, "unlabelled", outputs=True),
-        **code,
-    }
+    tools = ("torch", "numpy", "safetensors")
+    found = []
+    for link, assistant in enumerate(assistants):
+        own = {**params, **_lessons(recipe, link), "model": str(assistant.model), "epochs": assistant.epochs or distill.epochs}
+        taught = {**_taught(recipe, link), "code": f"inspect:assistant.{link}.code.json"}
+        found.append(Step(f"distill/assistant/{link}", NAME, own, taught, tools))
+    params |= _lessons(recipe, len(assistants))
+    taught = {**_taught(recipe, len(assistants)), "code": "inspect:student.code.json"}
+    if any(loss.kind in TAPPED for loss in distill.losses):
+        params["teacher"] = str(recipe.teacher.model)
+        taught |= {"teacher": recipe.teacher.artifact, "teacher.code": "inspect:teacher.code.json"}
+    found.append(Step(NAME, NAME, params, taught, tools))
     alone = {
         **data.references(recipe, "train", labels=True),
         **data.references(recipe, "validation", labels=True),
-        **(data.references(recipe, "unlabelled") if _learns_unlabelled(recipe.distill.losses) else {}),
-        **code,
+        **(data.references(recipe, "unlabelled") if _learns_unlabelled(distill.losses) else {}),
+        "code": "inspect:student.code.json",
+        "views.code": "inspect:views.code.json",
     }
-    tools = ("torch", "numpy", "safetensors")
-    found = [Step(NAME, NAME, params, taught, tools)]
     for arm, names in recipe.arms.items():
         for number, name in enumerate(names):
-            own = {**params, "seed": recipe.distill.seed + number}
+            own = {**params, "seed": distill.seed + number}
             if arm == DISTILLED:
                 found += [Step(name, NAME, own, taught, tools)] if number else []
             else:
-                own["losses"] = [_told(Loss("ce", label_smoothing=TWINS[arm]))]
+                own = {key: value for key, value in own.items() if key not in {"mixing", "checkpoints", "teacher"}}
+                own["losses"] = [Loss("ce", label_smoothing=TWINS[arm]).told]
                 found.append(Step(name, NAME, own, alone, tools))
+    return found
+
+
+def _lessons(recipe: Recipe, link: int) -> dict[str, Any]:
+    """Return what says how a link of the chain uses its teachers' answers: only the first has several."""
+    teachers = recipe.distill.teachers
+    if link:
+        return {}
+    weights = [recipe.teacher.weight, *(teacher.weight for teacher in teachers)]
+    mixing = {"mixing": {"weights": weights, "by": recipe.distill.mixing}} if teachers else {}
+    return mixing | ({"checkpoints": recipe.checkpoints} if recipe.checkpoints else {})
+
+
+def _taught(recipe: Recipe, link: int) -> dict[str, str]:
+    """Return the inputs of a link of the chain: the data, and the answers of what teaches it."""
+    found = {
+        **data.references(recipe, "train", labels=True),
+        **data.references(recipe, "validation", labels=True),
+        **data.references(recipe, "unlabelled"),
+        "views.code": "inspect:views.code.json",
+    }
+    for split in ("train", "validation", "unlabelled"):
+        if link:
+            found[f"{split}.outputs"] = f"supervise/assistant/{link - 1}:{split}.outputs.npy"
+            continue
+        for name in recipe.supervisors:
+            own = name.removeprefix("supervise").replace("/", ".")
+            if not own.startswith(".assistant"):
+                found[f"{split}.outputs{own}"] = f"{name}:{split}.outputs.npy"
     return found
 
 
@@ -71,27 +109,41 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     from edgekd.kd import calibrate, losses, models, train, views
 
     params = cast("dict[str, Any]", step.params)
-    entry = Entry(*params["model"].rsplit(":", 1))
-    terms = [Loss(**term) for term in params["losses"]]
-
-    def objective(logits: Tensor, outputs: Tensor | None, labels: Tensor) -> Tensor:
-        return losses.total(terms, logits, outputs, labels)
-
+    entry = _entry(params["model"])
+    terms = [untold(term) for term in params["losses"]]
     section = "distill.losses" if "train.outputs" in inputs else "distill.control"
-    augment = None if params["augment"] is None else views.load(context.recipe_dir, Entry(*params["augment"].rsplit(":", 1)))
+    augment = None if params["augment"] is None else views.load(context.recipe_dir, _entry(params["augment"]))
+    mixing = data.Mixing(tuple(params["mixing"]["weights"]), params["mixing"]["by"]) if "mixing" in params else None
+    checkpoints, epochs = params.get("checkpoints", 0), params["epochs"]
 
-    def view(number: int) -> data.Samples:
-        return _training_set(inputs, terms, section, augment, number)
+    def objective(logits: Tensor, answers: Mapping[str, Tensor | None], labels: Tensor, epoch: int) -> Tensor:
+        return losses.total(terms, logits, answers, labels, epoch)
+
+    def view(epoch: int) -> data.Samples:
+        turn = epoch * (checkpoints + 1) // epochs
+        number = 0 if augment is None else epoch % params["views"]
+        return _training_set(inputs, terms, section, (augment, number, mixing, turn if turn < checkpoints else None))
+
+    def teacher() -> Network:
+        made = _entry(params["teacher"])
+        return Network("teacher", models.load_teacher_module(context.recipe_dir, made, inputs["teacher"].path), made)
+
+    def active(epoch: int) -> list[Loss]:
+        return [term for term in terms if term.counts_in(epoch) and (epoch or term.teacher != PREVIOUS)]
 
     job = train.Job(
         section="distill",
         entry=entry,
         build=lambda: models.student(context.recipe_dir, entry),
-        train=view(0),
-        validation=data.samples(inputs, "validation"),
+        train=view(epochs - 1),
+        validation=data.samples(inputs, "validation", mixing=mixing),
         objective=objective,
         settings=train.Settings(**{name: params[name] for name in train.Settings.__slots__}),
-        view=None if augment is None else lambda epoch: view(epoch % params["views"]),
+        view=view if augment is not None or checkpoints else None,
+        teacher=teacher if "teacher" in params else None,
+        tapped=[term for term in terms if term.kind in TAPPED],
+        selves=sorted({term.teacher for term in terms} - {FROZEN}),
+        is_judged=lambda epoch: active(epoch) == active(epochs - 1),
     )
     weights, curve = train.fit(job, context.work, context.progress)
     notes: tuple[str, ...] = ()
@@ -104,15 +156,13 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     return StageResult(metrics=asdict(train.best_of(curve)), notes=notes)
 
 
-def _training_set(
-    inputs: Mapping[str, Artifact], terms: list[Loss], section: str, augment: Augment | None = None, number: int = 0
-) -> data.Samples:
-    """Return the training split, with the unlabelled samples behind it if a loss can learn from them."""
+def _training_set(inputs: Mapping[str, Artifact], terms: list[Loss], section: str, seen: tuple[Any, ...] = ()) -> data.Samples:
+    """Return the training split, seen as ``data.samples`` says, with the unlabelled samples behind it if a loss can learn from them."""
     import torch
 
     from edgekd.kd.losses import UNLABELLED, needs
 
-    found = data.samples(inputs, "train", augment, number)
+    found = data.samples(inputs, "train", *seen)
     if bool((found.labels == UNLABELLED).all()):
         for term in terms:
             if "labels" in needs(term.kind):
@@ -120,7 +170,7 @@ def _training_set(
                 raise RecipeError(f"{section}: {what}; use 'kl' alone, without [distill.control]")
     if "unlabelled.inputs.0" not in inputs:
         return found
-    more = data.samples(inputs, "unlabelled", augment, number)
+    more = data.samples(inputs, "unlabelled", *seen)
     if not len(more):
         return found
     if "train.outputs" not in inputs:  # a twin takes as many steps as the distilled student, on the samples that it can learn from
@@ -134,5 +184,5 @@ def _learns_unlabelled(terms: Sequence[Loss]) -> bool:
     return any("labels" not in needs(term.kind) for term in terms)
 
 
-def _told(loss: Loss) -> dict[str, Any]:
-    return {"kind": loss.kind, "weight": loss.weight, **loss.options}
+def _entry(text: str) -> Entry:
+    return Entry(*text.rsplit(":", 1))

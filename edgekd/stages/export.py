@@ -96,6 +96,8 @@ def _write(
     specs = [TensorSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in params["inputs"]]
     if entry is not None:
         runtime.export(models.load_teacher_module(context.recipe_dir, entry, weights), specs, path)
+    elif weights.suffix == ".safetensors":
+        raise StageError("stored answers are no model")
     elif weights.suffix != ".onnx":
         runtime.export(models.load_exported_module(weights), specs, path)
     elif runtime.FORMAT == "onnx":

@@ -34,23 +34,25 @@ _CHUNK_BATCHES = 16  # a kill costs at most this much
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
-    """Return the one step. Its key reads nothing of the distillation: a changed temperature asks no teacher."""
+    """Return a step for each teacher. Its key reads nothing of the distillation: a changed temperature asks no teacher."""
     del targets  # a teacher's answers do not depend on them
     machine = runner.facts()
-    artifact = recipe.teacher.artifact
-    params = {
-        "model": None if recipe.teacher.model is None else str(recipe.teacher.model),
-        "augment": None if recipe.distill.augment is None else str(recipe.distill.augment),
-        "views": recipe.distill.views or 1,
-        "batch_size": BATCH_SIZE,
-        "threads": machine["cores"],
-        "instruction_set": machine["instruction_set"],
-    }
-    inputs = {"teacher": artifact, "code": "inspect:teacher.code.json", "views.code": "inspect:views.code.json"}
-    for split in SPLITS:
-        inputs |= data.references(recipe, split, labels=split == "validation")
-    runtime = ("onnxruntime",) if artifact.endswith(".onnx") else ()
-    return [Step(NAME, NAME, params, inputs, ("torch", "numpy", "safetensors", *runtime))]
+    found = []
+    for name, supervisor in recipe.supervisors.items():
+        params = {
+            "model": None if supervisor.model is None else str(supervisor.model),
+            "augment": None if recipe.distill.augment is None else str(recipe.distill.augment),
+            "views": recipe.distill.views or 1,
+            "batch_size": BATCH_SIZE,
+            "threads": machine["cores"],
+            "instruction_set": machine["instruction_set"],
+        }
+        inputs = {"teacher": supervisor.artifact, "code": supervisor.code, "views.code": "inspect:views.code.json"}
+        for split in SPLITS:
+            inputs |= data.references(recipe, split, labels=split == "validation")
+        runtime = ("onnxruntime",) if supervisor.artifact.endswith(".onnx") else ()
+        found.append(Step(name, NAME, params, inputs, ("torch", "numpy", "safetensors", *runtime)))
+    return found
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:

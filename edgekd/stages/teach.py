@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
+from edgekd.digests import write_atomically
 from edgekd.domain.recipe import Entry
 from edgekd.errors import RecipeError
 from edgekd.harness import runner
@@ -16,13 +17,15 @@ from edgekd.ports import StageResult, Step
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torch import nn
+
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
     from edgekd.domain.target import Target
     from edgekd.ports import Context
 
 NAME = "teach"
-VERSION = 2
+VERSION = 3
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
@@ -49,7 +52,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
-    """Train the teacher; write ``teacher.safetensors`` and ``curve.json``."""
+    """Train the teacher; write ``teacher.safetensors``, ``curve.json``, and ``checkpoint.N.safetensors`` of as many as are asked for."""
     from edgekd.kd import losses, models, train, views
 
     params = cast("dict[str, Any]", step.params)
@@ -61,15 +64,28 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
         build=lambda: models.student(context.recipe_dir, entry),
         train=_labelled(data.samples(inputs, "train"), "train"),
         validation=_labelled(data.samples(inputs, "validation"), "validation"),
-        objective=lambda logits, _, labels: losses.ce(logits, labels, params["label_smoothing"]),
+        objective=lambda logits, _answers, labels, _epoch: losses.ce(logits, labels, params["label_smoothing"]),
         settings=settings,
         augment=None if params["augment"] is None else views.load(context.recipe_dir, Entry(*params["augment"].rsplit(":", 1))),
     )
-    weights, curve = train.fit(job, context.work, context.progress)
+    wanted = _checkpoints(settings.epochs, params["checkpoints"])
+
+    def keep(epoch: int, module: nn.Module) -> None:
+        if epoch in wanted:  # beside the run's own checkpoint: a kill may come before this stage ends
+            write_atomically(context.work / f"checkpoint.{wanted.index(epoch)}", models.pack(module.state_dict()))
+
+    weights, curve = train.fit(job, context.work, context.progress, keep)
+    for number in range(len(wanted)):
+        (context.out / f"checkpoint.{number}.safetensors").write_bytes((context.work / f"checkpoint.{number}").read_bytes())
     (context.out / "teacher.safetensors").write_bytes(models.pack(weights))
     lines = {"best_epoch": train.best_of(curve).epoch, "epochs": [asdict(line) for line in curve]}
     (context.out / "curve.json").write_text(json.dumps(lines, indent=1, sort_keys=True) + "\n")
     return StageResult(metrics=asdict(train.best_of(curve)))
+
+
+def _checkpoints(epochs: int, count: int) -> list[int]:
+    """Return the epochs after which weights are kept, from 0: evenly spread, and none is the last."""
+    return [epochs * (number + 1) // (count + 1) - 1 for number in range(count)]
 
 
 def _labelled(samples: data.Samples, split: str) -> data.Samples:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from edgekd import pipeline
+from edgekd.domain import losses
 from edgekd.domain import recipe as words
 from edgekd.domain import target as profile
 from edgekd.plan import resolve
@@ -30,7 +31,7 @@ RECIPE = words.Recipe(
     student=words.Student(words.Entry("models.py", "student"), (words.TensorSpec("image", (1, 1, 8, 8)),)),
     distill=words.Distill(
         3,
-        (words.Loss("kl", 0.9, 4.0, standardize=False), words.Loss("ce", 0.1, label_smoothing=0.0)),
+        (losses.Loss("kl", 0.9, temperature=4.0, standardize=False), losses.Loss("ce", 0.1, label_smoothing=0.0)),
         threads=1,
         augment=words.Entry("data.py", "augment"),
         views=4,
@@ -69,9 +70,18 @@ OTHER = {
     "teacher.file": "teacher.onnx",
     "teacher.train.optimizer": "sgd",
     "distill.optimizer": "sgd",
-    "distill.losses": (words.Loss("ce"),),
+    "distill.losses": (losses.Loss("ce"),),
     "distill.losses[0].standardize": True,
     "distill.control": words.Control(seeds=2),
+    "distill.losses[0].epochs": (1, 2),
+    "distill.losses[1].epochs": (1, 2),
+    "distill.losses[0].teacher": "average",
+    "distill.losses[1].teacher": "average",
+    "distill.teachers": (words.Teacher(words.Entry("models.py", "other"), "other.safetensors"),),
+    "distill.assistants": (words.Assistant(words.Entry("models.py", "middle")),),
+    "distill.mixing": "confidence",
+    "teacher.checkpoints": ("early.safetensors",),
+    "teacher.train.checkpoints": 1,
     "cpu.isa": "x86-64",
     "cpu.lacks": ("avx2",),
     "device.arch": "x86_64",
@@ -92,7 +102,7 @@ SKIPPED = {"schema", "runtimes[0].name", "runtimes[1].name", "distill.losses[0].
     f"distill.losses[{index}].{field.name}"
     for index, loss in enumerate(RECIPE.distill.losses)
     for field in dataclasses.fields(loss)
-    if field.name not in {"kind", "weight", *words.LOSSES[loss.kind]}
+    if field.name not in {"kind", "weight", "epochs", "teacher", *losses.LOSSES[loss.kind]}
 }
 
 

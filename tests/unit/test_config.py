@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgekd import config
-from edgekd.domain.recipe import Budget, Data, Distill, Entry, Evaluate, Loss, Quantize, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.losses import Loss
+from edgekd.domain.recipe import Budget, Data, Distill, Entry, Evaluate, Quantize, Recipe, Student, Teacher, TensorSpec
 from edgekd.domain.target import Cpu, DeviceEntry, Limits, Protocol, RuntimeEntry, Target
 from edgekd.errors import RecipeError
 

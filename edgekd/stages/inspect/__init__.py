@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgekd.domain.target import Target
 
 NAME = "inspect"
-VERSION = 3
+VERSION = 4
 _LAST_LINES = 3
 _LINGER_SECONDS = 10.0  # how long the user's threads may go on when all is done
 
@@ -44,13 +44,21 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         "weights": teacher.weights,
         "file": teacher.file,
         "taught": training is not None,
+        "checkpoints": list(teacher.checkpoints),
+        "teachers": [
+            {"teacher": None if other.model is None else str(other.model), "weights": other.weights, "file": other.file}
+            for other in recipe.distill.teachers
+        ],
+        "assistants": [str(assistant.model) for assistant in recipe.distill.assistants],
+        "taps": [loss.told for loss in recipe.distill.losses if loss.taps],
         "student": str(recipe.student.model),
         "metric": None if isinstance(evaluate.metric, str) else str(evaluate.metric),
         "score": None if evaluate.score is None else str(evaluate.score),
         "augment": None if training is None or training.augment is None else str(training.augment),
         "views": None if recipe.distill.augment is None else str(recipe.distill.augment),
     }
-    runtime = ("onnxruntime",) if teacher.file is not None and teacher.file.endswith(".onnx") else ()
+    files = [given.file for given in (teacher, *recipe.distill.teachers) if given.file is not None]
+    runtime = ("onnxruntime",) if any(file.endswith(".onnx") for file in files) else ()
     return [Step(NAME, NAME, params, {}, ("torch", "numpy", "safetensors", *runtime))]
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
 from edgekd.digests import file_digest
+from edgekd.domain.recipe import Entry
 from edgekd.errors import EdgekdError, RecipeError
 from edgekd.stages.inspect import networks, splits
 from edgekd.stages.inspect.watch import Watcher, code, union
@@ -47,6 +48,7 @@ class Inspection:
         self.labels: dict[str, Any] = {}
         self.scored: list[int] = []
         self.answers: Any = None
+        self._beside: dict[str, dict[str, Any]] = {}  # further teachers and assistants
 
     def run(self) -> dict[str, Any]:
         """Run all phases and return what was found.
@@ -57,7 +59,13 @@ class Inspection:
         self._phase("data", self.params["splits"], self._data)
         self._phase("teacher", self.params["teacher"] or self.params["file"], self._teacher)
         self._phase("student", self.params["student"], self._student)
+        for number, given in enumerate(self.params["teachers"]):
+            self._phase(f"teacher.{number}", given["teacher"] or given["file"], partial(self._further, number, given))
+        for number, model in enumerate(self.params["assistants"]):
+            self._phase(f"assistant.{number}", model, partial(self._assistant, model))
         self._compare()
+        if self.params["taps"]:
+            self._phase("taps", self.params["student"], partial(networks.taps, self.bench))
         self._phase("metric", self.params["score"] or self.params["metric"], self._metric)
         for name in ("augment", "views"):
             self._phase(name, self.params[name], partial(networks.augment, self.bench, name))
@@ -130,7 +138,15 @@ class Inspection:
 
     def _teacher(self) -> None:
         self.tell(share=_DATA_SHARE, text="tries the teacher")
-        self.summary["teacher"] = networks.teacher(self.bench)
+        self.summary["teacher"] = networks.teacher(self.bench, self.params)
+        for number, weights in enumerate(self.params["checkpoints"]):
+            networks.teacher(self.bench, {**self.params, "weights": weights}, f"checkpoint.{number}")
+
+    def _further(self, number: int, given: Mapping[str, Any]) -> None:
+        self._beside[given["teacher"] or given["file"]] = networks.teacher(self.bench, given, f"teacher.{number}")
+
+    def _assistant(self, model: str) -> None:
+        self._beside[model] = networks.assistant(self.bench, Entry(*model.rsplit(":", 1)))
 
     def _student(self) -> None:
         self.tell(share=0.9, text="tries the student")
@@ -142,6 +158,10 @@ class Inspection:
         if teacher != student:
             told = f"the teacher {teacher} classes, the student {student}"
             raise RecipeError(f"{names}: teacher and student give different outputs: {told}; expected the same")
+        for name, other in self._beside.items():
+            if other["outputs"] != [student]:
+                what = f"it has {other['outputs'][0]} classes, teacher and student have {student}"
+                raise RecipeError(f"{name}: gives other outputs than teacher and student: {what}; expected the same")
         self.summary["classes"] = student
         if not self._has_classes():
             return
@@ -166,7 +186,8 @@ class Inspection:
         return self.params["taught"] or (self.params["metric"] is None and self.params["score"] is None)
 
     def _weights(self) -> list[str]:
-        return [self.params[name] for name in ("weights", "file") if self.params[name] is not None]
+        given = [teacher[name] for teacher in (self.params, *self.params["teachers"]) for name in ("weights", "file")]
+        return [name for name in (*given, *self.params["checkpoints"]) if name is not None]
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         (self.out / name).write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
+from edgekd.domain.losses import untold
 from edgekd.domain.recipe import Entry
 from edgekd.errors import RecipeError, did_you_mean
 
@@ -52,30 +53,35 @@ class Bench:
         return self.samples([0, min(_PROBE, len(labels)) - 1])
 
 
-def teacher(bench: Bench) -> dict[str, Any]:
-    """Try the teacher, and keep it: ``teacher.safetensors``, or a whole model under its suffix; return its size and outputs.
+def teacher(bench: Bench, given: Mapping[str, Any], name: str = "teacher") -> dict[str, Any]:
+    """Try a teacher, and keep it: ``NAME.safetensors``, or a whole model under its suffix; return its size and outputs.
+
+    Args:
+        bench: What it is tried with.
+        given: ``teacher`` (the entry of its module), ``weights``, ``file``, and ``taught`` for one that is taught here.
+        name: What it is kept as.
 
     Raises:
         RecipeError: if it cannot be loaded or run.
     """
     from edgekd.kd import models, teachers
 
-    params, batch = bench.params, bench.probe()
-    if params["file"] is not None:
-        path = _given(bench.recipe_dir, params["file"], "teacher.file")
+    batch, key = bench.probe(), "teacher" if name == "teacher" else "distill.teachers"
+    if given["file"] is not None:
+        path = _given(bench.recipe_dir, given["file"], f"{key}.file")
         logits = models.load_teacher(bench.recipe_dir, None, path)(batch)
-        shutil.copyfile(path, bench.out / f"teacher.{params['file'].rpartition('.')[2]}")
-        return {"parameters": None, "outputs": _checked(logits, params["file"])}
-    entry = bench.entry("teacher")
-    if params["taught"]:
+        shutil.copyfile(path, bench.out / f"{name}.{given['file'].rpartition('.')[2]}")
+        return {"parameters": None, "outputs": _checked(logits, given["file"])}
+    entry = Entry(*given["teacher"].rsplit(":", 1))
+    if given.get("taught"):
         module = _fresh(bench, entry)
         count = models.parameter_count(module)
         _check_learns(module, entry, batch, "teacher")
     else:
-        weights = _given(bench.recipe_dir, params["weights"], "teacher.weights")
+        weights = _given(bench.recipe_dir, given["weights"], f"{key}.weights")
         module = models.load_teacher_module(bench.recipe_dir, entry, weights)
         count = models.parameter_count(module)
-        models.save_weights(module, bench.out / "teacher.safetensors")
+        models.save_weights(module, bench.out / f"{name}.safetensors")
     return {"parameters": count, "outputs": _checked(teachers.of_module(module, entry)(batch), str(entry))}
 
 
@@ -85,28 +91,58 @@ def student(bench: Bench, scored: Sequence[int]) -> tuple[dict[str, Any], np.nda
     Raises:
         RecipeError: if it cannot be run, is random in eval mode, mixes samples, or has nothing that learns.
     """
+    module, told = _tried(bench, bench.entry("student"), "student")
+    answers = _answer(module.eval(), bench.entry("student"), bench.samples(scored))
+    return told, answers
+
+
+def assistant(bench: Bench, entry: Entry) -> dict[str, Any]:
+    """Try an assistant with fresh weights; return its size and outputs.
+
+    Raises:
+        RecipeError: as :func:`student`.
+    """
+    return _tried(bench, entry, "assistant")[1]
+
+
+def taps(bench: Bench) -> None:
+    """Try the taps between student and teacher; weights do not matter for that.
+
+    Raises:
+        RecipeError: what is wrong with them.
+    """
+    import torch
+
+    from edgekd.kd.taps import Network, attach
+
+    made = [Network(role, _fresh(bench, bench.entry(role)), bench.entry(role)) for role in ("student", "teacher")]
+    terms = [untold(told) for told in bench.params["taps"]]
+    attach(made[0], made[1], terms, [torch.tensor(array) for array in bench.probe()], 0)
+
+
+def _tried(bench: Bench, entry: Entry, role: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a module with fresh weights that was found fit to be trained, and its size and outputs."""
     import numpy as np
 
     from edgekd.kd import models
 
-    entry, batch = bench.entry("student"), bench.probe()
+    batch = bench.probe()
     module = _fresh(bench, entry).eval()
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise RecipeError(f"{entry}: the student has no parameter that can be trained")
+        raise RecipeError(f"{entry}: the {role} has no parameter that can be trained")
     together = _answer(module, entry, batch)
     outputs = _checked(together, str(entry))
     if not np.array_equal(together, _answer(module, entry, batch)):
-        raise RecipeError(f"{entry}: the student in eval mode gives two answers to one input; expected the same (dropout by hand?)")
+        raise RecipeError(f"{entry}: the {role} in eval mode gives two answers to one input; expected the same (dropout by hand?)")
     alone = _answer(module, entry, [array[:1] for array in batch])
     _checked(alone, str(entry))
     if np.abs(alone[0] - together[0]).max() > _TOLERANCE * np.abs(together).max():
         raise RecipeError(
-            f"{entry}: the student answers a sample differently alone and in a batch of two; expected the same "
+            f"{entry}: the {role} answers a sample differently alone and in a batch of two; expected the same "
             "(an operation over axis 0, which is the batch?)"
         )
-    answers = _answer(module, entry, bench.samples(scored))
-    _check_learns(module, entry, batch, "student")
-    return {"parameters": models.parameter_count(module), "outputs": outputs}, answers
+    _check_learns(module, entry, batch, role)
+    return module, {"parameters": models.parameter_count(module), "outputs": outputs}
 
 
 def metric(bench: Bench, outputs: np.ndarray, labels: np.ndarray) -> None:

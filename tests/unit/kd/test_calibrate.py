@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.domain.recipe import Entry, Loss
+from edgekd.domain.losses import Loss
+from edgekd.domain.recipe import Entry
 from edgekd.kd import calibrate
 from edgekd.kd.data import Samples
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.domain import recipe
-from edgekd.domain.recipe import Loss
-from edgekd.kd import losses
+from edgekd.domain import losses as words
+from edgekd.domain.losses import Loss
+from edgekd.kd import features, losses
 
 
 @pytest.fixture
@@ -32,7 +32,8 @@ def _kl(student, teacher, temperature):
 
 
 def test_every_kind_of_the_recipe_has_its_function():
-    assert set(losses.LOSSES) == set(recipe.LOSSES)
+    assert set(losses.LOSSES) | set(features.FEATURES) == set(words.LOSSES)
+    assert set(features.FEATURES) == set(words.TAPPED)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
@@ -116,13 +117,14 @@ def test_half_precision_is_widened_before_the_softmax(logits):
 
 
 def test_total_is_the_weighted_sum(logits):
-    found = losses.total([Loss("kl", 0.9, 4.0), Loss("ce", 0.1)], *logits, LABELS)
+    found = losses.total([Loss("kl", 0.9, temperature=4.0), Loss("ce", 0.1)], logits[0], {"frozen": logits[1]}, LABELS)
     assert found.item() == pytest.approx(0.9 * losses.kl(*logits, 4.0).item() + 0.1 * losses.ce(logits[0], LABELS).item(), rel=1e-6)
 
 
 def test_a_loss_of_a_recipe_has_the_options_that_its_function_takes():
-    for kind, options in recipe.LOSSES.items():
-        assert inspect.signature(losses.LOSSES[kind]).parameters.keys() - losses.needs(kind) == options.keys()
+    for kind, options in words.LOSSES.items():
+        function = {**losses.LOSSES, **features.FEATURES}[kind]
+        assert inspect.signature(function).parameters.keys() - {"student", "teacher", "labels"} == options.keys()
 
 
 def test_standardized_kl_is_kl_of_logits_without_mean_and_scale(logits):
@@ -193,7 +195,7 @@ def test_mse_is_the_mean_squared_difference(logits):
 
 
 def _value(kind, student, teacher, labels=LABELS):
-    return losses.total([Loss(kind)], student, teacher, labels)
+    return losses.total([Loss(kind)], student, {"frozen": teacher}, labels)
 
 
 @pytest.mark.parametrize("kind", ["dist", "dkd", "mse"])

@@ -241,5 +241,7 @@ def test_answers_that_are_no_logits_are_refused(folder, function, message):
 
 
 def test_a_file_of_an_unknown_kind_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"teacher.file teacher.onx: expected one of .onnx, .pt2, .ts \(did you mean '.onnx'\?\)"):
+    with pytest.raises(
+        RecipeError, match=r"teacher.file teacher.onx: expected one of .onnx, .pt2, .safetensors, .ts \(did you mean '.onnx'\?\)"
+    ):
         models.load_teacher(tmp_path, None, tmp_path / "teacher.onx")

@@ -16,7 +16,7 @@ from torch import nn
 
 from edgekd.domain.recipe import Entry
 from edgekd.errors import RecipeError, StageError
-from edgekd.kd import losses, models, train
+from edgekd.kd import losses, models, train, trial
 from edgekd.kd.data import Samples
 
 ENTRY = Entry("models.py", "student")
@@ -54,8 +54,8 @@ def noise(inputs, generator):
     return tuple(item + 0.1 * torch.randn(item.shape, generator=generator) for item in inputs)
 
 
-def distilling(logits, outputs, labels):
-    return 0.9 * losses.kl(logits, outputs, 2.0) + 0.1 * losses.ce(logits, labels)
+def distilling(logits, answers, labels, _):
+    return 0.9 * losses.kl(logits, answers["frozen"], 2.0) + 0.1 * losses.ce(logits, labels)
 
 
 def job(**changes):
@@ -237,8 +237,8 @@ def test_global_state_is_as_before(tmp_path):
 def test_code_that_views_an_image_trains_in_the_default_layout(tmp_path):
     with pytest.raises(RuntimeError, match="view"):
         Viewing().to(memory_format=torch.channels_last)(torch.randn(4, 1, 8, 8).to(memory_format=torch.channels_last))
-    assert train._layout(job(build=Viewing)) == torch.contiguous_format
-    assert train._layout(job()) == torch.channels_last
+    assert trial.layout_for(job(build=Viewing)) == torch.contiguous_format
+    assert trial.layout_for(job()) == torch.channels_last
     _, curve = train.fit(job(build=Viewing, epochs=6), tmp_path, quiet)
     assert train.best_of(curve).validation_accuracy > 0.6  # a third by chance
 
@@ -283,13 +283,15 @@ def test_a_module_that_cannot_be_trained_is_refused_before_training(tmp_path, bu
 def test_labels_beyond_the_classes_are_refused(tmp_path):
     found = samples(40, 2, outputs=False)
     found.labels[4] = 7
-    given = job(train=samples(70, 1, outputs=False), validation=found, objective=lambda logits, _, labels: losses.ce(logits, labels))
+    given = job(
+        train=samples(70, 1, outputs=False), validation=found, objective=lambda logits, _answers, labels, _epoch: losses.ce(logits, labels)
+    )
     with pytest.raises(RecipeError, match="answers with 3 classes; the validation split has the label 7"):
         train.fit(given, tmp_path, quiet)
 
 
 def test_without_classes_the_epoch_is_chosen_by_loss(tmp_path):
-    given = job(objective=lambda logits, outputs, _: losses.kl(logits, outputs, 2.0))
+    given = job(objective=lambda logits, answers, *_: losses.kl(logits, answers["frozen"], 2.0))
     for split in (given.train, given.validation):
         split.labels[:] = losses.UNLABELLED
     _, curve = train.fit(given, tmp_path, quiet)

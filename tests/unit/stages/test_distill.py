@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from edgekd.domain.artifact import Artifact
-from edgekd.domain.recipe import Control, Data, Distill, Entry, Loss, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.losses import Loss
+from edgekd.domain.recipe import Control, Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
 from edgekd.errors import RecipeError
 from edgekd.kd import calibrate, data, models, train
 from edgekd.ports import Context
@@ -29,7 +30,7 @@ def student():
 def four():
     return nn.Linear(4, 4)
 """
-KL = Loss("kl", 0.9, 2.0)
+KL = Loss("kl", 0.9, temperature=2.0)
 CE = Loss("ce", 0.1)
 
 
@@ -182,7 +183,7 @@ def test_a_twin_of_a_student_that_learns_from_labels_only_reads_no_unlabelled_sa
         assert any(name.startswith("unlabelled") for name in twin.inputs) == reads
 
 
-@pytest.mark.parametrize("loss", [Loss("dist"), Loss("kl", 1.0, 2.0, standardize=True)])
+@pytest.mark.parametrize("loss", [Loss("dist"), Loss("kl", temperature=2.0, standardize=True)])
 def test_answers_of_a_loss_that_leaves_the_scale_free_are_calibrated(folder, loss):
     inputs = artifacts(folder)
     result, _ = run(folder, recipe(losses=(loss,)), inputs)

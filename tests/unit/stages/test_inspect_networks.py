@@ -133,7 +133,8 @@ LINEAR = "def net():\n    return nn.Linear(4, 3)\n"
 
 
 def _teacher(bench, code=LINEAR, **params):
-    return networks.teacher(bench(code, **{"teacher": "models.py:net", **params}))
+    made = bench(code, **{"teacher": "models.py:net", **params})
+    return networks.teacher(made, made.params)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])

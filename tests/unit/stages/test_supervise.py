@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from edgekd.domain.artifact import Artifact
-from edgekd.domain.recipe import Data, Distill, Entry, Loss, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.losses import Loss
+from edgekd.domain.recipe import Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
 from edgekd.errors import RecipeError
 from edgekd.kd import data, models, views
 from edgekd.ports import Context
@@ -91,7 +92,7 @@ def test_the_key_reads_the_teacher_and_the_samples_and_nothing_of_the_distillati
     assert expected.items() <= step.inputs.items()
     assert len(step.inputs) == 10
     assert set(step.params) == {"model", "augment", "views", "batch_size", "threads", "instruction_set"}
-    changed = replace(recipe(), distill=Distill(epochs=9, losses=(Loss("kl", 1.0, 2.0),), seed=5, threads=1))
+    changed = replace(recipe(), distill=Distill(epochs=9, losses=(Loss("kl", temperature=2.0),), seed=5, threads=1))
     assert supervise.steps(changed, []) == [step]
 
 

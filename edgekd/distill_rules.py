@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe says of distillation, checked as a whole: losses against their options, teachers, taps and epochs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgekd.domain.losses import FROZEN, LOSSES, TAPPED, Loss
+from edgekd.domain.recipe import Distill, Teacher, Training
+from edgekd.errors import expected_one_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgekd.reader import Reader
+
+_FOLLOWS_NONE = ("ce",)  # of labels alone
+
+
+def check(reader: Reader) -> None:
+    """Note what is wrong with the parts of ``[distill]`` and ``[teacher]`` that could be read."""
+    seen: set[tuple[object, ...]] = set()
+    for key, loss in reader.all_made(Loss):
+        # a loss may stand there again with other epochs or another teacher, one of taps takes all of its taps at once
+        own = (loss.kind,) if loss.kind in TAPPED else (loss.kind, loss.teacher, loss.epochs)
+        _check_loss(reader, loss, key, again=own in seen)
+        seen.add(own)
+    teachers = reader.all_made(Teacher)
+    reference = next((teacher for key, teacher in teachers if key == "teacher"), None)
+    for key, teacher in teachers:
+        _check_teacher(reader, teacher, key)
+    for key, training in reader.all_made(Training):
+        if training.checkpoints >= training.epochs:
+            reader.problem(f"{key}.checkpoints", f"{training.checkpoints} of {training.epochs} epochs; expected fewer than {key}.epochs")
+    for key, distill in reader.all_made(Distill):
+        _check_distill(reader, distill, key, reference)
+
+
+def _check_loss(reader: Reader, loss: Loss, key: str, *, again: bool) -> None:
+    if again:
+        reader.problem(f"{key}.kind", f"'{loss.kind}' is there twice; expected each loss once")
+    for name in sorted(loss.given.keys() - LOSSES[loss.kind].keys()):
+        reader.problem(f"{key}.{name}", f"'{loss.kind}' has no {name}; {expected_one_of(name, ('weight', *LOSSES[loss.kind]))}")
+    if loss.kind in TAPPED and not loss.taps:
+        example = '[{ student = "layer2", teacher = "layer4" }]'
+        reader.problem(f"{key}.taps", f"missing; '{loss.kind}' matches modules of student and teacher: taps = {example}")
+    if loss.kind not in TAPPED and loss.taps:
+        reader.problem(f"{key}.taps", f"'{loss.kind}' compares answers and has no taps; expected them with {', '.join(TAPPED)}")
+    if loss.teacher != FROZEN and (loss.kind in TAPPED or loss.kind in _FOLLOWS_NONE):
+        reader.problem(
+            f"{key}.teacher", f"'{loss.teacher}', but '{loss.kind}' follows no such teacher; expected it with kl, dist, mse, ..."
+        )
+
+
+def _check_teacher(reader: Reader, teacher: Teacher, key: str) -> None:
+    if teacher.train is not None and key != "teacher":
+        reader.problem(f"{key}.train", "a further teacher is not taught here; expected model and weights, or file")
+    if teacher.checkpoints and key != "teacher":
+        reader.problem(f"{key}.checkpoints", "only the reference has earlier weights; expected them in [teacher]")
+    elif teacher.checkpoints and (teacher.model is None or teacher.weights is None):
+        reader.problem(f"{key}.checkpoints", "need model and weights; a teacher that is taught keeps them by teacher.train.checkpoints")
+
+
+def _check_distill(reader: Reader, distill: Distill, key: str, reference: Teacher | None) -> None:
+    if (distill.augment is None) != (distill.views is None):
+        has, lacks = ("augment", "views, such as 8") if distill.views is None else ("views", "augment")
+        reader.problem(key, f"has {has} without {lacks}: the teacher answers so many augmented views of each sample")
+    if distill.mixing != "weights" and not distill.teachers:
+        reader.problem(f"{key}.mixing", f"'{distill.mixing}', but there is one teacher; expected further ones in {key}.teachers")
+    if reference is not None and _turns(reference) > distill.epochs:
+        reader.problem(f"{key}.epochs", f"{distill.epochs} for {_turns(reference)} teachers in turns; expected one for each at least")
+    tapped = [index for index, loss in enumerate(distill.losses) if loss.kind in TAPPED]
+    if tapped and reference is not None and reference.model is None:
+        reader.problem(f"{key}.losses[{tapped[0]}].taps", "need a teacher that is a module; expected teacher.model and weights, not file")
+    if tapped and distill.assistants:
+        reader.problem(
+            f"{key}.losses[{tapped[0]}].taps", f"name modules of one teacher; expected no {key}.assistants, or losses of answers"
+        )
+    _check_epochs(reader, distill.losses, distill.epochs, key)
+
+
+def _turns(teacher: Teacher) -> int:
+    return 1 + (len(teacher.checkpoints) if teacher.train is None else teacher.train.checkpoints)
+
+
+def _check_epochs(reader: Reader, losses: Sequence[Loss], epochs: int, key: str) -> None:
+    for index, loss in enumerate(losses):
+        if loss.epochs is None:
+            continue
+        where = f"{key}.losses[{index}].epochs"
+        both = 2
+        if len(loss.epochs) != both or loss.epochs[0] > loss.epochs[1] or loss.epochs[1] > epochs:
+            reader.problem(where, f"{list(loss.epochs)}; expected the first and the last epoch in which it counts, from 1 to {epochs}")
+            return
+    for epoch in range(epochs):
+        if not any(loss.counts_in(epoch) and (epoch or loss.teacher != "previous") for loss in losses):
+            reader.problem(f"{key}.losses", f"none counts in epoch {epoch + 1}; expected one at least in each of {epochs} epochs")
+            return
