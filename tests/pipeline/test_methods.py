@@ -205,6 +205,16 @@ def test_stored_answers_to_other_samples_are_refused_before_anything_is_trained(
     assert "epoch" not in told
 
 
+def test_a_hint_into_a_mobile_student_is_warned_of_and_one_into_a_plain_student_is_not(site, monkeypatch):
+    monkeypatch.chdir(site)
+    hint = '{ kind = "ce" }, { kind = "hint", taps = [{ student = "1", teacher = "1" }] }'
+    told, code = build(site, monkeypatch, recipe(site, hint, "", BLOCKS), until="inspect")
+    assert code == 0, told
+    assert "warning: hint from a plain convolutional teacher into a depthwise (mobile) student did harm" in told
+    assert "did harm" not in build(site, monkeypatch, recipe(site, hint, "", ("teacher = deep",)), until="inspect")[0]
+    assert "did harm" not in build(site, monkeypatch, recipe(site, '{ kind = "kl" }', "", BLOCKS), until="inspect")[0]
+
+
 @pytest.mark.parametrize(
     ("losses", "lines", "message"),
     [

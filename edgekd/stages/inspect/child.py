@@ -65,7 +65,7 @@ class Inspection:
             self._phase(f"assistant.{number}", model, partial(self._assistant, model))
         self._compare()
         if self.params["taps"]:
-            self._phase("taps", self.params["student"], partial(networks.taps, self.bench))
+            self._phase("taps", self.params["student"], self._taps)
         self._phase("metric", self.params["score"] or self.params["metric"], self._metric)
         for name in ("augment", "views"):
             self._phase(name, self.params[name], partial(networks.augment, self.bench, name))
@@ -141,6 +141,10 @@ class Inspection:
         self.summary["teacher"] = networks.teacher(self.bench, self.params)
         for number, weights in enumerate(self.params["checkpoints"]):
             networks.teacher(self.bench, {**self.params, "weights": weights}, f"checkpoint.{number}")
+
+    def _taps(self) -> None:
+        if (warning := networks.taps(self.bench)) is not None:
+            self.notes.append(f"warning: {warning}")
 
     def _further(self, number: int, given: Mapping[str, Any]) -> None:
         self._beside[given["teacher"] or given["file"]] = networks.teacher(self.bench, given, f"teacher.{number}")
