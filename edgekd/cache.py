@@ -21,6 +21,7 @@ import shutil
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import locks
@@ -31,7 +32,6 @@ from edgekd.errors import StorageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
     from edgekd.domain.artifact import Json
     from edgekd.ports import Record, StageResult
@@ -51,6 +51,17 @@ class Entry:
     metrics: Mapping[str, Json]
     notes: tuple[str, ...]
     seconds: float
+
+
+def cache_folder(given: Path | None) -> Path:
+    """Return the folder of the cache: the one that is given, else that of ``EDGEKD_CACHE``, else the user's."""
+    if given is not None:
+        return given.absolute()
+    if found := os.environ.get("EDGEKD_CACHE"):
+        return Path(found).absolute()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("edgekd", appauthor=False)
 
 
 class Cache:

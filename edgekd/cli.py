@@ -99,9 +99,10 @@ def init(folder: Path) -> None:
 def build(recipe: Path, out: Path | None, cache: Path | None, *, as_json: bool, **options: Any) -> int:
     """Build the recipe for its targets, and judge what came out."""
     from edgekd import build as building
+    from edgekd.cache import cache_folder
     from edgekd.report import terminal
 
-    request = building.Request(recipe=recipe, out=out or recipe.parent / "build", cache=_cache_folder(cache), **options)
+    request = building.Request(recipe=recipe, out=out or recipe.parent / "build", cache=cache_folder(cache), **options)
     with terminal.teller() as teller:
         results = building.build(request, teller)
     if as_json:
@@ -122,8 +123,9 @@ def build(recipe: Path, out: Path | None, cache: Path | None, *, as_json: bool, 
 def plan(recipe: Path, targets: tuple[str, ...], cache: Path | None, *, explain: bool, as_json: bool) -> None:
     """Show what a build would do; runs nothing."""
     from edgekd import build as building
+    from edgekd.cache import cache_folder
 
-    shown = building.show_plan(recipe, targets, _cache_folder(cache), explain=explain)
+    shown = building.show_plan(recipe, targets, cache_folder(cache), explain=explain)
     if as_json:
         click.echo(json.dumps(shown, indent=1, sort_keys=True))
         return
@@ -199,6 +201,8 @@ def cache() -> None:
 @json_option
 def cache_list(cache: Path | None, *, as_json: bool) -> None:
     """List the stored steps."""
+    from edgekd.cache import cache_folder
+
     rows = [
         {
             "key": key,
@@ -214,7 +218,7 @@ def cache_list(cache: Path | None, *, as_json: bool) -> None:
         return
     for row in rows:
         click.echo(f"{row['key'][:12]}  {row['stage']:<10}  {row['bytes'] / 2**20:9.2f} MiB  {row['seconds'] or 0:8.1f} s")
-    click.echo(f"{len(rows)} entries, {sum(row['bytes'] for row in rows) / 2**20:.1f} MiB in {_cache_folder(cache)}")
+    click.echo(f"{len(rows)} entries, {sum(row['bytes'] for row in rows) / 2**20:.1f} MiB in {cache_folder(cache)}")
 
 
 @cache.command("verify")
@@ -249,28 +253,19 @@ def cache_prune(cache: Path | None, max_gib: float | None, older_than_days: floa
 def doctor(*, deep: bool, as_json: bool) -> int:
     """Say what of the environment is missing, and the command that mends it."""
     from edgekd import doctor as diagnosis
+    from edgekd.cache import cache_folder
 
-    findings = diagnosis.check(_cache_folder(None), deep=deep)
+    findings = diagnosis.check(cache_folder(None), deep=deep)
     click.echo(diagnosis.as_json(findings) if as_json else diagnosis.as_text(findings), nl=False)
     return diagnosis.exit_code(findings)
 
 
 def _cache(folder: Path | None) -> Any:
-    from edgekd.cache import Cache
+    from edgekd.cache import Cache, cache_folder
 
-    store = Cache(_cache_folder(folder), lambda text: click.echo(text, err=True))
+    store = Cache(cache_folder(folder), lambda text: click.echo(text, err=True))
     store.prepare()
     return store
-
-
-def _cache_folder(given: Path | None) -> Path:
-    if given is not None:
-        return given.absolute()
-    if found := os.environ.get("EDGEKD_CACHE"):
-        return Path(found).absolute()
-    from platformdirs import user_cache_path
-
-    return user_cache_path("edgekd", appauthor=False)
 
 
 def _tell_error(error: EdgekdError) -> None:

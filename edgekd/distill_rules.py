@@ -23,7 +23,10 @@ def check(reader: Reader) -> None:
     for key, loss in reader.all_made(Loss):
         # a loss may stand there again with other epochs or another teacher, one of taps takes all of its taps at once
         own = (loss.kind,) if loss.kind in TAPPED else (loss.kind, loss.teacher, loss.epochs)
-        _check_loss(reader, loss, key, again=own in seen)
+        if own in seen:
+            reader.problem(f"{key}.kind", f"'{loss.kind}' is there twice; expected each loss once")
+        for problem in problems_of(loss, key):
+            reader.problem("", problem)
         seen.add(own)
     teachers = reader.all_made(Teacher)
     reference = next((teacher for key, teacher in teachers if key == "teacher"), None)
@@ -36,20 +39,22 @@ def check(reader: Reader) -> None:
         _check_distill(reader, distill, key, reference)
 
 
-def _check_loss(reader: Reader, loss: Loss, key: str, *, again: bool) -> None:
-    if again:
-        reader.problem(f"{key}.kind", f"'{loss.kind}' is there twice; expected each loss once")
-    for name in sorted(loss.given.keys() - LOSSES[loss.kind].keys()):
-        reader.problem(f"{key}.{name}", f"'{loss.kind}' has no {name}; {expected_one_of(name, ('weight', *LOSSES[loss.kind]))}")
+def problems_of(loss: Loss, key: str) -> list[str]:
+    """Return what is wrong with a loss by itself: options, taps and teacher that its kind does not have."""
+    if loss.kind not in LOSSES:
+        return [f"{key}.kind: '{loss.kind}' is not a loss; {expected_one_of(loss.kind, LOSSES)}"]
+    found = [
+        f"{key}.{name}: '{loss.kind}' has no {name}; {expected_one_of(name, ('weight', *LOSSES[loss.kind]))}"
+        for name in sorted(loss.given.keys() - LOSSES[loss.kind].keys())
+    ]
     if loss.kind in TAPPED and not loss.taps:
         example = '[{ student = "layer2", teacher = "layer4" }]'
-        reader.problem(f"{key}.taps", f"missing; '{loss.kind}' matches modules of student and teacher: taps = {example}")
+        found.append(f"{key}.taps: missing; '{loss.kind}' matches modules of student and teacher: taps = {example}")
     if loss.kind not in TAPPED and loss.taps:
-        reader.problem(f"{key}.taps", f"'{loss.kind}' compares answers and has no taps; expected them with {', '.join(TAPPED)}")
+        found.append(f"{key}.taps: '{loss.kind}' compares answers and has no taps; expected them with {', '.join(TAPPED)}")
     if loss.teacher != FROZEN and (loss.kind in TAPPED or loss.kind in _FOLLOWS_NONE):
-        reader.problem(
-            f"{key}.teacher", f"'{loss.teacher}', but '{loss.kind}' follows no such teacher; expected it with kl, dist, mse, ..."
-        )
+        found.append(f"{key}.teacher: '{loss.teacher}', but '{loss.kind}' follows no such teacher; expected it with kl, dist, mse, ...")
+    return found
 
 
 def _check_teacher(reader: Reader, teacher: Teacher, key: str) -> None:

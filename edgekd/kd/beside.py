@@ -51,7 +51,10 @@ class Beside:
 
     def loss(self, inputs: Sequence[Tensor], epoch: int) -> Tensor | float:
         """Return the losses of the tapped tensors for the batch that the student has just seen; 0 if nothing is tapped."""
-        return 0.0 if self.tapped is None else self.tapped.loss(inputs, epoch)
+        if self.tapped is None or not any(term.counts_in(epoch) for term in self.tapped.terms):
+            return 0.0
+        self.tapped.ask(inputs)
+        return self.tapped.loss(epoch)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what is trained beside the student."""

@@ -7,6 +7,7 @@ teacher's, live here and are trained with the student; no file of the student kn
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from edgekd.domain.losses import Loss, Tap
     from edgekd.domain.recipe import Entry
+
+    Inputs = Sequence[Tensor] | Mapping[str, Tensor]
 
 _SHOWN = 8
 _MAP, _SEQUENCE, _MOST_AXES = 3, 3, 4
@@ -58,15 +61,20 @@ class Tapped:
     records: dict[tuple[str, str], _Record]
     handles: list[Any] = field(default_factory=list)
 
-    def loss(self, inputs: Sequence[Tensor], epoch: int) -> Tensor:
-        """Return the weighted sum of the terms that count in an epoch (from 0), for the batch that the student has just seen."""
+    def ask(self, inputs: Inputs) -> Any:
+        """Show a batch to the teacher; return what it answers."""
+        import torch
+
+        with torch.no_grad():
+            return _run(self.teacher, inputs)
+
+    def loss(self, epoch: int) -> Tensor:
+        """Return the weighted sum of the terms that count in an epoch (from 0), for the batch that both have just seen."""
         import torch
 
         terms = [term for term in self.terms if term.counts_in(epoch)]
         if not terms:
             return torch.zeros(())
-        with torch.no_grad():
-            usercode.call(self.teacher.module.eval(), self.teacher.entry, *inputs)
         # read before any block runs again, which its hook would record
         pairs = {(kind, at): self.pair(tap) for kind, at, tap in _numbered(terms) if kind != "block"}
         summed = []
@@ -99,14 +107,14 @@ class Tapped:
         return _picked(made, tap.student), wanted
 
 
-def attach(student: Network, teacher: Network, terms: Sequence[Loss], inputs: Sequence[Tensor], seed: int) -> Tapped:
+def attach(student: Network, teacher: Network, terms: Sequence[Loss], inputs: Inputs, seed: int) -> Tapped:
     """Put hooks on two networks, after all taps were checked on a batch, and make the adapters that their shapes ask for.
 
     Args:
         student: Stays in the mode that it is in.
         teacher: Is frozen and put into eval mode.
         terms: Losses of the kinds in ``domain.recipe.TAPPED``.
-        inputs: A few samples, as the networks take them.
+        inputs: A few samples, as the networks take them: by position, or by name.
         seed: For the adapters' weights.
 
     Raises:
@@ -121,7 +129,7 @@ def attach(student: Network, teacher: Network, terms: Sequence[Loss], inputs: Se
     was_training = student.module.training
     with torch.no_grad():  # not inference_mode, which counts no changes in place
         for network in (student, teacher):
-            usercode.call(network.module.eval(), network.entry, *inputs)
+            _run(network, inputs)
         _refuse([problem for (role, path), record in tapped.records.items() if (problem := _unfit(record, role, path))])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "adapters"))
@@ -129,6 +137,13 @@ def attach(student: Network, teacher: Network, terms: Sequence[Loss], inputs: Se
     student.module.train(was_training)
     tapped.forget()
     return tapped
+
+
+def _run(network: Network, inputs: Inputs) -> Any:
+    module = network.module.eval()
+    if isinstance(inputs, Mapping):
+        return usercode.call(lambda: module(**inputs), network.entry, what=f"forward() of the {network.role}")
+    return usercode.call(module, network.entry, *inputs)
 
 
 def _hook(tapped: Tapped, network: Network) -> list[str]:

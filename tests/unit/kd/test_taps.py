@@ -66,6 +66,11 @@ def images(count=6, seed=0):
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
+def asked(tapped, batch, epoch):
+    tapped.ask([batch])
+    return tapped.loss(epoch)
+
+
 def state_digest(module):
     return hashlib.sha256(b"".join(value.numpy().tobytes() for value in module.state_dict().values())).hexdigest()
 
@@ -76,7 +81,7 @@ def test_the_loss_is_that_of_the_tensors_and_trains_the_student_only(kind):
     before = state_digest(teacher)
     tapped = taps.attach(*networks(student, teacher), [term(kind, ("3", "3"), weight=2.0)], [images()], 0)
     student(images())
-    loss = tapped.loss([images()], 0)
+    loss = asked(tapped, images(), 0)
     loss.backward()
     assert not any(module.training for module in teacher.modules())
     assert state_digest(teacher) == before
@@ -87,7 +92,7 @@ def test_the_loss_is_that_of_the_tensors_and_trains_the_student_only(kind):
     student.eval()
     with torch.no_grad():
         student(images())
-        found = tapped.loss([images()], 0)
+        found = asked(tapped, images(), 0)
         tensors = [net[:4](images()) for net in (student, teacher)]
         if kind == "hint":
             assert tapped.adapters["hint_0"].weight.shape == (6, 4, 1, 1)
@@ -101,7 +106,7 @@ def test_hidden_states_and_attention_of_a_transformer():
     terms = [term("hidden", ("embed", "embed")), term("attention", ("wrapped:1", "wrapped:1"), over="heads")]
     tapped = taps.attach(*networks(student, teacher), terms, [tokens], 0)
     student(tokens)
-    tapped.loss([tokens], 0).backward()
+    asked(tapped, tokens, 0).backward()
     assert tapped.adapters["hidden_0"].weight.shape == (16, 8)
     assert student.attention.in_proj_weight.grad.abs().sum() > 0
 
@@ -110,14 +115,14 @@ def test_a_block_is_fed_the_teachers_input_and_trained_alone():
     student, teacher = convolutional(6).train(), convolutional(6, seed=1)
     tapped = taps.attach(*networks(student, teacher), [term("block", ("3", "3"))], [images()], 0)
     student(images())
-    tapped.loss([images()], 0).backward()
+    asked(tapped, images(), 0).backward()
     assert student[3][0].weight.grad.abs().sum() > 0
     assert student[0].weight.grad is None
     student.eval()
     with torch.no_grad():
         student(images())
         entered = teacher[:3](images())
-        assert tapped.loss([images()], 0).item() == pytest.approx(
+        assert asked(tapped, images(), 0).item() == pytest.approx(
             ((student[3](entered) - teacher[3](entered)) ** 2).mean().item(), rel=1e-5
         )
 
@@ -128,7 +133,7 @@ def test_a_term_counts_in_its_epochs_only():
     losses = []
     for epoch in range(4):
         student(images())
-        losses.append(tapped.loss([images()], epoch).item())
+        losses.append(asked(tapped, images(), epoch).item())
     assert [loss > 0 for loss in losses] == [False, True, True, False]
 
 
@@ -230,4 +235,4 @@ def test_a_module_that_is_left_out_later_is_told_and_nothing_stale_is_used():
     student.skip = True
     student(tokens)
     with pytest.raises(RecipeError, match="tap 'wrapped:1': the module was not called for this batch"):
-        tapped.loss([tokens], 0)
+        asked(tapped, tokens, 0)
