@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgekd import scores, stats
-from edgekd.domain.recipe import DISTILLED, TWINS
+from edgekd.domain.recipe import DISTILLED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ def judge(
         groups: Shape (n,): samples that share a speaker or a source share a group.
         calibrated: Whether outputs are logits of classes, so that a calibration error has a meaning.
     """
-    rival = max(TWINS, key=lambda arm: _mean(validation[arm]))  # chosen where nothing is judged
+    rival = max((arm for arm in arms if arm != DISTILLED), key=lambda arm: _mean(validation[arm]))  # chosen where nothing is judged
     rows: list[dict[str, Any]] = []
     gains: list[dict[str, Any]] = []
     for arm, scored in arms.items():

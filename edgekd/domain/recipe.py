@@ -15,6 +15,7 @@ Positive = Between(0, above=True)
 DTYPES = ("float32", "int32", "int64")
 DISTILLED = "distilled"
 TWINS = {"alone": 0.0, "smoothed": 0.1}  # students that are trained alike without a teacher, and their label smoothing
+PSEUDO = "pseudo"  # the twin that follows the answers of the one that was trained alone
 OPTIMIZERS = ("adamw", "sgd")
 
 
@@ -129,9 +130,15 @@ class Student:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """Twins: the same student, trained alike without a teacher, from as many seeds; they say whether distillation helps."""
+    """Twins: the same student, trained alike without a teacher, from as many seeds; they say whether distillation helps.
+
+    With ``pseudo_labels``, one more learns from the labels and from what the student alone says of the unlabelled samples.
+
+    Source: pseudo-labels: Lee, ICML workshop on challenges in representation learning, 2013.
+    """
 
     seeds: Annotated[int, Between(2, 100)]
+    pseudo_labels: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +243,9 @@ class Recipe:
         for number, assistant in enumerate(self.distill.assistants):
             kept, code = f"distill/assistant/{number}:student.safetensors", f"inspect:assistant.{number}.code.json"
             found[f"supervise/assistant/{number}"] = Supervisor(assistant.model, kept, code)
+        for number, name in enumerate(self.arms.get(PSEUDO, ())):
+            kept = f"{self.arms['alone'][number]}:student.safetensors"
+            found[f"supervise/{name.removeprefix('distill/')}"] = Supervisor(self.student.model, kept, "inspect:student.code.json")
         return found
 
     @property
@@ -249,7 +259,8 @@ class Recipe:
         if self.distill.control is None:
             return {}
         numbers = range(self.distill.control.seeds)
-        arms = {arm: tuple(f"distill/{arm}/{number}" for number in numbers) for arm in (DISTILLED, *TWINS)}
+        names = (DISTILLED, *TWINS, *([PSEUDO] if self.distill.control.pseudo_labels else []))
+        arms = {arm: tuple(f"distill/{arm}/{number}" for number in numbers) for arm in names}
         return {**arms, DISTILLED: ("distill", *arms[DISTILLED][1:])}
 
     def for_target(self, name: str) -> ForTarget:

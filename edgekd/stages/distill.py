@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 from edgekd.domain.losses import FROZEN, TAPPED, Loss, untold
-from edgekd.domain.recipe import DISTILLED, TWINS, Entry
+from edgekd.domain.recipe import DISTILLED, PSEUDO, TWINS, Entry
 from edgekd.errors import RecipeError
 from edgekd.harness import runner
 from edgekd.kd import data
@@ -56,22 +56,27 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         params["teacher"] = str(recipe.teacher.model)
         taught |= {"teacher": recipe.teacher.artifact, "teacher.code": "inspect:teacher.code.json"}
     found.append(Step(NAME, NAME, params, taught, tools))
-    alone = {
-        **data.references(recipe, "train", labels=True),
-        **data.references(recipe, "validation", labels=True),
-        **(data.references(recipe, "unlabelled") if _learns_unlabelled(distill.losses) else {}),
-        "code": "inspect:student.code.json",
-        "views.code": "inspect:views.code.json",
-    }
+    return [*found, *_twins(recipe, params, taught, tools)]
+
+
+def _twins(recipe: Recipe, params: Mapping[str, Any], taught: Mapping[str, str], tools: tuple[str, ...]) -> list[Step]:
+    """Return the steps of the control: the distilled student from other seeds, and those without the teacher."""
+    distill, found = recipe.distill, []
+    code = {"code": "inspect:student.code.json", "views.code": "inspect:views.code.json"}
+    alone = {name: reference for name, reference in _samples(recipe).items() if not name.startswith("unlabelled")} | code
+    if _learns_unlabelled(distill.losses):
+        alone |= data.references(recipe, "unlabelled")
+    without = {key: value for key, value in params.items() if key not in {"mixing", "checkpoints", "teacher"}}
     for arm, names in recipe.arms.items():
         for number, name in enumerate(names):
-            own = {**params, "seed": distill.seed + number}
+            seed = {"seed": distill.seed + number}
             if arm == DISTILLED:
-                found += [Step(name, NAME, own, taught, tools)] if number else []
-            else:
-                own = {key: value for key, value in own.items() if key not in {"mixing", "checkpoints", "teacher"}}
-                own["losses"] = [Loss("ce", label_smoothing=TWINS[arm]).told]
-                found.append(Step(name, NAME, own, alone, tools))
+                found += [Step(name, NAME, {**params, **seed}, taught, tools)] if number else []
+                continue
+            losses = (Loss("ce"), Loss("hard")) if arm == PSEUDO else (Loss("ce", label_smoothing=TWINS[arm]),)
+            own = {**without, **seed, "losses": [loss.told for loss in losses]}
+            answers = {**_samples(recipe), **code, **_answers(f"supervise/{name.removeprefix('distill/')}")}
+            found.append(Step(name, NAME, own, answers if arm == PSEUDO else alone, tools))
     return found
 
 
@@ -87,21 +92,27 @@ def _lessons(recipe: Recipe, link: int) -> dict[str, Any]:
 
 def _taught(recipe: Recipe, link: int) -> dict[str, str]:
     """Return the inputs of a link of the chain: the data, and the answers of what teaches it."""
-    found = {
+    found = {**_samples(recipe), "views.code": "inspect:views.code.json"}
+    if link:
+        return found | _answers(f"supervise/assistant/{link - 1}")
+    for name in recipe.supervisors:
+        own = name.removeprefix("supervise").replace("/", ".")
+        if not own.startswith((".assistant", f".{PSEUDO}")):
+            found |= _answers(name, own)
+    return found
+
+
+def _samples(recipe: Recipe) -> dict[str, str]:
+    return {
         **data.references(recipe, "train", labels=True),
         **data.references(recipe, "validation", labels=True),
         **data.references(recipe, "unlabelled"),
-        "views.code": "inspect:views.code.json",
     }
-    for split in ("train", "validation", "unlabelled"):
-        if link:
-            found[f"{split}.outputs"] = f"supervise/assistant/{link - 1}:{split}.outputs.npy"
-            continue
-        for name in recipe.supervisors:
-            own = name.removeprefix("supervise").replace("/", ".")
-            if not own.startswith(".assistant"):
-                found[f"{split}.outputs{own}"] = f"{name}:{split}.outputs.npy"
-    return found
+
+
+def _answers(step: str, suffix: str = "") -> dict[str, str]:
+    """Return the inputs that are the answers of a step of ``supervise``."""
+    return {f"{split}.outputs{suffix}": f"{step}:{split}.outputs.npy" for split in ("train", "validation", "unlabelled")}
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:

@@ -42,3 +42,8 @@ class Residual(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Shapes: images (n, inputs, h, w); result (n, outputs, h / stride, w / stride)."""
         return torch.relu(self.second(self.first(images)) + self.short(images))
+
+
+def tiny() -> nn.Module:
+    """Return a network of 5,000 parameters, for the control: it is far enough below the teacher to have something to learn from it."""
+    return nn.Sequential(conv(1, 8), nn.MaxPool2d(2), conv(8, 16), nn.MaxPool2d(2), conv(16, 24), *head(24))

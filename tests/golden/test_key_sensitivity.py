@@ -72,7 +72,7 @@ OTHER = {
     "distill.optimizer": "sgd",
     "distill.losses": (losses.Loss("ce"),),
     "distill.losses[0].standardize": True,
-    "distill.control": words.Control(seeds=2),
+    "distill.control": words.Control(seeds=2, pseudo_labels=True),
     "distill.losses[0].epochs": (1, 2),
     "distill.losses[1].epochs": (1, 2),
     "distill.losses[0].teacher": "average",

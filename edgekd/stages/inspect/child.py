@@ -111,6 +111,9 @@ class Inspection:
         seed_all(0)  # splits that are drawn without a seed of their own are the same in each run
         found = splits.named(usercode.call(usercode.load(self.recipe_dir, entry), entry), entry)
         kept = splits.read(found, reader)
+        if self.params["pseudo_labels"] and not kept["unlabelled"].digests:
+            what = "distill.control.pseudo_labels needs samples without labels, and the split 'unlabelled' has none"
+            raise RecipeError(f"{entry}: {what}; return some, or leave pseudo_labels out")
         shared = splits.overlaps(kept, self.params["max_overlap"], entry)
         self.labels = {name: split.labels for name, split in kept.items()}
         self.scored = networks.scored_rows(self.labels["evaluation"])

@@ -11,7 +11,7 @@ import torch
 
 from edgekd.domain.artifact import Artifact
 from edgekd.domain.losses import Loss
-from edgekd.domain.recipe import Control, Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.recipe import Assistant, Control, Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
 from edgekd.errors import RecipeError
 from edgekd.kd import calibrate, data, models, train
 from edgekd.ports import Context
@@ -157,6 +157,56 @@ def test_twins_are_trained_alike_but_for_the_teacher_and_the_seed():
         reads_teacher = any(reference.startswith("supervise:") for reference in step.inputs.values())
         assert reads_teacher == ("distilled" in step.id)
     assert others[-1].params["losses"] == [{"kind": "ce", "weight": 1.0, "label_smoothing": 0.1}]
+
+
+def test_a_twin_by_pseudo_labels_follows_the_student_that_was_trained_alone():
+    given = recipe(control=Control(seeds=2, pseudo_labels=True), teachers=(Teacher(entry("other"), "o.safetensors"),))
+    last = distill.steps(given, [])[-1]
+    assert last.id == "distill/pseudo/1"
+    assert [loss["kind"] for loss in last.params["losses"]] == ["ce", "hard"]
+    assert {reference.partition(":")[0] for name, reference in last.inputs.items() if "outputs" in name} == {"supervise/pseudo/1"}
+    assert given.supervisors["supervise/pseudo/1"].artifact == "distill/alone/1:student.safetensors"
+    assert not {"mixing", "checkpoints", "teacher"} & last.params.keys()
+
+
+def test_each_link_of_a_chain_is_taught_by_the_one_before():
+    middle, small = (Assistant(entry(name)) for name in ("middle", "small"))
+    given = recipe(assistants=(middle, replace(small, epochs=3)), teachers=(Teacher(file="o.onnx", weight=0.5),))
+    first, second, last = distill.steps(given, [])
+    assert [step.id for step in (first, second, last)] == ["distill/assistant/0", "distill/assistant/1", "distill"]
+    assert [step.params["epochs"] for step in (first, second, last)] == [8, 3, 8]
+    assert first.params["mixing"] == {"weights": [1.0, 0.5], "by": "weights"}
+    assert "mixing" not in second.params.keys() | last.params.keys()
+    taught = [
+        {reference.partition(":")[0] for name, reference in step.inputs.items() if "outputs" in name} for step in (first, second, last)
+    ]
+    assert taught == [{"supervise", "supervise/teacher/0"}, {"supervise/assistant/0"}, {"supervise/assistant/1"}]
+    assert first.inputs["code"] == "inspect:assistant.0.code.json"
+
+
+def test_checkpoints_teach_in_turns_and_the_teacher_last(folder, monkeypatch):
+    inputs = artifacts(folder)
+    for split in ("train", "validation", "unlabelled"):
+        answers = np.load(inputs[f"{split}.outputs"].path)
+        for number in range(3):
+            path = folder / f"{split}.outputs.{number}.npy"
+            np.save(path, answers + 1 + number)
+            inputs[f"{split}.outputs.checkpoint.{number}"] = Artifact(path, "", 0)
+    seen = []
+
+    def fit(job, *_):
+        clean = job.validation.outputs
+        seen.extend(int(np.rint((job.view(epoch).outputs.numpy() - np.load(inputs["train.outputs"].path)[0]).mean())) for epoch in range(8))
+        assert torch.equal(clean, torch.from_numpy(np.load(inputs["validation.outputs"].path)[0]))
+        raise KeyboardInterrupt
+
+    given = replace(recipe(), teacher=Teacher(entry("teacher"), "w.safetensors", checkpoints=("a.pt", "b.pt", "c.pt")))
+    [step] = distill.steps(given, [])
+    assert [name for name in given.supervisors if "checkpoint" in name] == [f"supervise/checkpoint/{number}" for number in range(3)]
+    monkeypatch.setattr(train, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(step, inputs, Context(folder, folder, folder, lambda *_: None))
+    assert seen == [1, 1, 2, 2, 3, 3, 0, 0]
 
 
 def test_a_twin_needs_no_teacher(folder):
