@@ -94,6 +94,11 @@ class Reader:
 
     def _union(self, hints: tuple[Any, ...], value: object, key: str) -> Any:
         options = [hint for hint in hints if hint is not type(None)]
+        words = [word for hint in options if typing.get_origin(hint) is typing.Literal for word in typing.get_args(hint)]
+        if words:
+            options = [hint for hint in options if typing.get_origin(hint) is not typing.Literal]
+            if value in words:
+                return value
         if len(options) == 1:
             return self.value(options[0], value, key)
         array = next((hint for hint in options if typing.get_origin(hint) is tuple), None)
@@ -181,6 +186,8 @@ def _describe(hint: Any) -> str:
         return "an array"
     if typing.get_origin(hint) in {types.UnionType, typing.Union}:
         return " or ".join(_describe(option) for option in typing.get_args(hint) if option is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(f'"{word}"' for word in typing.get_args(hint))
     if hint is Entry:
         return "'file.py:function'"
     return _KINDS.get(hint, "a table")

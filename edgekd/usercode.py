@@ -37,6 +37,7 @@ _NEEDED = frozenset(
         "onnxruntime",
         "onnxscript",
         "onnxsim",
+        "optuna",
         "safetensors",
         "scipy",
         "torch",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from edgekd.domain.rules import Between, NonEmpty, OneOf
 
@@ -26,7 +26,8 @@ LOSSES: Mapping[str, Mapping[str, float | bool | str]] = {
     "relation": {"distance_weight": 1.0, "angle_weight": 2.0},
 }
 TAPPED = ("attention", "block", "hidden", "hint", "relation")  # losses of tensors inside the networks; the others are of answers
-FROZEN = "frozen"
+FROZEN: Final = "frozen"
+AUTO: Final = "auto"  # what is left to be chosen
 TEACHERS = (FROZEN, "average", "previous")  # whose answers a loss follows: the given teachers', or the student's own earlier ones
 
 
@@ -45,17 +46,18 @@ class Tap:
 class Loss:
     """One term of the distillation loss. An option that is None has the value of ``LOSSES``; a kind takes those it has there.
 
+    ``auto`` is chosen by short runs, on the validation split.
     ``epochs`` are the first and the last (from 1) in which the term counts; ``taps`` are for the kinds of ``TAPPED``.
     """
 
     kind: Annotated[str, OneOf("a loss", LOSSES)]
-    weight: Annotated[float, Between(0, above=True)] = 1.0
+    weight: Annotated[float, Between(0, above=True)] | Literal["auto"] = 1.0
     epochs: tuple[Annotated[int, Between(1)], ...] | None = None
     taps: tuple[Tap, ...] = ()
     teacher: Annotated[str, OneOf("a teacher", TEACHERS)] = FROZEN
-    temperature: Annotated[float, Between(0, above=True)] | None = None
-    standardize: bool | None = None
-    label_smoothing: Annotated[float, Between(0, 1)] | None = None
+    temperature: Annotated[float, Between(0, above=True)] | Literal["auto"] | None = None
+    standardize: bool | Literal["auto"] | None = None
+    label_smoothing: Annotated[float, Between(0, 1)] | Literal["auto"] | None = None
     target_weight: Annotated[float, Between(0)] | None = None
     rest_weight: Annotated[float, Between(0)] | None = None
     inter_weight: Annotated[float, Between(0)] | None = None
@@ -74,6 +76,11 @@ class Loss:
     def options(self) -> dict[str, float | bool | str]:
         """Return all options of this kind."""
         return {**LOSSES[self.kind], **self.given}
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether something is left to be chosen."""
+        return AUTO in (self.weight, *self.given.values())
 
     @property
     def told(self) -> dict[str, Any]:

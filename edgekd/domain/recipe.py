@@ -148,6 +148,7 @@ class Distill:
     ``augment`` is as the teacher's; of each sample ``views`` augmented ones are made, the teacher answers each once, and the
     epochs take them in turns. ``teachers`` are further ones beside the reference: the student follows the mean of all their
     answers, by their weights, or for each sample by their ``confidence`` too. ``assistants`` make a chain.
+    ``search_share``: how many epochs may be spent on choosing what losses leave to ``auto``, as a share of ``epochs``.
     """
 
     epochs: Annotated[int, Between(1)]
@@ -163,6 +164,7 @@ class Distill:
     teachers: tuple[Teacher, ...] = ()
     mixing: Annotated[str, OneOf("a way to mix teachers", ("weights", "confidence"))] = "weights"
     assistants: tuple[Assistant, ...] = ()
+    search_share: Annotated[float, Positive] = 1.0
     control: Control | None = None
 
 

@@ -163,13 +163,18 @@ def total(losses: Sequence[Loss], student: Tensor, answers: Mapping[str, Tensor 
             continue
         known = {"student": student, "teacher": answers[loss.teacher], "labels": labels}
         needed = {name: known[name] for name in needs(loss.kind)}
-        terms.append(loss.weight * LOSSES[loss.kind](**needed, **loss.options))
+        terms.append(float(loss.weight) * LOSSES[loss.kind](**needed, **loss.options))
     return sum(terms[1:], start=terms[0]) if terms else student.new_zeros(())
 
 
 def needs(kind: str) -> Iterable[str]:
     """Return which of ``student``, ``teacher`` and ``labels`` a loss takes; one of tapped tensors takes none."""
     return () if kind in TAPPED else inspect.signature(LOSSES[kind]).parameters.keys() & {"student", "teacher", "labels"}
+
+
+def learns_unlabelled(terms: Iterable[Loss]) -> bool:
+    """Return whether a loss can learn from samples without labels."""
+    return any("labels" not in needs(term.kind) for term in terms)
 
 
 def _standardized(logits: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Tapped:
                 found, wanted = self._of_block(tap) if term.kind == "block" else pairs[term.kind, at]
                 if (name := _key(term.kind, at)) in self.adapters:
                     found = self.adapters[name](found)
-                summed.append(term.weight * FEATURES[term.kind](found, wanted, **term.options))
+                summed.append(float(term.weight) * FEATURES[term.kind](found, wanted, **term.options))
         self.forget()
         return sum(summed[1:], start=summed[0])
 

@@ -110,7 +110,7 @@ class Run:
 
 
 def fit(
-    job: Job, work: Path, progress: Progress, after_epoch: Callable[[int, nn.Module], None] | None = None
+    job: Job, work: Path, progress: Progress, after_epoch: Callable[[Epoch, nn.Module], None] | None = None
 ) -> tuple[dict[str, Tensor], list[Epoch]]:
     """Train and return the weights of the best epoch (the first of equals) and the curve.
 
@@ -118,7 +118,7 @@ def fit(
         job: What is trained.
         work: Where the checkpoint lies; it belongs to this job alone.
         progress: Is told how far it is.
-        after_epoch: Is given each finished epoch's number, from 0, and the module as it is then, before it is checkpointed.
+        after_epoch: Is given the line of each finished epoch, and the module as it is then, before it is checkpointed.
 
     Raises:
         RecipeError: if the module cannot be trained on these samples, or its code fails.
@@ -139,7 +139,7 @@ def fit(
             run.curve.append(line)
             run.beside.after_epoch(run.module)
             if after_epoch is not None:
-                after_epoch(epoch, run.module)
+                after_epoch(line, run.module)
             _save(run, work)
             progress((epoch + 1) / settings.epochs, _told(line, settings.epochs))
     return run.best, run.curve

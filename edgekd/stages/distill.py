@@ -4,30 +4,28 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from edgekd.domain.losses import FROZEN, TAPPED, Loss, untold
-from edgekd.domain.recipe import DISTILLED, PSEUDO, TWINS, Entry
-from edgekd.errors import RecipeError
+from edgekd.domain.losses import AUTO, TAPPED, Loss, untold
+from edgekd.domain.recipe import DISTILLED, PSEUDO, TWINS
 from edgekd.harness import runner
 from edgekd.kd import data
-from edgekd.kd.beside import PREVIOUS
-from edgekd.kd.taps import Network
+from edgekd.kd.losses import learns_unlabelled
 from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
-
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
     from edgekd.domain.target import Target
+    from edgekd.kd.train import Job
     from edgekd.ports import Context
 
 NAME = "distill"
 VERSION = 6
+TOOLS = ("torch", "numpy", "safetensors")
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
@@ -35,7 +33,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     del targets  # all share one student
     machine = runner.facts()
     distill, assistants = recipe.distill, recipe.distill.assistants
-    others = {"control", "augment", "teachers", "mixing", "assistants"}
+    others = {"control", "augment", "teachers", "mixing", "assistants", "search_share"}
     params: dict[str, Any] = {
         **{name: value for name, value in asdict(distill).items() if name not in others},
         "augment": None if distill.augment is None else str(distill.augment),
@@ -44,39 +42,56 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         "threads": distill.threads or machine["cores"],
         "instruction_set": machine["instruction_set"],
     }
-    tools = ("torch", "numpy", "safetensors")
-    found = []
+    found: list[Step] = []
     for link, assistant in enumerate(assistants):
         own = {**params, **_lessons(recipe, link), "model": str(assistant.model), "epochs": assistant.epochs or distill.epochs}
         taught = {**_taught(recipe, link), "code": f"inspect:assistant.{link}.code.json"}
-        found.append(Step(f"distill/assistant/{link}", NAME, own, taught, tools))
+        found += _with_search(recipe, Step(f"distill/assistant/{link}", NAME, own, taught, TOOLS))
     params |= _lessons(recipe, len(assistants))
     taught = {**_taught(recipe, len(assistants)), "code": "inspect:student.code.json"}
     if any(loss.kind in TAPPED for loss in distill.losses):
         params["teacher"] = str(recipe.teacher.model)
         taught |= {"teacher": recipe.teacher.artifact, "teacher.code": "inspect:teacher.code.json"}
-    found.append(Step(NAME, NAME, params, taught, tools))
-    return [*found, *_twins(recipe, params, taught, tools)]
+    found += _with_search(recipe, Step(NAME, NAME, params, taught, TOOLS))
+    return [*found, *_twins(recipe, found[-1])]
 
 
-def _twins(recipe: Recipe, params: Mapping[str, Any], taught: Mapping[str, str], tools: tuple[str, ...]) -> list[Step]:
-    """Return the steps of the control: the distilled student from other seeds, and those without the teacher."""
+def _with_search(recipe: Recipe, step: Step) -> list[Step]:
+    """Return a step, after one that chooses what its losses leave to ``auto``."""
+    losses = cast("list[dict[str, Any]]", step.params["losses"])
+    if not any(untold(told).is_open for told in losses):
+        return [step]
+    name = "/".join([NAME, "search", *step.id.split("/")[1:]])
+    searching = replace(step, id=name, params={**step.params, "search_share": recipe.distill.search_share}, tools=(*TOOLS, "optuna"))
+    return [searching, replace(step, inputs={**step.inputs, "chosen": f"{name}:chosen.json"})]
+
+
+def _twins(recipe: Recipe, step: Step) -> list[Step]:
+    """Return the steps of the control: the distilled student's from other seeds, and those without the teacher.
+
+    Where the student's losses are searched, so is the label smoothing of the smoothed twin, for as many epochs.
+    """
     distill, found = recipe.distill, []
     code = {"code": "inspect:student.code.json", "views.code": "inspect:views.code.json"}
     alone = {name: reference for name, reference in _samples(recipe).items() if not name.startswith("unlabelled")} | code
-    if _learns_unlabelled(distill.losses):
+    if learns_unlabelled(distill.losses):
         alone |= data.references(recipe, "unlabelled")
-    without = {key: value for key, value in params.items() if key not in {"mixing", "checkpoints", "teacher"}}
+    without = {key: value for key, value in step.params.items() if key not in {"mixing", "checkpoints", "teacher"}}
+    smoothing: Any = AUTO if "chosen" in step.inputs else TWINS["smoothed"]
+    losses = {"alone": (Loss("ce"),), "smoothed": (Loss("ce", label_smoothing=smoothing),), PSEUDO: (Loss("ce"), Loss("hard"))}
     for arm, names in recipe.arms.items():
         for number, name in enumerate(names):
             seed = {"seed": distill.seed + number}
             if arm == DISTILLED:
-                found += [Step(name, NAME, {**params, **seed}, taught, tools)] if number else []
+                found += [replace(step, id=name, params={**step.params, **seed})] if number else []
                 continue
-            losses = (Loss("ce"), Loss("hard")) if arm == PSEUDO else (Loss("ce", label_smoothing=TWINS[arm]),)
-            own = {**without, **seed, "losses": [loss.told for loss in losses]}
+            own = {**without, **seed, "losses": [loss.told for loss in losses[arm]]}
             answers = {**_samples(recipe), **code, **_answers(f"supervise/{name.removeprefix('distill/')}")}
-            found.append(Step(name, NAME, own, answers if arm == PSEUDO else alone, tools))
+            twin = Step(name, NAME, own, answers if arm == PSEUDO else alone, TOOLS)
+            first, *searched = _with_search(recipe, twin)
+            chosen = {"chosen": f"{NAME}/search/{arm}/0:chosen.json"}  # the first seed's search serves all, as the student's does
+            found += [first] if not searched or number == 0 else []
+            found += [replace(twin, inputs={**twin.inputs, **chosen}) for twin in searched]
     return found
 
 
@@ -116,50 +131,20 @@ def _answers(step: str, suffix: str = "") -> dict[str, str]:
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
-    """Train the student; write ``student.safetensors`` and ``curve.json``."""
-    from edgekd.kd import calibrate, losses, models, train, views
+    """Train the student; write ``student.safetensors`` and ``curve.json``. A search writes ``chosen.json``."""
+    from edgekd.kd import calibrate, lessons, models, train
 
     params = cast("dict[str, Any]", step.params)
-    entry = _entry(params["model"])
     terms = [untold(term) for term in params["losses"]]
-    section = "distill.losses" if "train.outputs" in inputs else "distill.control"
-    augment = None if params["augment"] is None else views.load(context.recipe_dir, _entry(params["augment"]))
-    mixing = data.Mixing(tuple(params["mixing"]["weights"]), params["mixing"]["by"]) if "mixing" in params else None
-    checkpoints, epochs = params.get("checkpoints", 0), params["epochs"]
-
-    def objective(logits: Tensor, answers: Mapping[str, Tensor | None], labels: Tensor, epoch: int) -> Tensor:
-        return losses.total(terms, logits, answers, labels, epoch)
-
-    def view(epoch: int) -> data.Samples:
-        turn = epoch * (checkpoints + 1) // epochs
-        number = 0 if augment is None else epoch % params["views"]
-        return _training_set(inputs, terms, section, (augment, number, mixing, turn if turn < checkpoints else None))
-
-    def teacher() -> Network:
-        made = _entry(params["teacher"])
-        return Network("teacher", models.load_teacher_module(context.recipe_dir, made, inputs["teacher"].path), made)
-
-    def active(epoch: int) -> list[Loss]:
-        return [term for term in terms if term.counts_in(epoch) and (epoch or term.teacher != PREVIOUS)]
-
-    job = train.Job(
-        section="distill",
-        entry=entry,
-        build=lambda: models.student(context.recipe_dir, entry),
-        train=view(epochs - 1),
-        validation=data.samples(inputs, "validation", mixing=mixing),
-        objective=objective,
-        settings=train.Settings(**{name: params[name] for name in train.Settings.__slots__}),
-        view=view if augment is not None or checkpoints else None,
-        teacher=teacher if "teacher" in params else None,
-        tapped=[term for term in terms if term.kind in TAPPED],
-        selves=sorted({term.teacher for term in terms} - {FROZEN}),
-        is_judged=lambda epoch: active(epoch) == active(epochs - 1),
-    )
+    if "search_share" in params:
+        return _search(params, inputs, context, terms)
+    if "chosen" in inputs:
+        terms = [untold(term) for term in json.loads(inputs["chosen"].path.read_text())["losses"]]
+    job = lessons.lesson(params, inputs, context.recipe_dir, terms)
     weights, curve = train.fit(job, context.work, context.progress)
     notes: tuple[str, ...] = ()
     if calibrate.leaves_scale_free(terms):
-        weights, note = calibrate.calibrated(job.build(), weights, job.validation, entry, params["threads"])
+        weights, note = calibrate.calibrated(job.build(), weights, job.validation, job.entry, params["threads"])
         notes = (note,)
     (context.out / "student.safetensors").write_bytes(models.pack(weights))
     lines = {"best_epoch": train.best_of(curve).epoch, "epochs": [asdict(line) for line in curve]}
@@ -167,33 +152,14 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     return StageResult(metrics=asdict(train.best_of(curve)), notes=notes)
 
 
-def _training_set(inputs: Mapping[str, Artifact], terms: list[Loss], section: str, seen: tuple[Any, ...] = ()) -> data.Samples:
-    """Return the training split, seen as ``data.samples`` says, with the unlabelled samples behind it if a loss can learn from them."""
-    import torch
+def _search(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context, terms: Sequence[Loss]) -> StageResult:
+    from edgekd.kd import lessons, search
 
-    from edgekd.kd.losses import UNLABELLED, needs
+    def job_of(closed: Sequence[Loss], epochs: int) -> Job:
+        return lessons.lesson({**params, "epochs": epochs}, inputs, context.recipe_dir, closed)
 
-    found = data.samples(inputs, "train", *seen)
-    if bool((found.labels == UNLABELLED).all()):
-        for term in terms:
-            if "labels" in needs(term.kind):
-                what = f"'{term.kind}' needs classes, and the labels of the train split are none (int64 from 0)"
-                raise RecipeError(f"{section}: {what}; use 'kl' alone, without [distill.control]")
-    if "unlabelled.inputs.0" not in inputs:
-        return found
-    more = data.samples(inputs, "unlabelled", *seen)
-    if not len(more):
-        return found
-    if "train.outputs" not in inputs:  # a twin takes as many steps as the distilled student, on the samples that it can learn from
-        return found.pick(torch.arange(len(found) + len(more)) % len(found))
-    return data.joined(found, more) if _learns_unlabelled(terms) else found
-
-
-def _learns_unlabelled(terms: Sequence[Loss]) -> bool:
-    from edgekd.kd.losses import needs
-
-    return any("labels" not in needs(term.kind) for term in terms)
-
-
-def _entry(text: str) -> Entry:
-    return Entry(*text.rsplit(":", 1))
+    chosen, trials = search.search(terms, job_of, params["epochs"], params["search_share"], context.work, context.progress)
+    told = search.as_json(chosen, trials)
+    (context.out / "chosen.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
+    note = f"distill: {len(trials)} settings were tried for {told['epochs']} epochs; taken: {search.told(terms, chosen)}"
+    return StageResult({"trials": len(trials), "epochs": told["epochs"]}, (note,))

@@ -70,9 +70,9 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     )
     wanted = _checkpoints(settings.epochs, params["checkpoints"])
 
-    def keep(epoch: int, module: nn.Module) -> None:
-        if epoch in wanted:  # beside the run's own checkpoint: a kill may come before this stage ends
-            write_atomically(context.work / f"checkpoint.{wanted.index(epoch)}", models.pack(module.state_dict()))
+    def keep(line: train.Epoch, module: nn.Module) -> None:
+        if line.epoch in wanted:  # beside the run's own checkpoint: a kill may come before this stage ends
+            write_atomically(context.work / f"checkpoint.{wanted.index(line.epoch)}", models.pack(module.state_dict()))
 
     weights, curve = train.fit(job, context.work, context.progress, keep)
     for number in range(len(wanted)):
@@ -84,8 +84,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
 
 
 def _checkpoints(epochs: int, count: int) -> list[int]:
-    """Return the epochs after which weights are kept, from 0: evenly spread, and none is the last."""
-    return [epochs * (number + 1) // (count + 1) - 1 for number in range(count)]
+    """Return the epochs after which weights are kept, from 1: evenly spread, and none is the last."""
+    return [epochs * (number + 1) // (count + 1) for number in range(count)]
 
 
 def _labelled(samples: data.Samples, split: str) -> data.Samples:

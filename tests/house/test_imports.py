@@ -19,6 +19,7 @@ HEAVY = {
     "onnxruntime",
     "onnxscript",
     "onnxsim",
+    "optuna",
     "rich",
     "safetensors",
     "scipy",
@@ -38,7 +39,7 @@ def test_light_commands_import_nothing_heavy(arguments):
     assert _imported(f"from edgekd import cli; assert cli.run({arguments!r}) == 0") == []
 
 
-@pytest.mark.parametrize("module", ["pipeline", "plan", "config", "cache", "build", "usercode", "stats", "harness.runner"])
+@pytest.mark.parametrize("module", ["api", "pipeline", "plan", "config", "cache", "build", "usercode", "stats", "harness.runner"])
 def test_modules_import_nothing_heavy(module):
     assert _imported(f"import edgekd.{module}") == []
 

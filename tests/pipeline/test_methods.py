@@ -101,6 +101,7 @@ METHODS = {
         '{ kind = "kl" }', 'mixing = "confidence"\nteachers = [{ model = "models.py:middle", weights = "middle.safetensors" }]', ()
     ),
     "assistants": ('{ kind = "kl" }', 'assistants = [{ model = "models.py:middle", epochs = 4 }, { model = "models.py:student" }]', ()),
+    "search": ('{ kind = "kl", temperature = "auto", standardize = "auto" }, { kind = "ce", weight = "auto" }', "search_share = 0.5", ()),
     "checkpoints": ('{ kind = "kl" }', "", ("checkpoints",)),
 }  # fmt: skip
 

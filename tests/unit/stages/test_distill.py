@@ -13,7 +13,7 @@ from edgekd.domain.artifact import Artifact
 from edgekd.domain.losses import Loss
 from edgekd.domain.recipe import Assistant, Control, Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
 from edgekd.errors import RecipeError
-from edgekd.kd import calibrate, data, models, train
+from edgekd.kd import calibrate, data, lessons, models, train
 from edgekd.ports import Context
 from edgekd.stages import distill
 
@@ -209,6 +209,31 @@ def test_checkpoints_teach_in_turns_and_the_teacher_last(folder, monkeypatch):
     assert seen == [1, 1, 2, 2, 3, 3, 0, 0]
 
 
+def test_what_is_left_open_is_searched_once_for_all_seeds_and_for_the_smoothed_twin_too():
+    given = recipe(losses=(Loss("kl", temperature="auto"), CE), control=Control(seeds=2), search_share=0.5)
+    steps = distill.steps(given, [])
+    assert [step.id for step in steps] == [
+        "distill/search",
+        "distill",
+        "distill/distilled/1",
+        "distill/alone/0",
+        "distill/alone/1",
+        "distill/search/smoothed/0",
+        "distill/smoothed/0",
+        "distill/smoothed/1",
+    ]
+    assert {step.id: step.inputs["chosen"] for step in steps if "chosen" in step.inputs} == {
+        "distill": "distill/search:chosen.json",
+        "distill/distilled/1": "distill/search:chosen.json",
+        "distill/smoothed/0": "distill/search/smoothed/0:chosen.json",
+        "distill/smoothed/1": "distill/search/smoothed/0:chosen.json",
+    }
+    searching = [step for step in steps if "search_share" in step.params]
+    assert [step.id for step in searching] == ["distill/search", "distill/search/smoothed/0"]
+    assert {step.params["search_share"] for step in searching} == {0.5}
+    assert all("optuna" in step.tools for step in searching)
+
+
 def test_a_twin_needs_no_teacher(folder):
     inputs = {name: item for name, item in artifacts(folder).items() if "outputs" not in name}
     *_, step = distill.steps(recipe(control=Control(seeds=2)), [])
@@ -220,8 +245,8 @@ def test_a_twin_needs_no_teacher(folder):
 
 def test_a_twin_takes_as_many_steps_as_the_student_that_learns_from_unlabelled_samples_too(folder):
     inputs = artifacts(folder, unlabelled=200)
-    taught = distill._training_set(inputs, [KL, CE], "distill.losses")
-    alone = distill._training_set({name: item for name, item in inputs.items() if "outputs" not in name}, [CE], "distill.control")
+    taught = lessons.training_set(inputs, [KL, CE], "distill.losses")
+    alone = lessons.training_set({name: item for name, item in inputs.items() if "outputs" not in name}, [CE], "distill.control")
     assert len(alone) == len(taught) == 260
     assert torch.equal(alone.inputs[0][60:120], taught.inputs[0][:60])
     assert alone.labels.min() >= 0
@@ -285,9 +310,9 @@ def test_ce_without_classes_is_refused(folder):
 
 def test_unlabelled_samples_are_learnt_from_through_kl_only(folder):
     inputs = artifacts(folder, unlabelled=200)
-    assert len(distill._training_set(inputs, [KL, CE], "distill.losses")) == 260
-    assert distill._training_set(inputs, [KL, CE], "distill.losses").labels[60:].unique().tolist() == [-1]
-    assert len(distill._training_set(inputs, [CE], "distill.losses")) == 60
+    assert len(lessons.training_set(inputs, [KL, CE], "distill.losses")) == 260
+    assert lessons.training_set(inputs, [KL, CE], "distill.losses").labels[60:].unique().tolist() == [-1]
+    assert len(lessons.training_set(inputs, [CE], "distill.losses")) == 60
     with_more = run(folder, recipe(), inputs)[1]
     assert run(folder, recipe(), artifacts(folder))[1] != with_more
 

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a student is trained on and towards, from the parameters and inputs of a step of ``distill``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgekd.domain.losses import FROZEN, TAPPED, Loss
+from edgekd.domain.recipe import Entry
+from edgekd.errors import RecipeError
+from edgekd.kd import data, losses, models, views
+from edgekd.kd.beside import PREVIOUS
+from edgekd.kd.taps import Network
+from edgekd.kd.train import Job, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from edgekd.domain.artifact import Artifact
+
+
+def lesson(params: Mapping[str, Any], inputs: Mapping[str, Artifact], recipe_dir: Path, terms: Sequence[Loss]) -> Job:
+    """Return the job of training a student by losses.
+
+    Raises:
+        RecipeError: if the user's code cannot be loaded, or the losses need classes that the training split lacks.
+    """
+    entry = _entry(params["model"])
+    section = "distill.losses" if "train.outputs" in inputs else "distill.control"
+    augment = None if params["augment"] is None else views.load(recipe_dir, _entry(params["augment"]))
+    mixing = data.Mixing(tuple(params["mixing"]["weights"]), params["mixing"]["by"]) if "mixing" in params else None
+    checkpoints, epochs = params.get("checkpoints", 0), params["epochs"]
+
+    def objective(logits: Tensor, answers: Mapping[str, Tensor | None], labels: Tensor, epoch: int) -> Tensor:
+        return losses.total(terms, logits, answers, labels, epoch)
+
+    def view(epoch: int) -> data.Samples:
+        turn = epoch * (checkpoints + 1) // epochs
+        number = 0 if augment is None else epoch % params["views"]
+        return training_set(inputs, terms, section, (augment, number, mixing, turn if turn < checkpoints else None))
+
+    def teacher() -> Network:
+        made = _entry(params["teacher"])
+        return Network("teacher", models.load_teacher_module(recipe_dir, made, inputs["teacher"].path), made)
+
+    def active(epoch: int) -> list[Loss]:
+        return [term for term in terms if term.counts_in(epoch) and (epoch or term.teacher != PREVIOUS)]
+
+    return Job(
+        section="distill",
+        entry=entry,
+        build=lambda: models.student(recipe_dir, entry),
+        train=view(epochs - 1),
+        validation=data.samples(inputs, "validation", mixing=mixing),
+        objective=objective,
+        settings=Settings(**{name: params[name] for name in Settings.__slots__}),
+        view=view if augment is not None or checkpoints else None,
+        teacher=teacher if "teacher" in params else None,
+        tapped=[term for term in terms if term.kind in TAPPED],
+        selves=sorted({term.teacher for term in terms} - {FROZEN}),
+        is_judged=lambda epoch: active(epoch) == active(epochs - 1),
+    )
+
+
+def training_set(inputs: Mapping[str, Artifact], terms: Sequence[Loss], section: str, seen: tuple[Any, ...] = ()) -> data.Samples:
+    """Return the training split, seen as ``data.samples`` says, with the unlabelled samples behind it if a loss can learn from them.
+
+    Raises:
+        RecipeError: if a loss needs classes and the labels are none.
+    """
+    import torch
+
+    found = data.samples(inputs, "train", *seen)
+    if bool((found.labels == losses.UNLABELLED).all()):
+        for term in terms:
+            if "labels" in losses.needs(term.kind):
+                what = f"'{term.kind}' needs classes, and the labels of the train split are none (int64 from 0)"
+                raise RecipeError(f"{section}: {what}; use 'kl' alone, without [distill.control]")
+    if "unlabelled.inputs.0" not in inputs:
+        return found
+    more = data.samples(inputs, "unlabelled", *seen)
+    if not len(more):
+        return found
+    if "train.outputs" not in inputs:  # a twin takes as many steps as the distilled student, on the samples that it can learn from
+        return found.pick(torch.arange(len(found) + len(more)) % len(found))
+    return data.joined(found, more) if losses.learns_unlabelled(terms) else found
+
+
+def _entry(text: str) -> Entry:
+    return Entry(*text.rsplit(":", 1))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search on scripted training runs: which setting is best is known."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from edgekd.domain.losses import Loss, untold
+from edgekd.kd import search, train
+
+OPEN = [Loss("kl", weight="auto", temperature="auto"), Loss("ce", 0.1)]
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Runs whose accuracy is best at T = 2 and weight 0.9 and grows with the epochs; what was trained, in order."""
+    seen = []
+
+    def fit(job, work, progress, after_epoch):
+        seen.append((job.terms, 0))
+        for epoch in range(1, job.epochs + 1):
+            seen[-1] = (job.terms, epoch)
+            kl = job.terms[0]
+            accuracy = 0.5 + 0.05 * epoch - 0.1 * abs(kl.temperature - 2) - 0.1 * abs(kl.weight - 0.9)
+            after_epoch(SimpleNamespace(validation_accuracy=accuracy, epoch=epoch), None)
+
+    monkeypatch.setattr(train, "fit", fit)
+    return seen
+
+
+def job_of(terms, epochs):
+    return SimpleNamespace(terms=list(terms), epochs=epochs)
+
+
+def run(folder, share=5.0, epochs=16):
+    return search.search(OPEN, job_of, epochs, share, folder, lambda *_: None)
+
+
+def test_the_best_setting_is_taken_and_nothing_else_is_touched(tmp_path, runs):
+    chosen, trials = run(tmp_path)
+    assert [(term.temperature, term.weight) for term in chosen] == [(2.0, 0.9), (None, 0.1)]
+    assert len(trials) == 20
+    assert search.told(OPEN, chosen) == "weight of kl = 0.9, temperature of kl = 2.0"
+
+
+def test_worse_settings_are_stopped_early(tmp_path, runs):
+    _, trials = run(tmp_path)
+    stopped = [one for one in trials if one.stopped]
+    assert stopped
+    assert max(len(one.accuracies) for one in trials) == 4
+    assert all(len(one.accuracies) < 4 for one in stopped)
+    assert sum(len(one.accuracies) for one in trials) < 0.8 * 4 * len(trials)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0, 2.0])
+def test_the_share_is_kept(tmp_path, runs, share):
+    _, trials = run(tmp_path, share)
+    assert sum(len(one.accuracies) for one in trials) <= share * 16
+    assert trials
+
+
+def test_a_search_that_was_killed_goes_on_and_ends_the_same(tmp_path, runs, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole")
+    trained = len(runs)
+    runs.clear()
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    fit, count = train.fit, 0
+
+    def dies(*arguments):
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise KeyboardInterrupt
+        fit(*arguments)
+
+    monkeypatch.setattr(train, "fit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+    monkeypatch.setattr(train, "fit", fit)
+    assert run(folder) == whole
+    assert len(runs) == trained
+
+
+def test_what_was_chosen_can_be_written_and_read(tmp_path, runs):
+    chosen, trials = run(tmp_path)
+    told = search.as_json(chosen, trials)
+    assert [untold(one) for one in told["losses"]] == [untold(one.told) for one in chosen]
+    assert not any(untold(one).is_open for one in told["losses"])
+    assert told["epochs"] == sum(len(one["accuracies"]) for one in told["trials"])
+
+
+def test_every_option_that_may_be_auto_has_choices():
+    for name in ("temperature", "weight", "standardize", "label_smoothing"):
+        assert len(search.CHOICES[name]) > 1
+    assert min(search.CHOICES["temperature"]) == 0.5
