@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgekd.domain.losses import FROZEN, LOSSES, TAPPED, Loss
-from edgekd.domain.recipe import Distill, Teacher, Training
+from edgekd.domain.losses import FROZEN, LOSSES, OF_NUMBERS, TAPPED, Loss
+from edgekd.domain.recipe import Distill, Evaluate, Student, Teacher, Training
 from edgekd.errors import expected_one_of
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from edgekd.reader import Reader
 
-_FOLLOWS_NONE = ("ce",)  # of labels alone
+_FOLLOWS_NONE = ("ce", "squared")  # of labels alone
 
 
 def check(reader: Reader) -> None:
@@ -35,6 +35,10 @@ def check(reader: Reader) -> None:
     for key, training in reader.all_made(Training):
         if training.checkpoints >= training.epochs:
             reader.problem(f"{key}.checkpoints", f"{training.checkpoints} of {training.epochs} epochs; expected fewer than {key}.epochs")
+    scored = any(evaluate.score is not None or not isinstance(evaluate.metric, str) for _, evaluate in reader.all_made(Evaluate))
+    for key, student in reader.all_made(Student):
+        _check_form(reader, student, key, scored=scored)
+        _check_losses_of(reader, student)
     for key, distill in reader.all_made(Distill):
         _check_distill(reader, distill, key, reference)
 
@@ -82,6 +86,34 @@ def _check_distill(reader: Reader, distill: Distill, key: str, reference: Teache
             f"{key}.losses[{tapped[0]}].taps", f"name modules of one teacher; expected no {key}.assistants, or losses of answers"
         )
     _check_epochs(reader, distill.losses, distill.epochs, key)
+
+
+def _check_form(reader: Reader, student: Student, key: str, *, scored: bool) -> None:
+    """Note what is wrong with answers that are not one softmax."""
+    if not student.form:
+        return
+    one = 1
+    if student.heads and (student.answers != "classes" or len(student.heads) == one):
+        reader.problem(f"{key}.heads", 'are several softmaxes; expected two at least, and answers = "classes"')
+    if not scored:
+        reader.problem(
+            f"{key}.{'heads' if student.heads else 'answers'}",
+            "top-1 judges one softmax; expected evaluate.score or evaluate.metric of your own",
+        )
+    for where, teacher in reader.all_made(Teacher):
+        if teacher.train is not None:
+            reader.problem(f"{where}.train", "teaches from classes of one softmax; expected a teacher with weights, or file")
+
+
+def _check_losses_of(reader: Reader, student: Student) -> None:
+    """Note losses that have no meaning for the student's answers."""
+    for where, loss in reader.all_made(Loss):
+        if student.answers == "numbers" and loss.kind not in (*OF_NUMBERS, *TAPPED):
+            reader.problem(
+                f"{where}.kind", f"'{loss.kind}' compares classes, and student.answers are numbers; expected one of {', '.join(OF_NUMBERS)}"
+            )
+        if student.answers != "numbers" and loss.kind == "squared":
+            reader.problem(f"{where}.kind", "'squared' compares numbers with labels; expected 'ce', or student.answers = \"numbers\"")
 
 
 def _turns(teacher: Teacher) -> int:

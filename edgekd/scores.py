@@ -11,7 +11,7 @@ from edgekd import stats
 from edgekd.domain.verdict import Interval
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
 
@@ -82,7 +82,7 @@ def class_drops(teacher: Scored, scored: Scored, labels: np.ndarray, groups: np.
     """Return for each class the samples, both accuracies and the drop with its interval (fractions)."""
     import numpy as np
 
-    if teacher.scores is None or scored.scores is None:
+    if teacher.scores is None or scored.scores is None or not _are_classes(labels):
         return {}
     found = {}
     for label in np.unique(labels):
@@ -99,13 +99,32 @@ def class_drops(teacher: Scored, scored: Scored, labels: np.ndarray, groups: np.
     return found
 
 
-def agreement(teacher: Scored, scored: Scored) -> float:
-    """Return the share of samples on which both give the same answer."""
-    return float((teacher.outputs.argmax(1) == scored.outputs.argmax(1)).mean())
+def agreement(teacher: Scored, scored: Scored, answers: str = "classes", heads: Sequence[int] = ()) -> float | None:
+    """Return the share of samples on which both give the same answer, all of it where there are several; None for numbers.
+
+    ``answers`` and ``heads`` are the student's, as the recipe says.
+    """
+    import numpy as np
+
+    if answers == "numbers":
+        return None
+    if answers == "labels":
+        same = ((teacher.outputs > 0) == (scored.outputs > 0)).all(1)
+    else:
+        cuts = np.cumsum(heads)[:-1]
+        pairs = zip(np.split(teacher.outputs, cuts, axis=1), np.split(scored.outputs, cuts, axis=1), strict=True)
+        same = np.logical_and.reduce([first.argmax(1) == second.argmax(1) for first, second in pairs])
+    return float(same.mean())
+
+
+def _are_classes(labels: np.ndarray) -> bool:
+    return labels.ndim == 1 and labels.dtype.kind in "iu"
 
 
 def inherited(teacher: Scored, scored: Scored, labels: np.ndarray) -> dict[str, Any]:
     """Return how many errors the teacher makes, the share that the student makes too, and the share with the same wrong answer."""
+    if not _are_classes(labels):
+        return {"teacher_errors": 0, "also_wrong": None, "same_answer": None}
     wrong = teacher.outputs.argmax(1) != labels
     count = int(wrong.sum())
     if count == 0:

@@ -122,7 +122,7 @@ def _candidate_row(
         "accuracy": accuracy.value,
         "interval": scores.interval_row(accuracy.interval),
         "drop": scores.as_row(accuracy.drop),
-        "agreement": scores.agreement(scored.teacher, scored.of[candidate.evaluate_step]),
+        "agreement": scores.agreement(scored.teacher, scored.of[candidate.evaluate_step], **case.plan.recipe.student.form),
         "outcome": option.accuracy.value,
         "latency": [_latency(item, teacher_of(item, measurements)) for item in option.measurements],
         "why_not": choice.why_not.get(candidate.id),

@@ -24,7 +24,9 @@ LOSSES: Mapping[str, Mapping[str, float | bool | str]] = {
     "kl": {"temperature": 4.0, "standardize": False},
     "mse": {},
     "relation": {"distance_weight": 1.0, "angle_weight": 2.0},
+    "squared": {},
 }
+OF_NUMBERS = ("mse", "squared")  # losses that need no classes
 TAPPED = ("attention", "block", "hidden", "hint", "relation")  # losses of tensors inside the networks; the others are of answers
 FROZEN: Final = "frozen"
 AUTO: Final = "auto"  # what is left to be chosen

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from edgekd.domain.losses import Loss
 from edgekd.domain.rules import Between, Name, NonEmpty, OneOf
@@ -122,10 +122,21 @@ class Supervisor:
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """``model()`` returns the module; ``inputs`` are its positional arguments in order."""
+    """``model()`` returns the module; ``inputs`` are its positional arguments in order.
+
+    ``answers`` (n, C) are logits of ``classes``, of independent ``labels``, or ``numbers``. ``heads`` are the widths of several
+    softmaxes side by side, as of the tokens of a sequence; a sample then has a class for each.
+    """
 
     model: Entry
     inputs: Annotated[tuple[TensorSpec, ...], NonEmpty()]
+    answers: Annotated[str, OneOf("a form of answers", ("classes", "labels", "numbers"))] = "classes"
+    heads: tuple[Annotated[int, Between(2)], ...] = ()
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """Return what is not one softmax, as plain JSON; nothing if it is one."""
+        return {"answers": self.answers, "heads": list(self.heads)} if self.heads or self.answers != "classes" else {}
 
 
 @dataclass(frozen=True, slots=True)

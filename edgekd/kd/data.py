@@ -7,7 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgekd.kd import views
+from edgekd.kd import forms, views
+from edgekd.kd.forms import Form
 from edgekd.kd.losses import UNLABELLED
 from edgekd.kd.mixing import mixed
 
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
     from edgekd.kd.views import Augment
 
 
+PLAIN = Form()
+
+
 @dataclass(frozen=True, slots=True)
 class Samples:
     """A split: the inputs of each sample, its class (-1 where it has none) and the teacher's logits.
 
     Shapes:
-        inputs: one tensor (n, ...) for each input of the student; labels: (n,) int64; outputs: (n, C) or None.
+        inputs: one tensor (n, ...) for each input of the student; labels: (n,) int64, or as ``kd.forms`` has them;
+        outputs: (n, C) or None.
     """
 
     inputs: tuple[Tensor, ...]
@@ -75,6 +80,7 @@ def samples(
     number: int = 0,
     mixing: Mixing | None = None,
     checkpoint: int | None = None,
+    form: Form = PLAIN,
 ) -> Samples:
     """Return a split, or a view of it, with what the step has of it; labels that are no classes count as none.
 
@@ -84,11 +90,10 @@ def samples(
     import torch
 
     inputs = tuple(map(torch.from_numpy, arrays(artifacts, split)))
-    labels = np.full(len(inputs[0]), UNLABELLED, dtype=np.int64)
+    classes = torch.full((len(inputs[0]),), UNLABELLED)
     if (found := artifacts.get(f"{split}.labels")) is not None:
-        given = np.load(found.path, allow_pickle=False)
-        labels = given if given.dtype == np.int64 and given.ndim == 1 else labels
-    classes = torch.from_numpy(labels)
+        labels = forms.read(form, np.load(found.path, allow_pickle=False))
+        classes = classes if labels is None else labels
     outputs = None
     if f"{split}.outputs" in artifacts:
         first = f"{split}.outputs" if checkpoint is None else f"{split}.outputs.checkpoint.{checkpoint}"
@@ -106,12 +111,14 @@ def view(augment: Augment, split: str, inputs: list[np.ndarray], number: int) ->
 
 
 def joined(first: Samples, second: Samples) -> Samples:
-    """Return two splits as one."""
+    """Return two splits as one, the second without labels where it has none of the first's form."""
     import torch
 
     outputs = None if first.outputs is None or second.outputs is None else torch.cat([first.outputs, second.outputs])
     inputs = tuple(torch.cat(pair) for pair in zip(first.inputs, second.inputs, strict=True))
-    return Samples(inputs, torch.cat([first.labels, second.labels]), outputs)
+    none = torch.full((len(second), *first.labels.shape[1:]), float("nan") if first.labels.is_floating_point() else UNLABELLED)
+    labels = second.labels if second.labels.shape[1:] == first.labels.shape[1:] else none
+    return Samples(inputs, torch.cat([first.labels, labels.to(first.labels.dtype)]), outputs)
 
 
 def _array(path: Path) -> np.ndarray:

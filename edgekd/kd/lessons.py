@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from edgekd.domain.losses import FROZEN, TAPPED, Loss
 from edgekd.domain.recipe import Entry
 from edgekd.errors import RecipeError
-from edgekd.kd import data, losses, models, views
+from edgekd.kd import data, forms, losses, models, views
 from edgekd.kd.beside import PREVIOUS
+from edgekd.kd.forms import CLASSES, Form
 from edgekd.kd.taps import Network
 from edgekd.kd.train import Job, Settings
 
@@ -32,15 +33,23 @@ def lesson(params: Mapping[str, Any], inputs: Mapping[str, Artifact], recipe_dir
     section = "distill.losses" if "train.outputs" in inputs else "distill.control"
     augment = None if params["augment"] is None else views.load(recipe_dir, _entry(params["augment"]))
     mixing = data.Mixing(tuple(params["mixing"]["weights"]), params["mixing"]["by"]) if "mixing" in params else None
+    form = Form(params.get("answers", CLASSES), tuple(params.get("heads", ())))
     checkpoints, epochs = params.get("checkpoints", 0), params["epochs"]
 
     def objective(logits: Tensor, answers: Mapping[str, Tensor | None], labels: Tensor, epoch: int) -> Tensor:
-        return losses.total(terms, logits, answers, labels, epoch)
+        if form.is_plain:
+            return losses.total(terms, logits, answers, labels, epoch)
+        split = {name: None if given is None else forms.rows(form, given) for name, given in answers.items()}
+        parts = [
+            losses.total(terms, found, {name: None if given is None else given[index] for name, given in split.items()}, wanted, epoch)
+            for index, (found, wanted) in enumerate(zip(forms.rows(form, logits), forms.label_rows(form, labels), strict=True))
+        ]
+        return sum(parts[1:], start=parts[0]) / len(parts)
 
     def view(epoch: int) -> data.Samples:
         turn = epoch * (checkpoints + 1) // epochs
         number = 0 if augment is None else epoch % params["views"]
-        return training_set(inputs, terms, section, (augment, number, mixing, turn if turn < checkpoints else None))
+        return training_set(inputs, terms, section, (augment, number, mixing, turn if turn < checkpoints else None, form))
 
     def teacher() -> Network:
         made = _entry(params["teacher"])
@@ -54,13 +63,14 @@ def lesson(params: Mapping[str, Any], inputs: Mapping[str, Artifact], recipe_dir
         entry=entry,
         build=lambda: models.student(recipe_dir, entry),
         train=view(epochs - 1),
-        validation=data.samples(inputs, "validation", mixing=mixing),
+        validation=data.samples(inputs, "validation", mixing=mixing, form=form),
         objective=objective,
         settings=Settings(**{name: params[name] for name in Settings.__slots__}),
         view=view if augment is not None or checkpoints else None,
         teacher=teacher if "teacher" in params else None,
         tapped=[term for term in terms if term.kind in TAPPED],
         selves=sorted({term.teacher for term in terms} - {FROZEN}),
+        form=form,
         is_judged=lambda epoch: active(epoch) == active(epochs - 1),
     )
 

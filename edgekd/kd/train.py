@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from edgekd import usercode
 from edgekd.errors import StageError
 from edgekd.kd.beside import Beside, beside
-from edgekd.kd.losses import UNLABELLED
+from edgekd.kd.data import PLAIN
+from edgekd.kd.forms import counted
 from edgekd.kd.repeatable import derive, keep, kept, repeatable, seed_all
 from edgekd.kd.trial import laid_out, layout_for, placed
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from edgekd.domain.losses import Loss
     from edgekd.domain.recipe import Entry
     from edgekd.kd.data import Samples
+    from edgekd.kd.forms import Form
     from edgekd.kd.taps import Network
     from edgekd.kd.views import Augment
     from edgekd.ports import Progress
@@ -59,7 +61,8 @@ class Job:
     (logits, each teacher's answers or None, labels, epoch) to the loss. ``augment`` maps (inputs, generator) to inputs, batch
     by batch; ``view`` maps an epoch to the training set as it is seen then, with the teacher's outputs for that.
     ``teacher`` makes the teacher whose insides the ``tapped`` losses follow; ``selves`` are those of the student that teach
-    it. ``is_judged`` says whether an epoch's weights may be kept: whether its loss is the one that is meant in the end.
+    it. ``form`` says what the answers are. ``is_judged`` says whether an epoch's weights may be kept: whether its loss is the
+    one that is meant in the end.
     """
 
     section: str
@@ -74,6 +77,7 @@ class Job:
     teacher: Callable[[], Network] | None = None
     tapped: Sequence[Loss] = ()
     selves: Sequence[str] = ()
+    form: Form = PLAIN
     is_judged: Callable[[int], bool] = lambda _: True
 
 
@@ -173,7 +177,7 @@ def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, pr
     augmenting = torch.Generator().manual_seed(derive(settings.seed, "augment", epoch))
     samples = job.train if job.view is None else job.view(epoch)
     batches = _batches(torch.randperm(len(samples), generator=shuffling), settings.batch_size)
-    summed, right = 0.0, torch.zeros((), dtype=torch.int64)
+    summed, right, labelled = 0.0, 0, 0
     for step, rows in enumerate(batches):
         batch = samples.pick(rows)
         inputs = batch.inputs if job.augment is None else job.augment(batch.inputs, augmenting)
@@ -191,11 +195,10 @@ def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, pr
         value = loss.item()
         _check_finite(job, value, f"in epoch {epoch + 1}, step {step + 1} of {len(batches)}")
         summed += value * len(rows)
-        right += (logits.detach().argmax(dim=1) == batch.labels).sum()
+        right, labelled = (sum(pair) for pair in zip((right, labelled), counted(job.form, logits.detach(), batch.labels), strict=True))
         if step % max(1, len(batches) // _TOLD) == 0:
             progress((epoch + step / len(batches)) / settings.epochs, f"epoch {epoch + 1}/{settings.epochs}, loss {value:.3f}")
-    labelled = int((samples.labels != UNLABELLED).sum())
-    return summed / len(samples), int(right) / labelled if labelled else None
+    return summed / len(samples), right / labelled if labelled else None
 
 
 def _score(job: Job, run: Run, layout: torch.memory_format, epoch: int) -> tuple[float, float | None]:
@@ -212,8 +215,7 @@ def _score(job: Job, run: Run, layout: torch.memory_format, epoch: int) -> tuple
             answers = run.beside.answers(given, batch.outputs, epoch)
             loss = job.objective(logits, answers, batch.labels, epoch) + run.beside.loss(given, epoch)
             summed += loss.item() * len(rows)
-            right += int((logits.argmax(dim=1) == batch.labels).sum())
-            labelled += int((batch.labels != UNLABELLED).sum())
+            right, labelled = (sum(pair) for pair in zip((right, labelled), counted(job.form, logits, batch.labels), strict=True))
     return summed / len(job.validation), right / labelled if labelled else None
 
 

@@ -100,7 +100,7 @@ def _candidate(row: Mapping[str, Any], chosen: str) -> tuple[str, ...]:
         str(row["float_ops"]),
         f"{100 * row['accuracy']:.2f}",
         f"{row['drop']['pp']:+.2f} {words.interval(row['drop']['interval_pp'])}",
-        f"{100 * row['agreement']:.2f}",
+        "" if row["agreement"] is None else f"{100 * row['agreement']:.2f}",
         words.number(best["p50"]["ms"]) if best else "",
         speed,
         row["why_not"] or chosen,

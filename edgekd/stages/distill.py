@@ -38,6 +38,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         **{name: value for name, value in asdict(distill).items() if name not in others},
         "augment": None if distill.augment is None else str(distill.augment),
         "losses": [loss.told for loss in distill.losses],
+        **recipe.student.form,
         "model": str(recipe.student.model),
         "threads": distill.threads or machine["cores"],
         "instruction_set": machine["instruction_set"],
@@ -143,7 +144,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     job = lessons.lesson(params, inputs, context.recipe_dir, terms)
     weights, curve = train.fit(job, context.work, context.progress)
     notes: tuple[str, ...] = ()
-    if calibrate.leaves_scale_free(terms):
+    if calibrate.leaves_scale_free(terms) and job.form.is_plain:
         weights, note = calibrate.calibrated(job.build(), weights, job.validation, job.entry, params["threads"])
         notes = (note,)
     (context.out / "student.safetensors").write_bytes(models.pack(weights))

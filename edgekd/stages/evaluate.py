@@ -91,7 +91,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
         np.save(context.out / "scores.npy", scores)
         summary["accuracy"] = float(scores.mean())
         summary["classes"] = {
-            str(c): {"samples": int((labels == c).sum()), "accuracy": float(scores[labels == c].mean())} for c in np.unique(labels)
+            str(c): {"samples": int((labels == c).sum()), "accuracy": float(scores[labels == c].mean())}
+            for c in (np.unique(labels) if labels.ndim == 1 else ())  # of samples with several labels there are no classes to tell apart
         }
     (context.out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
     return StageResult({"accuracy": summary["accuracy"]})
@@ -156,7 +157,7 @@ def _scores(params: Mapping[str, Any], context: Context, outputs: np.ndarray, la
         return right
     function, entry = _function(params["score"], context)
     found = np.asarray(usercode.call(function, entry, outputs, labels), dtype=np.float64)
-    if found.shape != labels.shape or not np.isfinite(found).all() or found.min() < 0 or found.max() > 1:
+    if found.shape != labels.shape[:1] or not np.isfinite(found).all() or found.min() < 0 or found.max() > 1:
         raise RecipeError(f"{entry}: returned scores of shape {list(found.shape)}; expected {len(labels)} finite numbers from 0 to 1")
     return found
 

@@ -75,6 +75,55 @@ def deep():
         nn.Sequential(*_block(1, 32)), nn.Sequential(*_block(32, 64)), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * 4 * 4, 10)
     )
 '''
+MORE_DATA = '''
+
+def _with(labels):
+    """Return the splits with other labels, and the unlabelled one made of training images."""
+    found = {}
+    for name, split in splits().items():
+        images, classes = (torch.stack([torch.as_tensor(sample[part]) for sample in split]) for part in (0, 1))
+        found[name] = torch.utils.data.TensorDataset(images, labels(classes))
+    return found
+
+
+def bits():
+    return _with(lambda digit: torch.stack([digit // 2**place % 2 for place in range(4)], dim=1))
+
+
+def parity_and_digit():
+    return _with(lambda digit: torch.stack([digit % 2, digit], dim=1))
+
+
+def tokens():
+    return _with(lambda digit: torch.stack([digit // 2**place % 2 for place in range(4)], dim=1).long())
+
+
+def value():
+    return _with(lambda digit: digit.float() / 10)
+
+
+def right_bits(outputs, labels):
+    return ((outputs > 0) == labels).mean(1)
+
+
+def right_tokens(outputs, labels):
+    return (outputs.reshape(len(outputs), 4, 2).argmax(2) == labels).mean(1)
+
+
+def right_digit(outputs, labels):
+    return (outputs[:, 2:].argmax(1) == labels[:, 1]).astype(float)
+
+
+def near(outputs, labels):
+    return (abs(outputs[:, 0] - labels) < 0.1).astype(float)
+'''
+# answers that are not one softmax: data, score, width, lines of [student], losses, and what is reached
+FORMS = {
+    "labels": ("bits", "right_bits", 4, 'answers = "labels"', '{ kind = "ce" }, { kind = "kl", weight = 0.05 }'),
+    "heads": ("parity_and_digit", "right_digit", 12, "heads = [2, 10]", '{ kind = "ce" }, { kind = "kl", weight = 0.05 }'),
+    "tokens": ("tokens", "right_tokens", 8, "heads = [2, 2, 2, 2]", '{ kind = "ce" }, { kind = "dkd", weight = 0.05 }'),
+    "numbers": ("value", "near", 1, 'answers = "numbers"', '{ kind = "squared" }, { kind = "mse", weight = 0.01 }'),
+}
 TAPS = 'taps = [{ student = "6", teacher = "5" }]'
 ROWS = ("teacher = large_rows", "student = small_rows")
 BLOCKS = ("teacher = deep", "student = shallow")
@@ -168,8 +217,31 @@ def test_a_student_learns_by(site, monkeypatch, name):
     assert accuracy(site) > 0.6
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_a_student_of_other_answers_learns(site, monkeypatch, name):
+    monkeypatch.chdir(site)
+    splits, score, width, line, losses = FORMS[name]
+    (site / "data.py").write_text((EXAMPLE / "data.py").read_text() + MORE_DATA)
+    functions = "".join(
+        f"\n\ndef {role}_{width}():\n    return nn.Sequential(*list({role}())[:-1], nn.Linear({inputs}, {width}))\n"
+        for role, inputs in (("teacher", 64 * 4 * 4), ("student", 16 * 2 * 2))
+    )
+    (site / "models.py").write_text((EXAMPLE / "models.py").read_text() + functions)
+    torch.manual_seed(0)
+    kd_models.save_weights(kd_models.student(site, Entry("models.py", f"teacher_{width}")), site / "wide.safetensors")
+    text = recipe(site, losses, "", (f"teacher = teacher_{width}", f"student = student_{width}"))
+    start, end = text.index("[teacher.train]"), text.index("[student]")
+    text = text[:start] + 'weights = "wide.safetensors"\n' + text[end:].replace("[student]", f"[student]\n{line}")
+    text = text.replace("data.py:splits", f"data.py:{splits}").replace("[budget]", f'[evaluate]\nscore = "data.py:{score}"\n[budget]')
+    told, code = build(site, monkeypatch, text)
+    assert code == 0, told
+    best = json.loads((site / "build" / "until-distill" / "curve.json").read_text())["epochs"][-1]
+    assert best["validation_loss"] < 0.05 if name == "numbers" else best["validation_accuracy"] > 0.6
+
+
 def test_every_loss_is_among_the_methods():
-    assert {kind for kind in LOSSES if not any(f'"{kind}"' in losses for losses, *_ in METHODS.values())} == set()
+    shown = " ".join([losses for losses, *_ in METHODS.values()] + [losses for *_, losses in FORMS.values()])
+    assert {kind for kind in LOSSES if f'"{kind}"' not in shown} == set()
 
 
 def test_stored_answers_teach_and_are_the_reference_without_a_model(site, monkeypatch):

@@ -30,7 +30,13 @@ def _losses(folder, kind, options):
     recipe = folder / "edgekd.toml"
     written = ", ".join(f"{name} = {_toml(value)}" for name, value in {"kind": kind, **options}.items())
     lines = [f"losses = [{{ {written} }}]" if line.startswith("losses = ") else line for line in recipe.read_text().splitlines()]
-    recipe.write_text("\n".join(lines))
+    text = "\n".join(lines)
+    if kind == "squared":  # the one that has no meaning for classes
+        train = text[text.index("[teacher.train]") : text.index("[student]")]
+        text = text.replace(train, 'weights = "w.safetensors"\n').replace("[student]", '[student]\nanswers = "numbers"')
+        text += '\n[evaluate]\nscore = "data.py:score"\n'
+        (folder / "w.safetensors").write_bytes(b"")
+    recipe.write_text(text)
     return config.load_recipe(recipe).distill.losses
 
 
@@ -122,6 +128,14 @@ def test_all_of_distillation_can_be_written(tmp_path):
         (_more('teachers = [{ file = "answers.npz" }]'), r"'answers.npz'; expected a file that ends in .onnx, .pt2, .safetensors, .ts"),
         ((MODEL, MODEL + '\ncheckpoints = ["w.safetensors"]'), "need model and weights; a teacher that is taught keeps them by"),
         (("[teacher.train]", "[teacher.train]\ncheckpoints = 500"), "expected fewer than teacher.train.epochs"),
+        (("[student]", "[student]\nheads = [5, 5]"), "top-1 judges one softmax; expected evaluate.score or evaluate.metric"),
+        (("[student]", "[student]\nheads = [10]"), "are several softmaxes; expected two at least"),
+        (
+            ("[student]", '[student]\nanswers = "numbers"'),
+            "'kl' compares classes, and student.answers are numbers; expected one of mse, squared",
+        ),
+        (("[student]", '[student]\nanswers = "labels"'), "teaches from classes of one softmax; expected a teacher with weights"),
+        (("[student]", '[student]\nanswers = "label"'), "'label' is not a form of answers; .*did you mean 'labels'"),
     ],
 )
 def test_what_does_not_fit_together_is_told(tmp_path, change, message):

@@ -51,6 +51,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         ],
         "assistants": [str(assistant.model) for assistant in recipe.distill.assistants],
         "pseudo_labels": recipe.distill.control is not None and recipe.distill.control.pseudo_labels,
+        **recipe.student.form,
         "taps": [loss.told for loss in recipe.distill.losses if loss.taps],
         "student": str(recipe.student.model),
         "metric": None if isinstance(evaluate.metric, str) else str(evaluate.metric),

@@ -19,6 +19,7 @@ from edgekd import usercode
 from edgekd.digests import file_digest
 from edgekd.domain.recipe import Entry
 from edgekd.errors import EdgekdError, RecipeError
+from edgekd.kd.forms import CLASSES, Form, problem
 from edgekd.stages.inspect import networks, splits
 from edgekd.stages.inspect.watch import Watcher, code, union
 
@@ -170,6 +171,10 @@ class Inspection:
                 what = f"it has {other['outputs'][0]} classes, teacher and student have {student}"
                 raise RecipeError(f"{name}: gives other outputs than teacher and student: {what}; expected the same")
         self.summary["classes"] = student
+        form = Form(self.params.get("answers", CLASSES), tuple(self.params.get("heads", ())))
+        for name in splits.LABELLED:
+            if (why := problem(form, self.labels[name], student)) is not None:
+                raise RecipeError(f"{self.params['splits']}: {name}: {why}")
         if not self._has_classes():
             return
         if student == 1:
