@@ -159,6 +159,7 @@ class Distill:
     ``augment`` is as the teacher's; of each sample ``views`` augmented ones are made, the teacher answers each once, and the
     epochs take them in turns. ``teachers`` are further ones beside the reference: the student follows the mean of all their
     answers, by their weights, or for each sample by their ``confidence`` too. ``assistants`` make a chain.
+    ``answers_kept``: of more than 256 classes, a sample of each of the teacher's answers is kept, unless it is ``dense``.
     ``search_share``: how many epochs may be spent on choosing what losses leave to ``auto``, as a share of ``epochs``.
     """
 
@@ -176,6 +177,7 @@ class Distill:
     mixing: Annotated[str, OneOf("a way to mix teachers", ("weights", "confidence"))] = "weights"
     assistants: tuple[Assistant, ...] = ()
     search_share: Annotated[float, Positive] = 1.0
+    answers_kept: Annotated[str, OneOf("a way to keep answers", ("auto", "dense"))] = "auto"
     control: Control | None = None
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgekd import usercode
 from edgekd.kd import taps
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from edgekd.domain.recipe import Entry
+    from edgekd.kd.data import Sampled
     from edgekd.kd.train import Job
 
 AVERAGE, PREVIOUS = "average", "previous"
@@ -38,11 +39,11 @@ class Beside:
     tapped: taps.Tapped | None = None
     selves: dict[str, nn.Module] = field(default_factory=dict)
 
-    def answers(self, inputs: Sequence[Tensor], outputs: Tensor | None, epoch: int) -> dict[str, Tensor | None]:
+    def answers(self, inputs: Sequence[Tensor], outputs: Tensor | Sampled | None, epoch: int) -> dict[str, Tensor | None]:
         """Return what each teacher of ``domain.recipe.TEACHERS`` says to a batch, None where it says nothing (yet)."""
         import torch
 
-        found = {"frozen": outputs, AVERAGE: None, PREVIOUS: None}
+        found = {"frozen": cast("Tensor | None", outputs), AVERAGE: None, PREVIOUS: None}  # a batch's are in memory
         with torch.no_grad():
             for name, module in self.selves.items():
                 if name != PREVIOUS or epoch > 0:

@@ -7,13 +7,15 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgekd.kd import forms, views
+from edgekd.digests import digest
+from edgekd.errors import RecipeError
+from edgekd.kd import answers, forms, views
 from edgekd.kd.forms import Form
 from edgekd.kd.losses import UNLABELLED
 from edgekd.kd.mixing import mixed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -21,10 +23,37 @@ if TYPE_CHECKING:
 
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
+    from edgekd.kd.answers import Answers
     from edgekd.kd.views import Augment
 
 
 PLAIN = Form()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Answers that stay in their files until a batch asks for them, of one view each: (file, view). Reads as a tensor (n, C) would."""
+
+    parts: tuple[tuple[Answers, int], ...]
+    temperature: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return samples and classes."""
+        return sum(kept.header.samples for kept, _ in self.parts), self.parts[0][0].header.classes
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Return the logits of rows, such that their softmax at the temperature estimates the teacher's."""
+        import torch
+
+        found = torch.empty(len(rows), self.shape[1])
+        first = 0
+        for kept, view in self.parts:
+            own = (rows >= first) & (rows < first + kept.header.samples)
+            if bool(own.any()):
+                found[own] = torch.from_numpy(kept.read(view, (rows[own] - first).numpy(), self.temperature))
+            first += kept.header.samples
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +67,7 @@ class Samples:
 
     inputs: tuple[Tensor, ...]
     labels: Tensor
-    outputs: Tensor | None = None
+    outputs: Tensor | Sampled | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,7 +84,7 @@ def references(recipe: Recipe, split: str, *, labels: bool = False, outputs: boo
     if labels:
         found[f"{split}.labels"] = f"inspect:{split}.labels.npy"
     if outputs:
-        found[f"{split}.outputs"] = f"supervise:{split}.outputs.npy"
+        found[f"{split}.outputs"] = f"supervise:{split}.outputs.safetensors"
     return found
 
 
@@ -81,10 +110,15 @@ def samples(
     mixing: Mixing | None = None,
     checkpoint: int | None = None,
     form: Form = PLAIN,
+    temperature: float = 1.0,
 ) -> Samples:
     """Return a split, or a view of it, with what the step has of it; labels that are no classes count as none.
 
-    ``checkpoint`` is that of the reference whose answers stand for its own.
+    ``checkpoint`` is that of the reference whose answers stand for its own. ``temperature`` is that at which sampled answers are
+    read.
+
+    Raises:
+        RecipeError: if answers belong to other data, or several teachers' are sampled.
     """
     import numpy as np
     import torch
@@ -98,9 +132,27 @@ def samples(
     if f"{split}.outputs" in artifacts:
         first = f"{split}.outputs" if checkpoint is None else f"{split}.outputs.checkpoint.{checkpoint}"
         names = [first, *(f"{split}.outputs.teacher.{index}" for index in range(0 if mixing is None else len(mixing.weights) - 1))]
-        answers = [torch.from_numpy(_array(artifacts[name].path)[number]) for name in names]
-        outputs = answers[0] if mixing is None else mixed(answers, mixing.weights, classes, mixing.by)
+        kept = [answers.opened(artifacts[name].path, data=digest_of(artifacts, f"{split}.inputs.")) for name in names]
+        outputs = _outputs(kept, number, classes, mixing, temperature)
     return Samples(inputs if augment is None else views.view(augment, split, inputs, number), classes, outputs)
+
+
+def digest_of(artifacts: Mapping[str, Artifact], start: str) -> str:
+    """Return one digest of all inputs of a step whose names start alike."""
+    return digest({name: item.digest for name, item in artifacts.items() if name.startswith(start)})
+
+
+def _outputs(kept: Sequence[Answers], number: int, classes: Tensor, mixing: Mixing | None, temperature: float) -> Tensor | Sampled:
+    """Return the answers of a view, several teachers' as one."""
+    import torch
+
+    if kept[0].header.slots:
+        if mixing is not None:
+            found = f"several teachers of {kept[0].header.classes} classes, whose answers are kept as samples"
+            raise RecipeError(f'distill.teachers: {found}; expected distill.answers_kept = "dense"')
+        return Sampled(((kept[0], number),), temperature)
+    logits = [torch.from_numpy(one.read(number, range(one.header.samples))) for one in kept]
+    return logits[0] if mixing is None else mixed(logits, mixing.weights, classes, mixing.by)
 
 
 def view(augment: Augment, split: str, inputs: list[np.ndarray], number: int) -> list[np.ndarray]:
@@ -114,7 +166,11 @@ def joined(first: Samples, second: Samples) -> Samples:
     """Return two splits as one, the second without labels where it has none of the first's form."""
     import torch
 
-    outputs = None if first.outputs is None or second.outputs is None else torch.cat([first.outputs, second.outputs])
+    if isinstance(first.outputs, Sampled) and isinstance(second.outputs, Sampled):
+        outputs: Tensor | Sampled | None = Sampled((*first.outputs.parts, *second.outputs.parts), first.outputs.temperature)
+    else:
+        both = [item for item in (first.outputs, second.outputs) if isinstance(item, torch.Tensor)]
+        outputs = torch.cat(both) if len(both) == 2 else None  # noqa: PLR2004  (one would not be enough)
     inputs = tuple(torch.cat(pair) for pair in zip(first.inputs, second.inputs, strict=True))
     none = torch.full((len(second), *first.labels.shape[1:]), float("nan") if first.labels.is_floating_point() else UNLABELLED)
     labels = second.labels if second.labels.shape[1:] == first.labels.shape[1:] else none

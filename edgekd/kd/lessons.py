@@ -34,6 +34,7 @@ def lesson(params: Mapping[str, Any], inputs: Mapping[str, Artifact], recipe_dir
     augment = None if params["augment"] is None else views.load(recipe_dir, _entry(params["augment"]))
     mixing = data.Mixing(tuple(params["mixing"]["weights"]), params["mixing"]["by"]) if "mixing" in params else None
     form = Form(params.get("answers", CLASSES), tuple(params.get("heads", ())))
+    temperature = _temperature(terms)
     checkpoints, epochs = params.get("checkpoints", 0), params["epochs"]
 
     def objective(logits: Tensor, answers: Mapping[str, Tensor | None], labels: Tensor, epoch: int) -> Tensor:
@@ -49,7 +50,7 @@ def lesson(params: Mapping[str, Any], inputs: Mapping[str, Artifact], recipe_dir
     def view(epoch: int) -> data.Samples:
         turn = epoch * (checkpoints + 1) // epochs
         number = 0 if augment is None else epoch % params["views"]
-        return training_set(inputs, terms, section, (augment, number, mixing, turn if turn < checkpoints else None, form))
+        return training_set(inputs, terms, section, (augment, number, mixing, turn if turn < checkpoints else None, form, temperature))
 
     def teacher() -> Network:
         made = _entry(params["teacher"])
@@ -58,12 +59,15 @@ def lesson(params: Mapping[str, Any], inputs: Mapping[str, Artifact], recipe_dir
     def active(epoch: int) -> list[Loss]:
         return [term for term in terms if term.counts_in(epoch) and (epoch or term.teacher != PREVIOUS)]
 
+    train = view(epochs - 1)
+    if isinstance(train.outputs, data.Sampled):
+        _check_sampled(terms, form, train.outputs.shape[1])
     return Job(
         section="distill",
         entry=entry,
         build=lambda: models.student(recipe_dir, entry),
-        train=view(epochs - 1),
-        validation=data.samples(inputs, "validation", mixing=mixing, form=form),
+        train=train,
+        validation=data.samples(inputs, "validation", mixing=mixing, form=form, temperature=temperature),
         objective=objective,
         settings=Settings(**{name: params[name] for name in Settings.__slots__}),
         view=view if augment is not None or checkpoints else None,
@@ -97,6 +101,27 @@ def training_set(inputs: Mapping[str, Artifact], terms: Sequence[Loss], section:
     if "train.outputs" not in inputs:  # a twin takes as many steps as the distilled student, on the samples that it can learn from
         return found.pick(torch.arange(len(found) + len(more)) % len(found))
     return data.joined(found, more) if losses.learns_unlabelled(terms) else found
+
+
+def _temperature(terms: Sequence[Loss]) -> float:
+    """Return the temperature at which sampled answers are read: that of the losses that follow them."""
+    found = [float(term.options["temperature"]) for term in terms if term.teacher == FROZEN and "temperature" in term.options]
+    return found[0] if found else 1.0
+
+
+def _check_sampled(terms: Sequence[Loss], form: Form, classes: int) -> None:
+    """Refuse losses that need more than a sample of each answer.
+
+    Raises:
+        RecipeError: that names the loss.
+    """
+    following = [term for term in terms if "teacher" in losses.needs(term.kind) and term.teacher == FROZEN]
+    unfit = [term.kind for term in following if term.kind in {"hard", "mse"} or term.options.get("standardize")]
+    several = len({term.options["temperature"] for term in following if "temperature" in term.options}) > 1
+    if not unfit and not several and form.is_plain:
+        return
+    why = f"'{unfit[0]}' needs all logits" if unfit else "several temperatures" if several else "answers that are not one softmax"
+    raise RecipeError(f'distill.losses: {why}, and of {classes} classes samples are kept; expected distill.answers_kept = "dense"')
 
 
 def _entry(text: str) -> Entry:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgekd.kd.answers import Answers
+
 MIN_SAMPLES = 30  # fewer say nothing
 MIN_DROP = 0.05  # of mean confidence: a smaller one is of no consequence
 Z = 2.58  # two-sided 99 %
@@ -25,20 +27,32 @@ class Sureness:
     variance: float
 
 
-def sureness(outputs: np.ndarray) -> Sureness:
-    """Return how sure the teacher is, over all views. Shapes: outputs (V, n, C) logits."""
+def sureness(kept: Answers) -> Sureness:
+    """Return how sure the teacher is, over all views: those of one sample are not independent, so they are averaged first."""
     import numpy as np
 
-    views, samples, classes = outputs.shape
-    if samples == 0:
+    if kept.header.samples == 0:
         return Sureness(0, 0.0, 0.0)
-    flat = outputs.reshape(-1, classes)
-    parts = []
-    for start in range(0, len(flat), CHUNK):
-        logits = flat[start : start + CHUNK].astype(np.float64)
-        parts.append(1 / np.exp(logits - logits.max(1, keepdims=True)).sum(1))
-    confidence = np.concatenate(parts).reshape(views, samples).mean(0)  # views of one sample are not independent
-    return Sureness(samples, float(confidence.mean()), float(confidence.var()))
+    confidence = np.mean([tops(kept, view)[1] for view in range(kept.header.views)], axis=0)
+    return Sureness(len(confidence), float(confidence.mean()), float(confidence.var()))
+
+
+def tops(kept: Answers, view: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the teacher's answer to each sample of a view and its confidence in it, the largest softmax. Shapes: (n,) each."""
+    import numpy as np
+
+    classes, confidence = [], []
+    for start in range(0, kept.header.samples, CHUNK):
+        rows = np.arange(start, min(start + CHUNK, kept.header.samples))
+        if kept.header.slots:
+            ids, logs = kept.read_sparse(view, rows)
+            classes.append(ids[:, 0])
+            confidence.append(np.exp(logs[:, 0].astype(np.float64)))
+        else:
+            logits = kept.read(view, rows).astype(np.float64)
+            classes.append(logits.argmax(1))
+            confidence.append(1 / np.exp(logits - logits.max(1, keepdims=True)).sum(1))
+    return np.concatenate(classes), np.concatenate(confidence)
 
 
 def warning(home: Sureness, other: Sureness) -> str | None:

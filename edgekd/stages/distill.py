@@ -33,7 +33,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     del targets  # all share one student
     machine = runner.facts()
     distill, assistants = recipe.distill, recipe.distill.assistants
-    others = {"control", "augment", "teachers", "mixing", "assistants", "search_share"}
+    others = {"control", "augment", "teachers", "mixing", "assistants", "search_share", "answers_kept"}
     params: dict[str, Any] = {
         **{name: value for name, value in asdict(distill).items() if name not in others},
         "augment": None if distill.augment is None else str(distill.augment),
@@ -128,7 +128,7 @@ def _samples(recipe: Recipe) -> dict[str, str]:
 
 def _answers(step: str, suffix: str = "") -> dict[str, str]:
     """Return the inputs that are the answers of a step of ``supervise``."""
-    return {f"{split}.outputs{suffix}": f"{step}:{split}.outputs.npy" for split in ("train", "validation", "unlabelled")}
+    return {f"{split}.outputs{suffix}": f"{step}:{split}.outputs.safetensors" for split in ("train", "validation", "unlabelled")}
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:

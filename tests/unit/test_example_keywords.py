@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import sys
 import tarfile
 from pathlib import Path
 
@@ -56,6 +57,47 @@ def test_clips_become_scaled_coefficients_with_their_speakers(data, folder):
     (folder / "val.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"val\.tar: no such file; name the folder"):
         data.splits()
+
+
+@pytest.fixture
+def noisy(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "data", data)  # as edgekd finds it, beside noisy.py
+    return _module("noisy")
+
+
+def test_noisy_clips_are_evaluated_and_learnt_from_without_labels(data, noisy, folder, monkeypatch):
+    monkeypatch.setattr(data, "mfcc", lambda samples: data.second(samples)[:819].reshape(63, 13).astype(np.float32))  # fast
+    clean, found, again = data.splits(), noisy.splits(), noisy.splits()
+    assert {name: len(split) for name, split in found.items()} == {
+        "train": 240,
+        "validation": 24,
+        "evaluation": 24,
+        "unlabelled": 240,
+        "calibration": 240,
+    }
+    assert [tuple(part.shape) for part in found["unlabelled"][0]] == [(1, 63, 13)]  # no label
+    assert found["evaluation"].groups == clean["evaluation"].groups
+    for name in ("train", "validation", "calibration"):
+        assert all(torch.equal(one, two) for one, two in _parts(clean[name], found[name]))
+    assert torch.equal(clean["evaluation"].tensors[1], found["evaluation"].tensors[1])
+    assert not any(torch.equal(one, two) for (one, _), (two, _) in zip(clean["evaluation"], found["evaluation"], strict=True))
+    for name in ("evaluation", "unlabelled"):
+        assert all(torch.equal(one, two) for one, two in _parts(found[name], again[name]))
+
+
+def _parts(first, second):
+    return [pair for items in zip(first, second, strict=True) for pair in zip(*items, strict=True)]
+
+
+def test_babble_lies_below_each_clip_by_the_stated_level_and_is_another_for_each(data, noisy, folder):
+    train, voices = data.clips("train").waveforms[:8], data.clips("val").waveforms
+    clean = np.stack([data.second(item) for item in train])
+    own, other = (np.stack(noisy.mixed(train, chosen, seed)) - clean for chosen, seed in ((train, 0), (voices, 1)))
+    for noise in (own, other):
+        level_db = 10 * np.log10((clean**2).mean(1) / (noise**2).mean(1))
+        assert level_db == pytest.approx(np.full(8, noisy.LEVEL_DB), abs=0.01)
+    drawn = np.corrcoef(np.concatenate([own, other]))
+    assert np.abs(drawn - np.eye(16)).max() < 0.5  # two draws may share a voice, not more
 
 
 def test_a_tone_has_its_energy_where_its_pitch_is(data):

@@ -2,17 +2,24 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from edgekd.domain.artifact import Artifact
+from edgekd.errors import RecipeError
 from edgekd.kd import data
+from tests.stored import store
 
 
 def stored(folder, **arrays):
     found = {}
     for name, array in arrays.items():
-        path = folder / f"{name}.npy"
-        np.save(path, array)
+        split, _, what = name.partition("__")
+        path = folder / (f"{name}.safetensors" if what == "outputs" else f"{name}.npy")
+        if what == "outputs":
+            store(path, array, split, inputs=sum(other.startswith(f"{split}__inputs") for other in arrays))
+        else:
+            np.save(path, array)
         found[name.replace("__", ".")] = Artifact(path, "", path.stat().st_size)
     return found
 
@@ -74,3 +81,43 @@ def test_splits_are_joined_in_order():
     assert found.labels.tolist() == [1, 0, -1]
     assert found.inputs[0].flatten().tolist() == [0, 0, 1]
     assert found.outputs[:, 0].tolist() == [0, 0, 1]
+
+
+def test_answers_of_many_classes_stay_in_their_file_and_are_read_row_by_row(tmp_path):
+    logits = {
+        split: 3 * np.random.default_rng(seed).standard_normal((2, 20, 300)).astype(np.float32)
+        for seed, split in enumerate(("train", "unlabelled"))
+    }
+    arrays = {
+        f"{split}__{what}": item
+        for split in logits
+        for what, item in (("inputs__0", np.ones((20, 2), np.float32)), ("outputs", logits[split]))
+    }
+    artifacts = stored(tmp_path, **arrays)
+    train, more = (data.samples(artifacts, split, None, 1) for split in logits)
+    both = data.joined(train, more)
+    assert isinstance(both.outputs, data.Sampled)
+    assert both.outputs.shape == (40, 300)
+    rows = torch.tensor([25, 3, 39])
+    found = both.pick(rows).outputs
+    wanted = torch.from_numpy(np.concatenate([logits["train"][1], logits["unlabelled"][1]]))[rows]
+    assert torch.equal(found.argmax(1), wanted.argmax(1))
+    top = wanted.topk(10).indices
+    shares = [item.log_softmax(1).gather(1, top) for item in (found, wanted)]
+    torch.testing.assert_close(shares[0], shares[1], rtol=2e-3, atol=2e-3)
+    assert torch.equal(found[1], train.outputs[rows[1:2]][0])
+
+
+def test_answers_to_other_samples_are_refused(tmp_path):
+    artifacts = stored(tmp_path, train__inputs__0=np.ones((3, 2), np.float32), train__outputs=np.zeros((1, 3, 2), np.float32))
+    artifacts["train.inputs.0"] = Artifact(artifacts["train.inputs.0"].path, "another", 0)
+    with pytest.raises(RecipeError, match="train__outputs.safetensors: holds other answers: data "):
+        data.samples(artifacts, "train")
+
+
+def test_several_teachers_of_many_classes_need_dense_answers(tmp_path):
+    outputs = np.zeros((1, 3, 300), np.float32)
+    artifacts = stored(tmp_path, train__inputs__0=np.ones((3, 2), np.float32), train__outputs=outputs)
+    artifacts["train.outputs.teacher.0"] = artifacts["train.outputs"]
+    with pytest.raises(RecipeError, match=r'several teachers of 300 classes, .* expected distill.answers_kept = "dense"'):
+        data.samples(artifacts, "train", mixing=data.Mixing((1.0, 1.0), "weights"))

@@ -16,6 +16,7 @@ from edgekd.errors import RecipeError
 from edgekd.kd import calibrate, data, lessons, models, train
 from edgekd.ports import Context
 from edgekd.stages import distill
+from tests.stored import store, stored
 
 CODE = """
 import torch
@@ -68,6 +69,8 @@ def artifacts(folder, unlabelled=0, labels=lambda classes: classes):
         }
         if split == "unlabelled":
             del arrays["labels"]
+        store(folder / f"{split}.outputs.safetensors", arrays.pop("outputs"), split)
+        found[f"{split}.outputs"] = Artifact(folder / f"{split}.outputs.safetensors", "", 0)
         for name, array in arrays.items():
             np.save(folder / f"{split}.{name}.npy", array)
             found[f"{split}.{name}"] = Artifact(folder / f"{split}.{name}.npy", "", 0)
@@ -98,12 +101,12 @@ def test_the_step_names_all_that_changes_the_student():
     assert step.inputs == {
         "train.inputs.0": "inspect:train.inputs.0.npy",
         "train.labels": "inspect:train.labels.npy",
-        "train.outputs": "supervise:train.outputs.npy",
+        "train.outputs": "supervise:train.outputs.safetensors",
         "validation.inputs.0": "inspect:validation.inputs.0.npy",
         "validation.labels": "inspect:validation.labels.npy",
-        "validation.outputs": "supervise:validation.outputs.npy",
+        "validation.outputs": "supervise:validation.outputs.safetensors",
         "unlabelled.inputs.0": "inspect:unlabelled.inputs.0.npy",
-        "unlabelled.outputs": "supervise:unlabelled.outputs.npy",
+        "unlabelled.outputs": "supervise:unlabelled.outputs.safetensors",
         "code": "inspect:student.code.json",
         "views.code": "inspect:views.code.json",
     }
@@ -116,9 +119,9 @@ def test_no_split_but_train_validation_and_unlabelled_is_seen():
 
 def test_epochs_take_the_views_in_turns(folder, monkeypatch):
     inputs = artifacts(folder)
-    answers = np.load(inputs["train.outputs"].path)
-    np.save(inputs["train.outputs"].path, np.concatenate([answers, answers + 1, answers + 2]))
-    np.save(inputs["unlabelled.outputs"].path, np.zeros((3, 0, 3), np.float32))
+    answers = stored(inputs["train.outputs"].path)
+    store(inputs["train.outputs"].path, np.concatenate([answers, answers + 1, answers + 2]))
+    store(inputs["unlabelled.outputs"].path, np.zeros((3, 0, 3), np.float32), "unlabelled")
     seen = []
 
     def fit(job, *_):
@@ -136,8 +139,8 @@ def test_epochs_take_the_views_in_turns(folder, monkeypatch):
 
 def test_a_student_learns_from_views(folder):
     inputs = artifacts(folder)
-    np.save(inputs["train.outputs"].path, np.repeat(np.load(inputs["train.outputs"].path), 2, axis=0))
-    np.save(inputs["unlabelled.outputs"].path, np.repeat(np.load(inputs["unlabelled.outputs"].path), 2, axis=0))
+    for split in ("train", "unlabelled"):
+        store(inputs[f"{split}.outputs"].path, np.repeat(stored(inputs[f"{split}.outputs"].path), 2, axis=0), split)
     assert run(folder, recipe(augment=entry("noisy"), views=2), inputs)[0].metrics["validation_accuracy"] > 0.6
 
 
@@ -187,17 +190,17 @@ def test_each_link_of_a_chain_is_taught_by_the_one_before():
 def test_checkpoints_teach_in_turns_and_the_teacher_last(folder, monkeypatch):
     inputs = artifacts(folder)
     for split in ("train", "validation", "unlabelled"):
-        answers = np.load(inputs[f"{split}.outputs"].path)
+        answers = stored(inputs[f"{split}.outputs"].path)
         for number in range(3):
-            path = folder / f"{split}.outputs.{number}.npy"
-            np.save(path, answers + 1 + number)
+            path = folder / f"{split}.outputs.{number}.safetensors"
+            store(path, answers + 1 + number, split)
             inputs[f"{split}.outputs.checkpoint.{number}"] = Artifact(path, "", 0)
     seen = []
 
     def fit(job, *_):
         clean = job.validation.outputs
-        seen.extend(int(np.rint((job.view(epoch).outputs.numpy() - np.load(inputs["train.outputs"].path)[0]).mean())) for epoch in range(8))
-        assert torch.equal(clean, torch.from_numpy(np.load(inputs["validation.outputs"].path)[0]))
+        seen.extend(int(np.rint((job.view(epoch).outputs.numpy() - stored(inputs["train.outputs"].path)[0]).mean())) for epoch in range(8))
+        assert torch.equal(clean, torch.from_numpy(stored(inputs["validation.outputs"].path)[0]))
         raise KeyboardInterrupt
 
     given = replace(recipe(), teacher=Teacher(entry("teacher"), "w.safetensors", checkpoints=("a.pt", "b.pt", "c.pt")))

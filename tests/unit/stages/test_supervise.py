@@ -13,9 +13,10 @@ from edgekd.domain.artifact import Artifact
 from edgekd.domain.losses import Loss
 from edgekd.domain.recipe import Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
 from edgekd.errors import RecipeError
-from edgekd.kd import data, models, views
+from edgekd.kd import answers, data, models, views
 from edgekd.ports import Context
 from edgekd.stages import supervise
+from tests.stored import stored
 
 CODE = """
 import torch
@@ -35,6 +36,7 @@ def noisy(inputs, generator):
 """
 ENTRY = Entry("supervise_user.py", "teacher")
 COUNTS = {"train": 5000, "validation": 40, "unlabelled": 0}
+TRIED = 1 + 2 * answers.SPOT_ROWS  # one for the number of classes, a few of each split to check what was stored
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def test_the_key_reads_the_teacher_and_the_samples_and_nothing_of_the_distillati
     expected = {f"{split}.inputs.{index}": f"inspect:{split}.inputs.{index}.npy" for split in COUNTS for index in (0, 1)}
     assert expected.items() <= step.inputs.items()
     assert len(step.inputs) == 10
-    assert set(step.params) == {"model", "augment", "views", "batch_size", "threads", "instruction_set"}
+    assert set(step.params) == {"model", "augment", "views", "answers_kept", "batch_size", "threads", "instruction_set"}
     changed = replace(recipe(), distill=Distill(epochs=9, losses=(Loss("kl", temperature=2.0),), seed=5, threads=1))
     assert supervise.steps(changed, []) == [step]
 
@@ -107,18 +109,19 @@ def test_a_teacher_in_a_file_needs_no_entry_and_onnx_its_runtime():
 def test_every_sample_is_answered_once_with_raw_logits(folder):
     inputs, told = artifacts(folder), []
     result, files = run(folder, inputs, lambda share, text: told.append((share, text)))
-    assert sorted(files) == ["train.outputs.npy", "unlabelled.outputs.npy", "validation.outputs.npy"]
-    assert asked() == 5040
+    assert sorted(files) == ["train.outputs.safetensors", "unlabelled.outputs.safetensors", "validation.outputs.safetensors"]
+    assert asked() == 5040 + TRIED
     assert max(sys.modules["supervise_user"].Counting.batches) == supervise.BATCH_SIZE
     module = models.load_student(folder, ENTRY, folder / "teacher.safetensors")
     for split, count in COUNTS.items():
-        [found] = np.load(folder / "out" / f"{split}.outputs.npy")
-        assert (found.shape, found.dtype) == ((count, 3), np.float32)
+        path = folder / "out" / f"{split}.outputs.safetensors"
+        [found] = stored(path)
+        assert (found.shape, answers.opened(path).header.slots) == ((count, 3), 0)
         with torch.no_grad():
             expected = module(*[torch.from_numpy(np.load(inputs[f"{split}.inputs.{index}"].path)) for index in (0, 1)])
-        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
-    [answers] = np.load(folder / "out" / "validation.outputs.npy")
-    accuracy = (answers.argmax(1) == np.arange(40) % 3).mean()
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-4)
+    [found] = stored(folder / "out" / "validation.outputs.safetensors")
+    accuracy = (found.argmax(1) == np.arange(40) % 3).mean()
     assert result.metrics == {"samples": 5040, "classes": 3, "validation_accuracy": pytest.approx(accuracy)}
     assert result.notes == ()
     assert told[-1] == (1.0, "validation: 40 of 40 samples")
@@ -151,14 +154,14 @@ def test_each_view_is_answered_as_the_student_will_see_it(folder):
     augment = views.load(folder, given.distill.augment)
     module = models.load_student(folder, ENTRY, folder / "teacher.safetensors")
     for split, count in COUNTS.items():
-        found = np.load(folder / "out" / f"{split}.outputs.npy")
+        found = stored(folder / "out" / f"{split}.outputs.safetensors")
         assert found.shape == (1 if split == "validation" else 3, count, 3)
-        for number, answers in enumerate(found):
+        for number, answered in enumerate(found):
             seen = tuple(torch.from_numpy(item) for item in data.arrays(inputs, split))
             if split != "validation":
                 seen = views.view(augment, split, seen, number)
             with torch.no_grad():
-                np.testing.assert_allclose(answers, module(*seen).numpy(), rtol=1e-5, atol=1e-5)
+                np.testing.assert_allclose(answered, module(*seen).numpy(), rtol=1e-3, atol=1e-4)
 
 
 class Stop(BaseException):
@@ -178,9 +181,9 @@ def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_bytes(folder):
 
     with pytest.raises(Stop):
         run(folder, inputs, stop)
-    assert 0 < asked() - before < 5040
+    assert 0 < asked() - before < 5040 + TRIED
     assert run(folder, inputs)[1] == whole
-    assert asked() - before == 5040  # none twice
+    assert asked() - before == 5040 + TRIED + 1  # none twice
 
 
 def test_damaged_partial_work_is_made_again(folder):
