@@ -11,7 +11,7 @@ import io
 import os
 import tarfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import soundfile
@@ -31,15 +31,30 @@ SHIFT = 6  # frames, 16 ms each
 MASKED = 8  # frames at most
 
 
+class Clips(NamedTuple):
+    """Samples in [-1, 1], the number of the word and the speaker, of each clip; clips that nobody labelled have no words."""
+
+    waveforms: list[np.ndarray]
+    words: list[int]
+    speakers: list[str]
+
+
 def splits() -> dict[str, Dataset]:
     """Return the splits: ``(MFCC (1, 63, 13), word)`` items, each coefficient scaled by the training set's mean and deviation."""
-    found = {name: _read(name) for name in ("train", "val", "test")}
-    train = found["train"][0]
-    mean, deviation = train.mean((0, 1, 2)), train.std((0, 1, 2))
-    made = {name: TensorDataset((features - mean) / deviation, labels) for name, (features, labels, _) in found.items()}
-    made["test"].groups = found["test"][2]  # clips of one speaker are not independent
-    calibration = Subset(made["train"], range(0, len(made["train"]), len(made["train"]) // CALIBRATION))
-    return {"train": made["train"], "validation": made["val"], "calibration": calibration, "evaluation": made["test"]}
+    return scaled({"train": clips("train"), "validation": clips("val"), "evaluation": clips("test")})
+
+
+def scaled(found: dict[str, Clips]) -> dict[str, Dataset]:
+    """Return the splits of these clips, and ``calibration``; items of clips without words are ``(MFCC,)``."""
+    features = {name: torch.from_numpy(np.stack([mfcc(one) for one in heard.waveforms])).unsqueeze(1) for name, heard in found.items()}
+    mean, deviation = features["train"].mean((0, 1, 2)), features["train"].std((0, 1, 2))
+    made = {}
+    for name, heard in found.items():
+        words = (torch.tensor(heard.words),) if heard.words else ()
+        made[name] = TensorDataset((features[name] - mean) / deviation, *words)
+    made["evaluation"].groups = found["evaluation"].speakers  # clips of one speaker are not independent
+    count = len(features["train"])
+    return {**made, "calibration": Subset(made["train"], range(0, count, count // CALIBRATION))}
 
 
 def augment(features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -56,26 +71,32 @@ def augment(features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def mfcc(samples: np.ndarray) -> np.ndarray:
     """Return Mel-frequency cepstral coefficients. Shapes: samples (n,) in [-1, 1], result (63, 13)."""
     filters = mel_filter_bank(WINDOW // 2 + 1, BANDS, 20.0, RATE / 2, RATE, mel_scale="htk")
-    padded = np.zeros(SAMPLES)
-    padded[: min(len(samples), SAMPLES)] = samples[:SAMPLES]
-    bands = spectrogram(padded, window_function(WINDOW, "hann"), WINDOW, HOP, power=2.0, mel_filters=filters, log_mel="log", mel_floor=1e-8)
+    heard = second(samples)
+    bands = spectrogram(heard, window_function(WINDOW, "hann"), WINDOW, HOP, power=2.0, mel_filters=filters, log_mel="log", mel_floor=1e-8)
     found: np.ndarray = dct(bands.T, norm="ortho")[:, :COEFFICIENTS].astype(np.float32)
     return found
 
 
-def _read(split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Return features (n, 1, 63, 13), words (n,) and the speaker of each clip, in the order of their names."""
+def second(samples: np.ndarray) -> np.ndarray:
+    """Return the second that the networks hear: cut, or with silence behind it."""
+    padded = np.zeros(SAMPLES)
+    padded[: min(len(samples), SAMPLES)] = samples[:SAMPLES]
+    return padded
+
+
+def clips(split: str) -> Clips:
+    """Return the clips of an archive, in the order of their names."""
     path = Path(os.environ.get("EDGEKD_DATA") or Path(__file__).parent / "data") / f"{split}.tar"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name the folder with train.tar, val.tar and test.tar: EDGEKD_DATA=...")
-    features, labels, speakers = [], [], []
+    found = Clips([], [], [])
     with tarfile.open(path) as archive:
         for member in sorted((item for item in archive if item.name.endswith(".flac")), key=lambda item: item.name):
             word, _, name = member.name.removeprefix("./").rpartition("/")
-            samples, rate = soundfile.read(io.BytesIO(archive.extractfile(member).read()))
+            samples, rate = soundfile.read(io.BytesIO(archive.extractfile(member).read()), dtype="float32")  # 16 bits fit exactly
             if rate != RATE or samples.ndim != 1:
                 raise ValueError(f"{path}: {member.name}: {rate} Hz in {samples.ndim} dimensions; expected {RATE} Hz, mono")
-            features.append(mfcc(samples))
-            labels.append(WORDS.index(word))
-            speakers.append(name.partition("_")[0])
-    return torch.from_numpy(np.stack(features)).unsqueeze(1), torch.tensor(labels), speakers
+            found.waveforms.append(samples)
+            found.words.append(WORDS.index(word))
+            found.speakers.append(name.partition("_")[0])
+    return found
