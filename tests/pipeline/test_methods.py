@@ -235,7 +235,7 @@ def test_a_student_of_other_answers_learns(site, monkeypatch, name):
         f"\n\ndef {role}_{width}():\n    return nn.Sequential(*list({role}())[:-1], nn.Linear({inputs}, {width}))\n"
         for role, inputs in (("teacher", 64 * 4 * 4), ("student", 16 * 2 * 2))
     )
-    (site / "models.py").write_text((EXAMPLE / "models.py").read_text() + functions)
+    (site / "models.py").write_text((EXAMPLE / "models.py").read_text() + MORE_MODELS + functions)
     torch.manual_seed(0)
     kd_models.save_weights(kd_models.student(site, Entry("models.py", f"teacher_{width}")), site / "wide.safetensors")
     text = recipe(site, losses, "", (f"teacher = teacher_{width}", f"student = student_{width}"))
