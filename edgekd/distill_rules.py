@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgekd.domain.losses import FROZEN, LOSSES, OF_NUMBERS, TAPPED, Loss
-from edgekd.domain.recipe import Distill, Evaluate, Student, Teacher, Training
+from edgekd.domain.recipe import Control, Distill, Evaluate, Student, Teacher, Training
 from edgekd.errors import expected_one_of
 
 if TYPE_CHECKING:
@@ -85,6 +85,11 @@ def _check_distill(reader: Reader, distill: Distill, key: str, reference: Teache
         reader.problem(
             f"{key}.losses[{tapped[0]}].taps", f"name modules of one teacher; expected no {key}.assistants, or losses of answers"
         )
+    if any(loss.epochs is not None for loss in distill.losses):
+        if any(loss.is_open for loss in distill.losses):
+            reader.problem(f"{key}.losses", "have epochs, and something is 'auto', which shorter runs choose; expected one of the two")
+        if any(assistant.epochs not in {None, distill.epochs} for assistant in distill.assistants):
+            reader.problem(f"{key}.assistants", f"have epochs of their own, and losses count in some of {distill.epochs}; expected as many")
     _check_epochs(reader, distill.losses, distill.epochs, key)
 
 
@@ -106,7 +111,11 @@ def _check_form(reader: Reader, student: Student, key: str, *, scored: bool) -> 
 
 
 def _check_losses_of(reader: Reader, student: Student) -> None:
-    """Note losses that have no meaning for the student's answers."""
+    """Note losses, and twins' losses, that have no meaning for the student's answers."""
+    for where, control in reader.all_made(Control):
+        if student.answers == "numbers":
+            told = f"seeds = {control.seeds}, but its twins learn classes, and student.answers are numbers"
+            reader.problem(where, f"{told}; expected none")
     for where, loss in reader.all_made(Loss):
         if student.answers == "numbers" and loss.kind not in (*OF_NUMBERS, *TAPPED):
             reader.problem(
@@ -130,6 +139,6 @@ def _check_epochs(reader: Reader, losses: Sequence[Loss], epochs: int, key: str)
             reader.problem(where, f"{list(loss.epochs)}; expected the first and the last epoch in which it counts, from 1 to {epochs}")
             return
     for epoch in range(epochs):
-        if not any(loss.counts_in(epoch) and (epoch or loss.teacher != "previous") for loss in losses):
+        if not any(loss.counts_in(epoch) for loss in losses):
             reader.problem(f"{key}.losses", f"none counts in epoch {epoch + 1}; expected one at least in each of {epochs} epochs")
             return

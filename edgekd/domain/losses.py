@@ -29,8 +29,9 @@ LOSSES: Mapping[str, Mapping[str, float | bool | str]] = {
 OF_NUMBERS = ("mse", "squared")  # losses that need no classes
 TAPPED = ("attention", "block", "hidden", "hint", "relation")  # losses of tensors inside the networks; the others are of answers
 FROZEN: Final = "frozen"
+AVERAGE, PREVIOUS = "average", "previous"
 AUTO: Final = "auto"  # what is left to be chosen
-TEACHERS = (FROZEN, "average", "previous")  # whose answers a loss follows: the given teachers', or the student's own earlier ones
+TEACHERS = (FROZEN, AVERAGE, PREVIOUS)  # whose answers a loss follows: the given teachers', or the student's own earlier ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,8 @@ class Loss:
         return {"kind": self.kind, "weight": self.weight, **more, **self.options}
 
     def counts_in(self, epoch: int) -> bool:
-        """Return whether the term counts in an epoch, from 0."""
-        return self.epochs is None or self.epochs[0] <= epoch + 1 <= self.epochs[1]
+        """Return whether the term counts in an epoch, from 0; in the first there is no previous self to follow."""
+        return (self.epochs is None or self.epochs[0] <= epoch + 1 <= self.epochs[1]) and (epoch > 0 or self.teacher != PREVIOUS)
 
 
 def untold(told: Mapping[str, Any]) -> Loss:

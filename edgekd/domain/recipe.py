@@ -30,6 +30,11 @@ class Entry:
         """Return it as it is written."""
         return f"{self.file}:{self.function}"
 
+    @classmethod
+    def of(cls, text: str) -> Entry:
+        """Return the entry that is written so."""
+        return cls(*text.rsplit(":", 1))
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from edgekd import usercode
+from edgekd.domain.losses import AVERAGE, FROZEN, PREVIOUS
 from edgekd.kd import taps
 from edgekd.kd.trial import laid_out
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from edgekd.kd.data import Sampled
     from edgekd.kd.train import Job
 
-AVERAGE, PREVIOUS = "average", "previous"
 _SHORTEST = 2  # steps that an average spans at least
 
 
@@ -40,10 +40,10 @@ class Beside:
     selves: dict[str, nn.Module] = field(default_factory=dict)
 
     def answers(self, inputs: Sequence[Tensor], outputs: Tensor | Sampled | None, epoch: int) -> dict[str, Tensor | None]:
-        """Return what each teacher of ``domain.recipe.TEACHERS`` says to a batch, None where it says nothing (yet)."""
+        """Return what each teacher of ``domain.losses.TEACHERS`` says to a batch, None where it says nothing (yet)."""
         import torch
 
-        found = {"frozen": cast("Tensor | None", outputs), AVERAGE: None, PREVIOUS: None}  # a batch's are in memory
+        found = {FROZEN: cast("Tensor | None", outputs), AVERAGE: None, PREVIOUS: None}  # a batch's are in memory
         with torch.no_grad():
             for name, module in self.selves.items():
                 if name != PREVIOUS or epoch > 0:
@@ -52,7 +52,7 @@ class Beside:
 
     def loss(self, inputs: Sequence[Tensor], epoch: int) -> Tensor | float:
         """Return the losses of the tapped tensors for the batch that the student has just seen; 0 if nothing is tapped."""
-        if self.tapped is None or not any(term.counts_in(epoch) for term in self.tapped.terms):
+        if self.tapped is None or not self.tapped.counts_in(epoch):
             return 0.0
         self.tapped.ask(inputs)
         return self.tapped.loss(epoch)

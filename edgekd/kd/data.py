@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from edgekd.digests import digest
 from edgekd.errors import RecipeError
 from edgekd.kd import answers, forms, views
-from edgekd.kd.forms import Form
+from edgekd.kd.forms import PLAIN, Form
 from edgekd.kd.losses import UNLABELLED
 from edgekd.kd.mixing import mixed
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from edgekd.domain.recipe import Recipe
     from edgekd.kd.answers import Answers
     from edgekd.kd.views import Augment
-
-
-PLAIN = Form()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +75,11 @@ class Samples:
         return Samples(tuple(item[rows] for item in self.inputs), self.labels[rows], outputs)
 
 
-def references(recipe: Recipe, split: str, *, labels: bool = False, outputs: bool = False) -> dict[str, str]:
+def references(recipe: Recipe, split: str, *, labels: bool = False) -> dict[str, str]:
     """Return the inputs of a step that reads a split: the step's own name -> artifact."""
     found = {f"{split}.inputs.{index}": f"inspect:{split}.inputs.{index}.npy" for index in range(len(recipe.student.inputs))}
     if labels:
         found[f"{split}.labels"] = f"inspect:{split}.labels.npy"
-    if outputs:
-        found[f"{split}.outputs"] = f"supervise:{split}.outputs.safetensors"
     return found
 
 
@@ -105,6 +100,7 @@ class Mixing:
 def samples(
     artifacts: Mapping[str, Artifact],
     split: str,
+    *,
     augment: Augment | None = None,
     number: int = 0,
     mixing: Mixing | None = None,

@@ -94,8 +94,9 @@ class Distiller(nn.Module):
         logits, answers = _logits(student_outputs), stored if teacher_outputs is None else teacher_outputs
         active = [term for term in self._terms if term.counts_in(self.epoch)]
         wanted = {name for term in active for name in formulas.needs(term.kind)}
-        if self._tapped is not None and any(term.kind in TAPPED for term in active):
-            asked = self._tapped.ask(inputs)
+        tapped = self._tapped if self._tapped is not None and self._tapped.counts_in(self.epoch) else None
+        if tapped is not None:
+            asked = tapped.ask(inputs)
             answers = _logits(asked) if answers is None and "teacher" in wanted else answers
         elif answers is None and "teacher" in wanted and self._held:
             answers = _logits(self._ask(inputs))
@@ -112,7 +113,7 @@ class Distiller(nn.Module):
             else labels.clamp(min=formulas.UNLABELLED)
         )
         loss = formulas.total(self._terms, logits, {FROZEN: answers}, known, self.epoch)
-        return loss if self._tapped is None else loss + self._tapped.loss(self.epoch)
+        return loss if tapped is None else loss + tapped.loss(self.epoch)
 
     def _ask(self, inputs: Any) -> Any:
         teacher = self._held[0].eval()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgekd.kd.losses import mse, wide
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -33,7 +35,7 @@ def attention(student: Tensor, teacher: Tensor, over: str = "channels") -> Tenso
     """
     from torch.nn.functional import kl_div, normalize
 
-    student, teacher = _wide(student), _wide(teacher)
+    student, teacher = wide(student), wide(teacher)
     if over == "heads":
         found, wanted = student.mean(dim=1).clamp(min=_STILL).log(), teacher.mean(dim=1).clamp(min=_STILL).log()
         queries = found.shape[0] * found.shape[1]
@@ -54,9 +56,7 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
     Source:
         Romero et al., arXiv 1412.6550, equation 3.
     """
-    from torch.nn.functional import mse_loss
-
-    return mse_loss(*fitted(_wide(student), _wide(teacher)))
+    return mse(*fitted(student, teacher))
 
 
 def hidden(student: Tensor, teacher: Tensor) -> Tensor:
@@ -68,9 +68,7 @@ def hidden(student: Tensor, teacher: Tensor) -> Tensor:
     Source:
         Jiao et al., arXiv 1909.10351, equation 8.
     """
-    from torch.nn.functional import mse_loss
-
-    return mse_loss(_wide(student), _wide(teacher))
+    return mse(student, teacher)
 
 
 def relation(student: Tensor, teacher: Tensor, distance_weight: float = 1.0, angle_weight: float = 2.0) -> Tensor:
@@ -88,7 +86,7 @@ def relation(student: Tensor, teacher: Tensor, distance_weight: float = 1.0, ang
     """
     from torch.nn.functional import smooth_l1_loss
 
-    found, wanted = (item.flatten(2).mean(dim=2) if item.ndim > 2 else item for item in (_wide(student), _wide(teacher)))  # noqa: PLR2004  (n, channels)
+    found, wanted = (item.flatten(2).mean(dim=2) if item.ndim > 2 else item for item in (wide(student), wide(teacher)))  # noqa: PLR2004  (n, channels)
     distance = smooth_l1_loss(_distances(found), _distances(wanted))
     angle = smooth_l1_loss(_angles(found), _angles(wanted))
     return distance_weight * distance + angle_weight * angle
@@ -103,9 +101,7 @@ def block(student: Tensor, teacher: Tensor) -> Tensor:
     Source:
         Koratana et al. (LIT), ICML 2019, equation 2.
     """
-    from torch.nn.functional import mse_loss
-
-    return mse_loss(_wide(student), _wide(teacher))
+    return mse(student, teacher)
 
 
 FEATURES: Mapping[str, Callable[..., Tensor]] = {
@@ -141,9 +137,3 @@ def _angles(points: Tensor) -> Tensor:
 
     towards = normalize(points[None] - points[:, None], dim=2)
     return towards @ towards.transpose(1, 2)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    import torch
-
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -33,6 +33,9 @@ class Form:
         return self.kind == CLASSES and not self.heads
 
 
+PLAIN = Form()
+
+
 def rows(form: Form, answers: Tensor) -> list[Tensor]:
     """Return answers as logits that the losses take: one tensor (m, C) for each width of head.
 

@@ -9,7 +9,6 @@ from edgekd.domain.losses import FROZEN, TAPPED, Loss
 from edgekd.domain.recipe import Entry
 from edgekd.errors import RecipeError
 from edgekd.kd import data, forms, losses, models, views
-from edgekd.kd.beside import PREVIOUS
 from edgekd.kd.forms import CLASSES, Form
 from edgekd.kd.taps import Network
 from edgekd.kd.train import Job, Settings
@@ -29,12 +28,12 @@ def lesson(params: Mapping[str, Any], inputs: Mapping[str, Artifact], recipe_dir
     Raises:
         RecipeError: if the user's code cannot be loaded, or the losses need classes that the training split lacks.
     """
-    entry = _entry(params["model"])
+    entry = Entry.of(params["model"])
     section = "distill.losses" if "train.outputs" in inputs else "distill.control"
-    augment = None if params["augment"] is None else views.load(recipe_dir, _entry(params["augment"]))
+    augment = None if params["augment"] is None else views.load(recipe_dir, Entry.of(params["augment"]))
     mixing = data.Mixing(tuple(params["mixing"]["weights"]), params["mixing"]["by"]) if "mixing" in params else None
     form = Form(params.get("answers", CLASSES), tuple(params.get("heads", ())))
-    temperature = _temperature(terms)
+    common: dict[str, Any] = {"mixing": mixing, "form": form, "temperature": _temperature(terms)}
     checkpoints, epochs = params.get("checkpoints", 0), params["epochs"]
 
     def objective(logits: Tensor, answers: Mapping[str, Tensor | None], labels: Tensor, epoch: int) -> Tensor:
@@ -50,14 +49,15 @@ def lesson(params: Mapping[str, Any], inputs: Mapping[str, Artifact], recipe_dir
     def view(epoch: int) -> data.Samples:
         turn = epoch * (checkpoints + 1) // epochs
         number = 0 if augment is None else epoch % params["views"]
-        return training_set(inputs, terms, section, (augment, number, mixing, turn if turn < checkpoints else None, form, temperature))
+        checkpoint = turn if turn < checkpoints else None
+        return training_set(inputs, terms, section, augment=augment, number=number, checkpoint=checkpoint, **common)
 
     def teacher() -> Network:
-        made = _entry(params["teacher"])
+        made = Entry.of(params["teacher"])
         return Network("teacher", models.load_teacher_module(recipe_dir, made, inputs["teacher"].path), made)
 
     def active(epoch: int) -> list[Loss]:
-        return [term for term in terms if term.counts_in(epoch) and (epoch or term.teacher != PREVIOUS)]
+        return [term for term in terms if term.counts_in(epoch)]
 
     train = view(epochs - 1)
     if isinstance(train.outputs, data.Sampled):
@@ -67,7 +67,7 @@ def lesson(params: Mapping[str, Any], inputs: Mapping[str, Artifact], recipe_dir
         entry=entry,
         build=lambda: models.student(recipe_dir, entry),
         train=train,
-        validation=data.samples(inputs, "validation", mixing=mixing, form=form, temperature=temperature),
+        validation=data.samples(inputs, "validation", **common),
         objective=objective,
         settings=Settings(**{name: params[name] for name in Settings.__slots__}),
         view=view if augment is not None or checkpoints else None,
@@ -79,7 +79,7 @@ def lesson(params: Mapping[str, Any], inputs: Mapping[str, Artifact], recipe_dir
     )
 
 
-def training_set(inputs: Mapping[str, Artifact], terms: Sequence[Loss], section: str, seen: tuple[Any, ...] = ()) -> data.Samples:
+def training_set(inputs: Mapping[str, Artifact], terms: Sequence[Loss], section: str, **seen: Any) -> data.Samples:
     """Return the training split, seen as ``data.samples`` says, with the unlabelled samples behind it if a loss can learn from them.
 
     Raises:
@@ -87,7 +87,7 @@ def training_set(inputs: Mapping[str, Artifact], terms: Sequence[Loss], section:
     """
     import torch
 
-    found = data.samples(inputs, "train", *seen)
+    found = data.samples(inputs, "train", **seen)
     if bool((found.labels == losses.UNLABELLED).all()):
         for term in terms:
             if "labels" in losses.needs(term.kind):
@@ -95,7 +95,7 @@ def training_set(inputs: Mapping[str, Artifact], terms: Sequence[Loss], section:
                 raise RecipeError(f"{section}: {what}; use 'kl' alone, without [distill.control]")
     if "unlabelled.inputs.0" not in inputs:
         return found
-    more = data.samples(inputs, "unlabelled", *seen)
+    more = data.samples(inputs, "unlabelled", **seen)
     if not len(more):
         return found
     if "train.outputs" not in inputs:  # a twin takes as many steps as the distilled student, on the samples that it can learn from
@@ -122,7 +122,3 @@ def _check_sampled(terms: Sequence[Loss], form: Form, classes: int) -> None:
         return
     why = f"'{unfit[0]}' needs all logits" if unfit else "several temperatures" if several else "answers that are not one softmax"
     raise RecipeError(f'distill.losses: {why}, and of {classes} classes samples are kept; expected distill.answers_kept = "dense"')
-
-
-def _entry(text: str) -> Entry:
-    return Entry(*text.rsplit(":", 1))

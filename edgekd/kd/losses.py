@@ -37,7 +37,7 @@ def ce(student: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """
     from torch.nn.functional import cross_entropy
 
-    summed = cross_entropy(_wide(student), labels, ignore_index=UNLABELLED, reduction="sum", label_smoothing=label_smoothing)
+    summed = cross_entropy(wide(student), labels, ignore_index=UNLABELLED, reduction="sum", label_smoothing=label_smoothing)
     return summed / (labels != UNLABELLED).sum().clamp(min=1)
 
 
@@ -58,7 +58,7 @@ def kl(student: Tensor, teacher: Tensor, temperature: float, *, standardize: boo
     """
     from torch.nn.functional import kl_div, log_softmax
 
-    student, teacher = _wide(student), _wide(teacher)
+    student, teacher = wide(student), wide(teacher)
     if standardize:
         student, teacher = _standardized(student), _standardized(teacher)
     found, wanted = log_softmax(student / temperature, dim=1), log_softmax(teacher / temperature, dim=1)
@@ -86,7 +86,7 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, ta
     is_target = torch.arange(student.shape[1]) == chosen[:, None]
     parts = []
     for logits in (student, teacher):
-        shares = torch.log_softmax(_wide(logits)[labelled] / temperature, dim=1)
+        shares = torch.log_softmax(wide(logits)[labelled] / temperature, dim=1)
         others = shares[~is_target].reshape(len(chosen), logits.shape[1] - 1)
         rest = others.logsumexp(dim=1, keepdim=True)
         parts.append((torch.cat([shares[is_target][:, None], rest], dim=1), others - rest))
@@ -111,7 +111,7 @@ def dist(student: Tensor, teacher: Tensor, temperature: float, inter_weight: flo
     """
     import torch
 
-    found, wanted = torch.softmax(_wide(student) / temperature, dim=1), torch.softmax(_wide(teacher) / temperature, dim=1)
+    found, wanted = torch.softmax(wide(student) / temperature, dim=1), torch.softmax(wide(teacher) / temperature, dim=1)
     inter = 1 - _correlation(found, wanted).mean()
     intra = 1 - _correlation(found.T, wanted.T).mean()
     return temperature**2 * (inter_weight * inter + intra_weight * intra)
@@ -128,7 +128,7 @@ def hard(student: Tensor, teacher: Tensor) -> Tensor:
     """
     from torch.nn.functional import cross_entropy
 
-    return cross_entropy(_wide(student), teacher.argmax(dim=1))
+    return cross_entropy(wide(student), teacher.argmax(dim=1))
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """
     from torch.nn.functional import mse_loss
 
-    return mse_loss(_wide(student), _wide(teacher))
+    return mse_loss(wide(student), wide(teacher))
 
 
 def squared(student: Tensor, labels: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def squared(student: Tensor, labels: Tensor) -> Tensor:
     import torch
 
     known = ~torch.isnan(labels)
-    return (_wide(student) - labels.nan_to_num())[known].square().sum() / known.sum().clamp(min=1)
+    return (wide(student) - labels.nan_to_num())[known].square().sum() / known.sum().clamp(min=1)
 
 
 LOSSES: Mapping[str, Callable[..., Tensor]] = {
@@ -176,15 +176,14 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = {
 def total(losses: Sequence[Loss], student: Tensor, answers: Mapping[str, Tensor | None], labels: Tensor, epoch: int = 0) -> Tensor:
     """Return the weighted sum of the losses of answers that count in an epoch, 0 if none does.
 
-    A loss follows the answers of its own teacher; one whose teacher has none yet (the student's previous self in the first
-    epoch) is left out.
+    A loss follows the answers of its own teacher.
 
     Shapes:
         student, each of answers: (n, C) logits; labels: (n,) int64, -1 where there is none; result: ().
     """
     terms = []
     for loss in losses:
-        if loss.kind in TAPPED or not loss.counts_in(epoch) or ("teacher" in needs(loss.kind) and answers[loss.teacher] is None):
+        if loss.kind in TAPPED or not loss.counts_in(epoch):
             continue
         known = {"student": student, "teacher": answers[loss.teacher], "labels": labels}
         needed = {name: known[name] for name in needs(loss.kind)}
@@ -213,7 +212,7 @@ def _correlation(found: Tensor, wanted: Tensor) -> Tensor:
     return cosine_similarity(found - found.mean(dim=1, keepdim=True), wanted - wanted.mean(dim=1, keepdim=True), dim=1)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
     """Return logits in float32 at least: softmax and its logarithm lose too much in half precision."""
     import torch
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.losses import AUTO, Loss
+from edgekd.errors import RecipeError
 from edgekd.kd import train
 from edgekd.kd.repeatable import keep, kept
 
@@ -63,7 +64,8 @@ def search(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    short, most = max(FEWEST_EPOCHS, round(SHORT * epochs)), max(FEWEST_EPOCHS, round(share * epochs))
+    most = max(FEWEST_EPOCHS, round(share * epochs))
+    short = min(most, max(FEWEST_EPOCHS, round(SHORT * epochs)))
     space = {name: CHOICES[name.partition(".")[2]] for name in _open(terms)}
     done: list[Trial] = []
 
@@ -123,7 +125,10 @@ def _run(trial: optuna.Trial, chosen: dict[str, float | bool], job: Callable[[],
     accuracies: list[float] = []
 
     def seen(line: train.Epoch, _: nn.Module) -> None:
-        accuracies.append(line.validation_accuracy or 0.0)
+        if line.validation_accuracy is None:
+            what = "no sample of the validation split has a class, by which settings could be compared"
+            raise RecipeError(f"distill.losses: 'auto': {what}; choose the setting yourself")
+        accuracies.append(line.validation_accuracy)
         trial.report(accuracies[-1], line.epoch - 1)
         if trial.should_prune():
             raise optuna.TrialPruned
@@ -134,14 +139,17 @@ def _run(trial: optuna.Trial, chosen: dict[str, float | bool], job: Callable[[],
         train.fit(given, work, lambda _, text: progress(0.0, text), seen)
         stopped = False
     found = Trial(chosen, accuracies, stopped)
-    keep(work / "result", json.dumps({"chosen": chosen, "accuracies": accuracies, "stopped": stopped}).encode())
+    keep(work / "result", json.dumps(asdict(found)).encode())
     return found
 
 
 def as_json(terms: Sequence[Loss], trials: Sequence[Trial]) -> dict[str, Any]:
     """Return what was chosen and how, for a file."""
-    rows = [{"chosen": one.chosen, "accuracies": one.accuracies, "stopped": one.stopped} for one in trials]
-    return {"losses": [term.told for term in terms], "trials": rows, "epochs": sum(len(one.accuracies) for one in trials)}
+    return {
+        "losses": [term.told for term in terms],
+        "trials": [asdict(one) for one in trials],
+        "epochs": sum(len(one.accuracies) for one in trials),
+    }
 
 
 def told(terms: Sequence[Loss], chosen: Sequence[Loss]) -> str:

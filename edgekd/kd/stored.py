@@ -46,10 +46,10 @@ def store_answers(path: Path, inputs: Sequence[np.ndarray], outputs: np.ndarray)
         raise RecipeError(f"{path.name}: expected inputs (n, ...) and outputs (n, classes) with one n; found {shapes}")
     if not np.isfinite(outputs).all():
         raise RecipeError(f"{path.name}: an answer is not finite (NaN or infinite); expected logits")
-    kept, first = np.unique(_digests(inputs), axis=0, return_index=True)
-    places = np.searchsorted(_keys(kept), _keys(_digests(inputs)))
-    if not np.array_equal(outputs[first][places], outputs):
-        row = int(np.argwhere((outputs[first][places] != outputs).any(axis=1))[0][0])
+    kept, first, places = np.unique(_digests(inputs), axis=0, return_index=True, return_inverse=True)
+    other = (outputs[first][places.reshape(-1)] != outputs).any(axis=1)
+    if other.any():
+        row = int(other.argmax())
         raise RecipeError(f"{path.name}: sample {row} is there twice, with two answers; expected one answer for a sample")
     write_atomically(path, save({"digests": kept, "outputs": np.ascontiguousarray(outputs[first], dtype=np.float32)}))
 

@@ -61,6 +61,10 @@ class Tapped:
     records: dict[tuple[str, str], _Record]
     handles: list[Any] = field(default_factory=list)
 
+    def counts_in(self, epoch: int) -> bool:
+        """Return whether a term counts in an epoch, from 0."""
+        return any(term.counts_in(epoch) for term in self.terms)
+
     def ask(self, inputs: Inputs) -> Any:
         """Show a batch to the teacher; return what it answers."""
         import torch
@@ -69,12 +73,8 @@ class Tapped:
             return _run(self.teacher, inputs)
 
     def loss(self, epoch: int) -> Tensor:
-        """Return the weighted sum of the terms that count in an epoch (from 0), for the batch that both have just seen."""
-        import torch
-
+        """Return the weighted sum of the terms that count in an epoch (from 0; one does), for the batch that both have just seen."""
         terms = [term for term in self.terms if term.counts_in(epoch)]
-        if not terms:
-            return torch.zeros(())
         # read before any block runs again, which its hook would record
         pairs = {(kind, at): self.pair(tap) for kind, at, tap in _numbered(terms) if kind != "block"}
         summed = []
@@ -113,7 +113,7 @@ def attach(student: Network, teacher: Network, terms: Sequence[Loss], inputs: In
     Args:
         student: Stays in the mode that it is in.
         teacher: Is frozen and put into eval mode.
-        terms: Losses of the kinds in ``domain.recipe.TAPPED``.
+        terms: Losses of the kinds in ``domain.losses.TAPPED``.
         inputs: A few samples, as the networks take them: by position, or by name.
         seed: For the adapters' weights.
 
@@ -125,18 +125,32 @@ def attach(student: Network, teacher: Network, terms: Sequence[Loss], inputs: In
 
     teacher.module.eval().requires_grad_(requires_grad=False)
     tapped = Tapped(student, teacher, terms, torch.nn.ModuleDict(), {})
-    _refuse([problem for network in (student, teacher) for problem in _hook(tapped, network)])
     was_training = student.module.training
+    try:
+        _check(tapped, inputs, seed)
+    except RecipeError:
+        for handle in tapped.handles:
+            handle.remove()
+        raise
+    finally:
+        student.module.train(was_training)
+        tapped.forget()
+    return tapped
+
+
+def _check(tapped: Tapped, inputs: Inputs, seed: int) -> None:
+    """Hook both networks, let them see a batch, and match their taps."""
+    import torch
+
+    networks = (tapped.student, tapped.teacher)
+    _refuse([problem for network in networks for problem in _hook(tapped, network)])
     with torch.no_grad():  # not inference_mode, which counts no changes in place
-        for network in (student, teacher):
+        for network in networks:
             _run(network, inputs)
         _refuse([problem for (role, path), record in tapped.records.items() if (problem := _unfit(record, role, path))])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "adapters"))
-            _refuse([problem for kind, at, tap in _numbered(terms) for problem in _match(tapped, kind, at, tap)])
-    student.module.train(was_training)
-    tapped.forget()
-    return tapped
+            _refuse([problem for kind, at, tap in _numbered(tapped.terms) for problem in _match(tapped, kind, at, tap)])
 
 
 def _run(network: Network, inputs: Inputs) -> Any:

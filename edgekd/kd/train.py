@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 from edgekd import usercode
 from edgekd.errors import StageError
 from edgekd.kd.beside import Beside, beside
-from edgekd.kd.data import PLAIN
-from edgekd.kd.forms import counted
+from edgekd.kd.forms import PLAIN, Form, counted
 from edgekd.kd.repeatable import derive, keep, kept, repeatable, seed_all
 from edgekd.kd.trial import laid_out, layout_for, placed
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from edgekd.domain.losses import Loss
     from edgekd.domain.recipe import Entry
     from edgekd.kd.data import Samples
-    from edgekd.kd.forms import Form
     from edgekd.kd.taps import Network
     from edgekd.kd.views import Augment
     from edgekd.ports import Progress

@@ -104,7 +104,7 @@ def _in_torch(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context
     from edgekd.kd import models
     from edgekd.kd.repeatable import repeatable
 
-    entry = None if params["model"] is None else Entry(*params["model"].rsplit(":", 1))
+    entry = None if params["model"] is None else Entry.of(params["model"])
     rows, total = [], len(arrays[0])
     with repeatable(params["threads"]):
         answer = models.load_teacher(context.recipe_dir, entry, inputs["model"].path)
@@ -188,5 +188,5 @@ def _whole_set(
 
 
 def _function(text: str, context: Context) -> tuple[Callable[..., Any], Entry]:
-    entry = Entry(*text.rsplit(":", 1))
+    entry = Entry.of(text)
     return usercode.load(context.recipe_dir, entry), entry

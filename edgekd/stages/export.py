@@ -92,7 +92,7 @@ def _write(
     """Write the model file and return what answers for it in its original form."""
     from edgekd.kd import models
 
-    entry = Entry(*params["model"].rsplit(":", 1)) if params["model"] else None
+    entry = Entry.of(params["model"]) if params["model"] else None
     specs = [TensorSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in params["inputs"]]
     if entry is not None:
         runtime.export(models.load_teacher_module(context.recipe_dir, entry, weights), specs, path)

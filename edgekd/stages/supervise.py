@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from edgekd.domain.recipe import Entry
@@ -14,13 +14,14 @@ from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     import numpy as np
 
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
     from edgekd.domain.target import Target
-    from edgekd.kd.answers import Answers, Header
+    from edgekd.kd.answers import Answers, Header, Recompute
     from edgekd.kd.views import Augment
     from edgekd.ports import Context
 
@@ -61,16 +62,17 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     from edgekd.kd.repeatable import repeatable
 
     params = cast("dict[str, Any]", step.params)
-    entry = None if params["model"] is None else Entry(*params["model"].rsplit(":", 1))
-    augment = None if params["augment"] is None else views.load(context.recipe_dir, Entry(*params["augment"].rsplit(":", 1)))
+    entry = None if params["model"] is None else Entry.of(params["model"])
+    augment = None if params["augment"] is None else views.load(context.recipe_dir, Entry.of(params["augment"]))
     splits = {split: data.arrays(inputs, split) for split in SPLITS}
     numbers = {split: 1 if split == "validation" else params["views"] for split in SPLITS}
     filling = _Filling(context, sum(numbers[split] * len(found[0]) for split, found in splits.items()))
     with repeatable(params["threads"]):
         teacher = models.load_teacher(context.recipe_dir, entry, inputs["teacher"].path)
         classes = teacher([array[:1] for array in splits["train"]]).shape[1]
+        headers, checks = {}, {}
         for split, arrays in splits.items():
-            header = answers.plan(
+            headers[split] = answers.plan(
                 split,
                 (numbers[split], len(arrays[0]), classes),
                 teacher=inputs["teacher"].digest,
@@ -78,7 +80,11 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
                 data=data.digest_of(inputs, f"{split}.inputs."),
                 slots=0 if params["answers_kept"] == "dense" else None,
             )
-            _fill(teacher, header, arrays, None if split == "validation" else augment, filling)
+            checks[split] = _fill(teacher, headers[split], arrays, None if split == "validation" else augment, filling)
+        for split, header in headers.items():  # now that no work can be lost
+            target = context.out / f"{split}.outputs.safetensors"
+            answers.finish(_part(context, split), header, target)
+            answers.load(target, header, checks[split])
     kept = {split: answers.opened(context.out / f"{split}.outputs.safetensors") for split in SPLITS}
     sureness = {split: shift.sureness(found) for split, found in kept.items()}
     # numbers and several softmaxes have no one confidence
@@ -98,14 +104,14 @@ class _Filling:
 
 def _fill(
     teacher: Callable[[list[np.ndarray]], np.ndarray], header: Header, arrays: list[np.ndarray], augment: Augment | None, filling: _Filling
-) -> None:
-    """Fill the file of a split, going on where a run that was killed stopped, and check what was stored against the teacher."""
+) -> Recompute:
+    """Fill the file of a split, going on where a run that was killed stopped; return what asks the teacher anew."""
     context, split = filling.context, header.split
-    path = context.work / f"{split}.answers"
+    path = _part(context, split)
     stored = answers.begin(path, header)
     filling.done += stored
 
-    @cache
+    @lru_cache(maxsize=1)  # a view at a time is in memory
     def seen(number: int) -> list[np.ndarray]:
         return arrays if augment is None else data.view(augment, split, arrays, number)
 
@@ -116,9 +122,11 @@ def _fill(
         filling.done += len(rows)
         told = f", view {number + 1} of {header.views}" if header.views > 1 else ""
         context.progress(filling.done / filling.total, f"{split}: {rows.stop} of {header.samples} samples{told}")
-    target = context.out / f"{split}.outputs.safetensors"
-    answers.finish(path, header, target)
-    answers.load(target, header, lambda number, rows: teacher([array[rows] for array in seen(number)]))
+    return lambda number, rows: teacher([array[rows] for array in seen(number)])
+
+
+def _part(context: Context, split: str) -> Path:
+    return context.work / f"{split}.answers"
 
 
 def _accuracy(inputs: Mapping[str, Artifact], kept: Answers) -> float | None:

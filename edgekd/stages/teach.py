@@ -56,7 +56,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     from edgekd.kd import losses, models, train, views
 
     params = cast("dict[str, Any]", step.params)
-    entry = Entry(*params["model"].rsplit(":", 1))
+    entry = Entry.of(params["model"])
     settings = train.Settings(**{name: params[name] for name in train.Settings.__slots__})
     job = train.Job(
         section="teacher.train",
@@ -66,7 +66,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
         validation=_labelled(data.samples(inputs, "validation"), "validation"),
         objective=lambda logits, _answers, labels, _epoch: losses.ce(logits, labels, params["label_smoothing"]),
         settings=settings,
-        augment=None if params["augment"] is None else views.load(context.recipe_dir, Entry(*params["augment"].rsplit(":", 1))),
+        augment=None if params["augment"] is None else views.load(context.recipe_dir, Entry.of(params["augment"])),
     )
     wanted = _checkpoints(settings.epochs, params["checkpoints"])
 

@@ -272,6 +272,7 @@ def test_stored_answers_teach_and_are_the_reference_without_a_model(site, monkey
     told, code = build(site, monkeypatch, stored, until="evaluate")
     assert code == 0, told
     told, code = build(site, monkeypatch, stored.replace("[distill]", "[distill]\nseed = 1"))
+    assert code == 0, told
     assert accuracy(site) > 0.6
 
 

@@ -128,6 +128,11 @@ def test_all_of_distillation_can_be_written(tmp_path):
         (_more('teachers = [{ file = "answers.npz" }]'), r"'answers.npz'; expected a file that ends in .onnx, .pt2, .safetensors, .ts"),
         ((MODEL, MODEL + '\ncheckpoints = ["w.safetensors"]'), "need model and weights; a teacher that is taught keeps them by"),
         (("[teacher.train]", "[teacher.train]\ncheckpoints = 500"), "expected fewer than teacher.train.epochs"),
+        (_with('{ kind = "kl", temperature = "auto", epochs = [1, 30] }'), "have epochs, and something is 'auto'"),
+        (
+            (LOSSES_LINE, 'losses = [{ kind = "kl", epochs = [1, 30] }]\nassistants = [{ model = "models.py:teacher", epochs = 5 }]'),
+            "have epochs of their own, and losses count in some of 30",
+        ),
         (("[student]", "[student]\nheads = [5, 5]"), "top-1 judges one softmax; expected evaluate.score or evaluate.metric"),
         (("[student]", "[student]\nheads = [10]"), "are several softmaxes; expected two at least"),
         (
@@ -152,3 +157,17 @@ def test_taps_need_a_module_and_one_teacher(tmp_path):
     train = "\n".join(lines[start : next(i for i in range(start, len(lines)) if lines[i].startswith("[student"))])
     with pytest.raises(RecipeError, match="need a teacher that is a module"):
         _recipe(tmp_path, taps, (train, 'file = "w.safetensors"\n'))
+
+
+def test_numbers_have_no_twins_yet(tmp_path):
+    text = (EXAMPLE / "edgekd.toml").read_text()
+    train = text[text.index("[teacher.train]") : text.index("[student]")]
+    changes = (
+        (train, 'weights = "w.safetensors"\n'),
+        ("[student]", '[student]\nanswers = "numbers"'),
+        ("[budget]", '[evaluate]\nscore = "data.py:score"\n[budget]'),
+        _with('{ kind = "squared" }, { kind = "mse" }'),
+    )
+    assert _recipe(tmp_path / "without", *changes).student.answers == "numbers"
+    with pytest.raises(RecipeError, match="its twins learn classes, and student.answers are numbers"):
+        _recipe(tmp_path / "with", *changes, ("[distill]", "[distill]\ncontrol = { seeds = 2 }"))

@@ -154,7 +154,7 @@ class Inspection:
         self._beside[given["teacher"] or given["file"]] = networks.teacher(self.bench, given, f"teacher.{number}")
 
     def _assistant(self, model: str) -> None:
-        self._beside[model] = networks.assistant(self.bench, Entry(*model.rsplit(":", 1)))
+        self._beside[model] = networks.assistant(self.bench, Entry.of(model))
 
     def _student(self) -> None:
         self.tell(share=0.9, text="tries the student")

@@ -36,7 +36,7 @@ class Bench:
 
     def entry(self, name: str) -> Entry:
         """Return an entry that the recipe names."""
-        return Entry(*self.params[name].rsplit(":", 1))
+        return Entry.of(self.params[name])
 
     def samples(self, rows: Sequence[int], split: str = "evaluation") -> list[np.ndarray]:
         """Return inputs of a split, one array (n, ...) for each input of the student."""
@@ -72,7 +72,7 @@ def teacher(bench: Bench, given: Mapping[str, Any], name: str = "teacher") -> di
         logits = models.load_teacher(bench.recipe_dir, None, path)(batch)
         shutil.copyfile(path, bench.out / f"{name}.{given['file'].rpartition('.')[2]}")
         return {"parameters": None, "outputs": _checked(logits, given["file"])}
-    entry = Entry(*given["teacher"].rsplit(":", 1))
+    entry = Entry.of(given["teacher"])
     if given.get("taught"):
         module = _fresh(bench, entry)
         count = models.parameter_count(module)

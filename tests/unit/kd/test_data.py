@@ -67,9 +67,9 @@ def test_a_view_has_its_own_inputs_and_the_teachers_answers_to_them(tmp_path):
     def noisy(inputs, generator):
         return tuple(item + torch.rand(item.shape, generator=generator) for item in inputs)
 
-    found = [data.samples(artifacts, "train", noisy, number) for number in (0, 1)]
+    found = [data.samples(artifacts, "train", augment=noisy, number=number) for number in (0, 1)]
     assert not torch.equal(found[0].inputs[0], found[1].inputs[0])
-    assert torch.equal(found[1].inputs[0], data.samples(artifacts, "train", noisy, 1).inputs[0])
+    assert torch.equal(found[1].inputs[0], data.samples(artifacts, "train", augment=noisy, number=1).inputs[0])
     assert [item.outputs.tolist() for item in found] == outputs.tolist()
     assert data.samples(artifacts, "train").inputs[0].unique().tolist() == [1]  # what is stored is not touched
 
@@ -94,7 +94,7 @@ def test_answers_of_many_classes_stay_in_their_file_and_are_read_row_by_row(tmp_
         for what, item in (("inputs__0", np.ones((20, 2), np.float32)), ("outputs", logits[split]))
     }
     artifacts = stored(tmp_path, **arrays)
-    train, more = (data.samples(artifacts, split, None, 1) for split in logits)
+    train, more = (data.samples(artifacts, split, number=1) for split in logits)
     both = data.joined(train, more)
     assert isinstance(both.outputs, data.Sampled)
     assert both.outputs.shape == (40, 300)

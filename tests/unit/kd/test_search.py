@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from edgekd.domain.losses import Loss, untold
+from edgekd.errors import RecipeError
 from edgekd.kd import search, train
 
 OPEN = [Loss("kl", weight="auto", temperature="auto"), Loss("ce", 0.1)]
@@ -54,7 +55,7 @@ def test_worse_settings_are_stopped_early(tmp_path, runs):
     assert sum(len(one.accuracies) for one in trials) < 0.8 * 4 * len(trials)
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("share", [0.13, 0.25, 0.5, 1.0, 2.0])
 def test_the_share_is_kept(tmp_path, runs, share):
     _, trials = run(tmp_path, share)
     assert sum(len(one.accuracies) for one in trials) <= share * 16
@@ -83,6 +84,15 @@ def test_a_search_that_was_killed_goes_on_and_ends_the_same(tmp_path, runs, monk
     monkeypatch.setattr(train, "fit", fit)
     assert run(folder) == whole
     assert len(runs) == trained
+
+
+def test_without_classes_there_is_nothing_to_choose_by(tmp_path, monkeypatch):
+    def fit(job, work, progress, after_epoch):
+        after_epoch(SimpleNamespace(validation_accuracy=None, epoch=1), None)
+
+    monkeypatch.setattr(train, "fit", fit)
+    with pytest.raises(RecipeError, match="'auto': no sample of the validation split has a class"):
+        run(tmp_path)
 
 
 def test_what_was_chosen_can_be_written_and_read(tmp_path, runs):

@@ -19,23 +19,9 @@ from edgekd import config
 from edgekd.digests import changed, listing_digest
 from edgekd.ports import Context
 from edgekd.stages import inspect
+from tests import toy
 
-RECIPE = """\
-schema = 1
-name = "toy"
-[data]
-splits = "data.py:splits"
-[teacher]
-model = "models.py:teacher"
-weights = "teacher.safetensors"
-[student]
-model = "models.py:student"
-inputs = [{ name = "x", shape = [1, 4], dtype = "float32" }]
-[distill]
-epochs = 1
-[evaluate]
-score = "metrics.py:score"
-"""
+RECIPE = toy.RECIPE.replace("[teacher.train]\nepochs = 1", 'weights = "teacher.safetensors"') + '[evaluate]\nscore = "metrics.py:score"\n'
 DATA = """\
 import os
 import sqlite3

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -184,6 +185,39 @@ def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_bytes(folder):
     assert 0 < asked() - before < 5040 + TRIED
     assert run(folder, inputs)[1] == whole
     assert asked() - before == 5040 + TRIED + 1  # none twice
+
+
+def test_a_kill_in_the_last_split_loses_no_answer_of_an_earlier_one(folder):
+    inputs = artifacts(folder, {**COUNTS, "unlabelled": 100})
+    _, whole = run(folder, inputs)
+    (folder / "work").mkdir(exist_ok=True)
+    before = asked()
+
+    def stop(_, told):
+        if told.startswith("unlabelled"):
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(folder, inputs, stop)
+    assert asked() - before == 5140 + 1
+    assert run(folder, inputs)[1] == whole
+    assert asked() - before == 5140 + 2 + 3 * answers.SPOT_ROWS  # none twice
+
+
+def test_one_view_of_a_split_is_in_memory_at_a_time(folder, monkeypatch):
+    inputs, made = artifacts(folder), []
+    view, alive = data.view, []
+
+    def watched(augment, split, arrays, number):
+        alive.append(sum(reference() is not None for name, reference in made if name == split))
+        found = view(augment, split, arrays, number)
+        made.append((split, weakref.ref(found[0])))
+        return found
+
+    monkeypatch.setattr(data, "view", watched)
+    run(folder, inputs, given=replace(recipe(), distill=Distill(epochs=2, augment=Entry("supervise_user.py", "noisy"), views=6)))
+    assert len(made) >= 6
+    assert max(alive) <= 1  # the one before, while the next is made
 
 
 def test_damaged_partial_work_is_made_again(folder):
