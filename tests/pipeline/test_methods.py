@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -283,7 +284,7 @@ def test_stored_answers_to_other_samples_are_refused_before_anything_is_trained(
     told, code = build(site, monkeypatch, text)
     assert code == 2
     assert "few.safetensors: has no answer to a sample" in told
-    assert "epoch" not in told
+    assert not re.search(r"epoch \d+/\d+", told)
 
 
 def test_a_hint_into_a_mobile_student_is_warned_of_and_one_into_a_plain_student_is_not(site, monkeypatch):
@@ -327,4 +328,4 @@ def test_what_is_wrong_is_told_before_the_first_epoch(site, monkeypatch, losses,
     told, code = build(site, monkeypatch, recipe(site, losses, lines))
     assert code == 2, told
     assert message in told
-    assert "epoch" not in told
+    assert not re.search(r"epoch \d+/\d+", told)
