@@ -17,7 +17,7 @@ demo: $(READY) ## Build examples/fashion-mnist for this machine, then for a Rasp
 	$(BIN)/python $(DEMO)/fetch.py && $(BIN)/edgekd build --recipe $(DEMO)/edgekd.toml --target host && $(BIN)/edgekd build --recipe $(DEMO)/edgekd.toml --target rpi4 --inconclusive-ok
 
 test: $(READY) ## Run the suite (ARGS="-k cache")
-	$(BIN)/python -m pytest -m "not long and not device" $(ARGS)
+	$(BIN)/python -m pytest -m "not long and not device" -n 2 --dist loadfile $(ARGS)
 
 test-long: $(READY) ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
