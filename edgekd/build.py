@@ -16,6 +16,7 @@ from edgekd.digests import digest
 from edgekd.domain.verdict import Outcome
 from edgekd.errors import RecipeError, did_you_mean
 from edgekd.harness import runner
+from edgekd.kd import ranks
 from edgekd.plan import Plan, resolve
 from edgekd.stages import package
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     from edgekd.pipeline import Done, Teller
     from edgekd.ports import Step
-
-TRAINING = ("teach", "supervise", "distill")  # the stages before which a user wants to be warned
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +51,15 @@ class Result:
 
 
 def build(request: Request, teller: Teller) -> list[Result]:
-    """Build a recipe for its targets.
+    """Build a recipe for its targets; a rank of torchrun's that is not the first helps it to train, and has no result.
 
     Raises:
         EdgekdError: of the class that its exit code asks for; nothing is half-written then.
     """
     started = time.monotonic()
+    if ranks.own():
+        pipeline.assist()
+        return []
     plan = _plan(request.recipe, request.targets)
     for line in misspelt_targets(plan):
         teller.say(f"warning: {line}")
@@ -159,7 +161,7 @@ def _warner(plan: Plan, teller: Teller) -> Callable[[Step, Mapping[str, Done]], 
     told: list[str] = []
 
     def before(step: Step, done: Mapping[str, Done]) -> None:
-        if step.stage in TRAINING and not told:
+        if step.stage in pipeline.TRAINING and not told:
             told.append(step.id)
             for line in telling.provable_warnings(plan, done):
                 teller.say(f"warning: {line}")

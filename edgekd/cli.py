@@ -105,6 +105,8 @@ def build(recipe: Path, out: Path | None, cache: Path | None, *, as_json: bool, 
     request = building.Request(recipe=recipe, out=out or recipe.parent / "build", cache=cache_folder(cache), **options)
     with terminal.teller() as teller:
         results = building.build(request, teller)
+    if not results:  # a rank that helped
+        return 0
     if as_json:
         click.echo(json.dumps([result.document for result in results], indent=1, sort_keys=True))
     else:
@@ -269,5 +271,8 @@ def _cache(folder: Path | None) -> Any:
 
 
 def _tell_error(error: EdgekdError) -> None:
+    from edgekd.kd import ranks
+
+    who = f"rank {ranks.own()}: " if ranks.own() else ""
     for line in str(error).splitlines() or [type(error).__name__]:
-        click.echo(f"edgekd: {line}", err=True)
+        click.echo(f"edgekd: {who}{line}", err=True)

@@ -5,21 +5,25 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from edgekd import locks
 from edgekd.cache import Cache, Entry, storage_error
 from edgekd.digests import canonical, digest, file_digest, tool_version
 from edgekd.errors import StageError, UnavailableError
+from edgekd.kd import ranks
 from edgekd.ports import Context
 from edgekd.stages import distill, evaluate, export, inspect, quantize, supervise, teach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
     from edgekd.domain.artifact import Artifact
     from edgekd.plan import Plan
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
 PIPELINE: tuple[Stage, ...] = (inspect, teach, supervise, distill, export, quantize, evaluate)
 STAGES = {stage.NAME: stage for stage in PIPELINE}
+TRAINING = ("teach", "supervise", "distill")  # the stages that take long: several ranks share their work
 KEY_SCHEMA = 1
 
 
@@ -79,6 +84,8 @@ def run(plan: Plan, site: Site, until: str | None) -> dict[str, Done]:
     done: dict[str, Done] = {}
     for step in wanted(plan, until):
         done[step.id] = _run_step(step, done, site)
+    if ranks.count() > 1:
+        ranks.order(None)
     return done
 
 
@@ -91,6 +98,24 @@ def wanted(plan: Plan, until: str | None) -> Iterator[Step]:
         if names.index(step.stage) <= last and {reference.partition(":")[0] for reference in step.inputs.values()} <= kept:
             kept.add(step.id)
             yield step
+
+
+def assist() -> None:
+    """Do this rank's share of the steps that the first one trains, until it has finished.
+
+    Files are read where they are, and nothing is written but in a folder that goes away again; partial work is taken up as the
+    first rank finds it.
+
+    Raises:
+        EdgekdError: what the stage raised, here and in the first rank.
+    """
+    for step, inputs, recipe_dir, work in ranks.orders():
+        with tempfile.TemporaryDirectory(prefix=f"{work.name}.rank{ranks.own()}.", dir=work.parent) as scratch:
+            mine, out = Path(scratch) / "work", Path(scratch) / "out"
+            shutil.copytree(work, mine, copy_function=os.link)  # what is written is written anew, so links do
+            out.mkdir()
+            ranks.ready()
+            STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, mine, lambda _share, _text: None))
 
 
 def explain(plan: Plan, cache: Cache, recipe_dir: Path) -> list[Explained]:
@@ -141,7 +166,10 @@ def _execute(step: Step, done: Mapping[str, Done], site: Site, material: Mapping
         out, work = cache.fresh_out(base), cache.work(base)
         with site.teller.step(step.id) as progress, locks.machine_shared():
             started = time.monotonic()
-            result = STAGES[step.stage].run(step, _inputs(step, done), Context(site.recipe_dir, out, work, progress))
+            inputs = _inputs(step, done)
+            if ranks.count() > 1 and step.stage in TRAINING:
+                ranks.order((step, inputs, site.recipe_dir, work))
+            result = STAGES[step.stage].run(step, inputs, Context(site.recipe_dir, out, work, progress))
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
             raise

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from edgekd import usercode
-from edgekd.errors import StageError
+from edgekd.errors import RecipeError, StageError
+from edgekd.kd import ranks
 from edgekd.kd.beside import Beside, beside
 from edgekd.kd.forms import PLAIN, Form, counted
 from edgekd.kd.repeatable import derive, keep, kept, repeatable, seed_all
@@ -131,8 +132,9 @@ def fit(
         layout = layout_for(job)
         run = _resumed(job, layout, work) or _fresh(job, layout)
         for epoch in range(len(run.curve), settings.epochs):
-            seed_all(derive(settings.seed, "epoch", epoch))
+            seed_all(derive(settings.seed, "epoch", epoch, *([ranks.own()] if ranks.own() else [])))
             train_loss, train_accuracy = _train_epoch(job, run, layout, epoch, progress)
+            ranks.average_buffers([run.module, *run.beside.selves.values()])
             loss, accuracy = _score(job, run, layout, epoch)
             _check_finite(job, loss, f"on the validation split after epoch {epoch + 1}")
             line = Epoch(epoch + 1, train_loss, train_accuracy, loss, accuracy, run.optimizer.param_groups[0]["lr"], job.is_judged(epoch))
@@ -142,7 +144,8 @@ def fit(
             run.beside.after_epoch(run.module)
             if after_epoch is not None:
                 after_epoch(line, run.module)
-            _save(run, work)
+            if ranks.own() == 0:
+                _save(run, work)
             progress((epoch + 1) / settings.epochs, _told(line, settings.epochs))
     return run.best, run.curve
 
@@ -182,18 +185,15 @@ def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, pr
         rate = one_cycle(epoch * len(batches) + step, settings.epochs * len(batches), settings.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        given = laid_out(inputs, layout)
-        logits = usercode.call(module, job.entry, *given)
-        answers = run.beside.answers(given, batch.outputs, epoch)
-        loss = job.objective(logits, answers, batch.labels, epoch) + run.beside.loss(given, epoch)
+        loss, value, logits = _seen(job, run, batch, laid_out(inputs, layout), epoch)
         optimizer.zero_grad(set_to_none=True)
         usercode.call(loss.backward, job.entry)
+        ranks.sum_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
         optimizer.step()
         run.beside.after_step(module)
-        value = loss.item()
         _check_finite(job, value, f"in epoch {epoch + 1}, step {step + 1} of {len(batches)}")
         summed += value * len(rows)
-        right, labelled = (sum(pair) for pair in zip((right, labelled), counted(job.form, logits.detach(), batch.labels), strict=True))
+        right, labelled = (sum(pair) for pair in zip((right, labelled), counted(job.form, logits, batch.labels), strict=True))
         if step % max(1, len(batches) // _TOLD) == 0:
             progress((epoch + step / len(batches)) / settings.epochs, f"epoch {epoch + 1}/{settings.epochs}, loss {value:.3f}")
     return summed / len(samples), right / labelled if labelled else None
@@ -203,18 +203,30 @@ def _score(job: Job, run: Run, layout: torch.memory_format, epoch: int) -> tuple
     """Return loss and accuracy on the validation split; accuracy is None if no sample has a class."""
     import torch
 
-    module = run.module.eval()
+    run.module.eval()
     summed, right, labelled = 0.0, 0, 0
     with torch.inference_mode():
         for rows in _batches(torch.arange(len(job.validation)), job.settings.batch_size):
             batch = job.validation.pick(rows)
-            given = laid_out(batch.inputs, layout)
-            logits = usercode.call(module, job.entry, *given)
-            answers = run.beside.answers(given, batch.outputs, epoch)
-            loss = job.objective(logits, answers, batch.labels, epoch) + run.beside.loss(given, epoch)
-            summed += loss.item() * len(rows)
+            _, value, logits = _seen(job, run, batch, laid_out(batch.inputs, layout), epoch)
+            summed += value * len(rows)
             right, labelled = (sum(pair) for pair in zip((right, labelled), counted(job.form, logits, batch.labels), strict=True))
     return summed / len(job.validation), right / labelled if labelled else None
+
+
+def _seen(job: Job, run: Run, batch: Samples, inputs: Sequence[Tensor], epoch: int) -> tuple[Tensor, float, Tensor]:
+    """Return the loss of a batch (its gradient is this rank's part), its value, and the logits. ``inputs``: the batch's, or its view's."""
+    own = ranks.share(len(batch))
+    given = [item[own] for item in inputs]
+    if not len(given[0]):
+        raise RecipeError(f"{job.section}: a batch of {len(batch)} is too small for {ranks.count()} ranks; raise {job.section}.batch_size")
+    logits = ranks.whole(usercode.call(run.module, job.entry, *given))
+    answers = run.beside.answers(given, batch.outputs, epoch)
+    for name in run.beside.selves:
+        answers[name] = None if (found := answers[name]) is None else ranks.whole(found)
+    loss = job.objective(logits, answers, batch.labels, epoch)
+    tapped = run.beside.loss(given, epoch) * (len(given[0]) / len(batch))  # the means of the ranks' samples, weighted by their number
+    return loss + tapped, loss.item() + ranks.summed(float(tapped)), logits.detach()
 
 
 def _batches(rows: Tensor, size: int) -> tuple[Tensor, ...]:

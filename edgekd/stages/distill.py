@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgekd.domain.losses import AUTO, TAPPED, Loss, untold
 from edgekd.domain.recipe import DISTILLED, PSEUDO, TWINS
 from edgekd.harness import runner
-from edgekd.kd import data
+from edgekd.kd import data, ranks
 from edgekd.kd.losses import learns_unlabelled
 from edgekd.ports import StageResult, Step
 
@@ -40,7 +40,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         "losses": [loss.told for loss in distill.losses],
         **recipe.student.form,
         "model": str(recipe.student.model),
-        "threads": distill.threads or machine["cores"],
+        **ranks.crew(distill.threads, machine["cores"]),
         "instruction_set": machine["instruction_set"],
     }
     found: list[Step] = []
@@ -147,6 +147,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     if calibrate.leaves_scale_free(terms) and job.form.is_plain:
         weights, note = calibrate.calibrated(job.build(), weights, job.validation, job.entry, params["threads"])
         notes = (note,)
+    if (warning := ranks.remark(job.build(), params["batch_size"])) is not None:
+        notes += (warning,)
     (context.out / "student.safetensors").write_bytes(models.pack(weights))
     lines = {"best_epoch": train.best_of(curve).epoch, "epochs": [asdict(line) for line in curve]}
     (context.out / "curve.json").write_text(json.dumps(lines, indent=1, sort_keys=True) + "\n")

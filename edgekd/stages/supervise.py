@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgekd.domain.recipe import Entry
 from edgekd.harness import runner
-from edgekd.kd import answers, data
+from edgekd.kd import answers, data, ranks
 from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
             **recipe.student.form,
             "answers_kept": recipe.distill.answers_kept,
             "batch_size": BATCH_SIZE,
-            "threads": machine["cores"],
+            "threads": ranks.crew(None, machine["cores"])["threads"],
             "instruction_set": machine["instruction_set"],
         }
         inputs = {"teacher": supervisor.artifact, "code": supervisor.code, "views.code": "inspect:views.code.json"}
@@ -81,6 +81,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
                 slots=0 if params["answers_kept"] == "dense" else None,
             )
             checks[split] = _fill(teacher, headers[split], arrays, None if split == "validation" else augment, filling)
+        if ranks.own():  # the first rank has the files
+            return StageResult()
         for split, header in headers.items():  # now that no work can be lost
             target = context.out / f"{split}.outputs.safetensors"
             answers.finish(_part(context, split), header, target)
@@ -108,7 +110,8 @@ def _fill(
     """Fill the file of a split, going on where a run that was killed stopped; return what asks the teacher anew."""
     context, split = filling.context, header.split
     path = _part(context, split)
-    stored = answers.begin(path, header)
+    is_first = ranks.own() == 0
+    stored = ranks.agreed(answers.begin(path, header) if is_first else 0)
     filling.done += stored
 
     @lru_cache(maxsize=1)  # a view at a time is in memory
@@ -118,7 +121,8 @@ def _fill(
     while stored < header.rows:
         number, first = divmod(stored, header.samples)
         rows = range(first, min(header.samples, (first // CHUNK + 1) * CHUNK))
-        stored = answers.append(path, header, stored, _ask(teacher, seen(number), rows))
+        found = _ask(teacher, seen(number), rows)
+        stored = answers.append(path, header, stored, found) if is_first else stored + len(rows)
         filling.done += len(rows)
         told = f", view {number + 1} of {header.views}" if header.views > 1 else ""
         context.progress(filling.done / filling.total, f"{split}: {rows.stop} of {header.samples} samples{told}")
@@ -143,7 +147,13 @@ def _accuracy(inputs: Mapping[str, Artifact], kept: Answers) -> float | None:
 
 
 def _ask(teacher: Callable[[list[np.ndarray]], np.ndarray], arrays: list[np.ndarray], rows: range) -> np.ndarray:
+    """Return the answers to rows; of several ranks each asks for its share of the batches."""
     import numpy as np
+    import torch
 
     cuts = [slice(start, min(start + BATCH_SIZE, rows.stop)) for start in range(rows.start, rows.stop, BATCH_SIZE)]
-    return np.concatenate([teacher([array[cut] for array in arrays]) for cut in cuts])
+    shares = [cuts[ranks.share(len(cuts), rank)] for rank in range(ranks.count())]
+    sizes = [sum(cut.stop - cut.start for cut in part) for part in shares]
+    given = shares[ranks.own()] or cuts[:1]  # one that has nothing to do asks all the same: it must know the shape
+    found = np.concatenate([teacher([array[cut] for array in arrays]) for cut in given])
+    return ranks.whole(torch.from_numpy(found[: sizes[ranks.own()]]), sizes).numpy()

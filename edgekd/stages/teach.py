@@ -11,7 +11,7 @@ from edgekd.digests import write_atomically
 from edgekd.domain.recipe import Entry
 from edgekd.errors import RecipeError
 from edgekd.harness import runner
-from edgekd.kd import data
+from edgekd.kd import data, ranks
 from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         **asdict(training),
         "augment": None if training.augment is None else str(training.augment),
         "model": str(recipe.teacher.model),
-        "threads": training.threads or machine["cores"],
+        **ranks.crew(training.threads, machine["cores"]),
         "instruction_set": machine["instruction_set"],
     }
     inputs = {
@@ -80,7 +80,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     (context.out / "teacher.safetensors").write_bytes(models.pack(weights))
     lines = {"best_epoch": train.best_of(curve).epoch, "epochs": [asdict(line) for line in curve]}
     (context.out / "curve.json").write_text(json.dumps(lines, indent=1, sort_keys=True) + "\n")
-    return StageResult(metrics=asdict(train.best_of(curve)))
+    warning = ranks.remark(job.build(), settings.batch_size)
+    return StageResult(metrics=asdict(train.best_of(curve)), notes=() if warning is None else (warning,))
 
 
 def _checkpoints(epochs: int, count: int) -> list[int]:
