@@ -85,6 +85,8 @@ def _check_distill(reader: Reader, distill: Distill, key: str, reference: Teache
         reader.problem(
             f"{key}.losses[{tapped[0]}].taps", f"name modules of one teacher; expected no {key}.assistants, or losses of answers"
         )
+    if tapped and distill.sizes:
+        reader.problem(f"{key}.losses[{tapped[0]}].taps", f"name modules of one student; expected no {key}.sizes, or losses of answers")
     if any(loss.epochs is not None for loss in distill.losses):
         if any(loss.is_open for loss in distill.losses):
             reader.problem(f"{key}.losses", "have epochs, and something is 'auto', which shorter runs choose; expected one of the two")

@@ -219,10 +219,31 @@ def _capacity(case: Case) -> str | None:
     behind, overfit = fraction_to_pp(teacher - found), fraction_to_pp(trained - found)  # type: ignore[operator]  # numbers, as these stages write them
     if behind < CAPACITY_GAP_PP or overfit > CAPACITY_OVERFIT_PP:
         return None
+    advice = "" if case.plan.recipe.sizes else "; a wider or deeper student would gain more than data or epochs: name some in distill.sizes"
     return (
         f"the student's capacity is the limit: {behind:.1f} pp behind its teacher on validation, and only {max(overfit, 0.0):.1f} "
-        "pp better on what it was trained on; a wider or deeper student would gain more than data or epochs"
+        f"pp better on what it was trained on{advice}"
     )
+
+
+def _sizes(case: Case) -> str | None:
+    """Return what students of other sizes reached, and the smallest that is close enough to its teacher; None if there are none.
+
+    Close enough is what the recipe's budget allows between teacher and student, or 3 points. All on validation.
+    """
+    metrics: Any = {name: item.entry.metrics for name, item in case.done.items()}
+    recipe, teacher = case.plan.recipe, metrics["supervise"]["validation_accuracy"]
+    if not recipe.sizes or teacher is None:
+        return None
+    counts = {str(recipe.student.model): metrics["inspect"]["student"]["parameters"], **metrics["inspect"]["sizes"]}
+    steps = {"distill": recipe.student.model, **recipe.sizes}
+    rows = [(counts[str(entry)], str(entry), metrics[name]["validation_accuracy"]) for name, entry in steps.items()]
+    told = ", ".join(f"{entry} ({count:,} parameters) {100 * found:.2f} %" for count, entry, found in sorted(rows))
+    limit = recipe.for_target(case.target.name).budget.max_accuracy_drop_pp
+    allowed = CAPACITY_GAP_PP if limit is None else limit
+    enough = [row for row in sorted(rows) if fraction_to_pp(teacher - row[2]) <= allowed]
+    advice = f"the smallest within {allowed:g} pp is {enough[0][1]}" if enough else f"none is within {allowed:g} pp: try larger ones"
+    return f"sizes, on validation, where the teacher has {100 * teacher:.2f} %: {told}; {advice}"
 
 
 def _cost(case: Case, chosen: Measurement | None, measurements: Sequence[Measurement]) -> dict[str, Any]:
@@ -233,7 +254,7 @@ def _cost(case: Case, chosen: Measurement | None, measurements: Sequence[Measure
     found: dict[str, float] = {}
     for name, item in case.done.items():
         if item.step.stage in {"teach", "supervise", "distill"}:
-            part = "twins" if name in twins else item.step.stage
+            part = "twins" if name in twins else "sizes" if name in case.plan.recipe.sizes else item.step.stage
             found[part] = round(found.get(part, 0.0) + item.entry.seconds, 3)
     teacher = teacher_of(chosen, measurements)
     saved_ns = 0.0 if teacher is None or chosen is None else stats.median(teacher.samples_ns()) - stats.median(chosen.samples_ns())
@@ -249,7 +270,7 @@ def _notes(case: Case, measurements: Sequence[Measurement]) -> list[str]:
     notes = [note for name in ("inspect", "supervise", "distill") for note in case.done[name].entry.notes]
     notes += [note for name, item in case.done.items() if name.startswith("export/teacher/") for note in item.entry.notes]
     notes += provable_warnings(case.plan, case.done) if len(case.plan.targets) == 1 else []
-    notes += filter(None, [_capacity(case)])
+    notes += filter(None, [_capacity(case), _sizes(case)])
     notes += sorted({note for item in measurements for note in item.notes})
     return notes
 

@@ -166,6 +166,7 @@ class Distill:
     answers, by their weights, or for each sample by their ``confidence`` too. ``assistants`` make a chain.
     ``answers_kept``: of more than 256 classes, a sample of each of the teacher's answers is kept, unless it is ``dense``.
     ``search_share``: how many epochs may be spent on choosing what losses leave to ``auto``, as a share of ``epochs``.
+    ``sizes`` are students of other widths or depths: they are distilled alike, and the report says which would be large enough.
     """
 
     epochs: Annotated[int, Between(1)]
@@ -182,6 +183,7 @@ class Distill:
     mixing: Annotated[str, OneOf("a way to mix teachers", ("weights", "confidence"))] = "weights"
     assistants: tuple[Assistant, ...] = ()
     search_share: Annotated[float, Positive] = 1.0
+    sizes: tuple[Entry, ...] = ()
     answers_kept: Annotated[str, OneOf("a way to keep answers", ("auto", "dense"))] = "auto"
     control: Control | None = None
 
@@ -267,6 +269,11 @@ class Recipe:
             kept = f"{self.arms['alone'][number]}:student.safetensors"
             found[f"supervise/{name.removeprefix('distill/')}"] = Supervisor(self.student.model, kept, "inspect:student.code.json")
         return found
+
+    @property
+    def sizes(self) -> dict[str, Entry]:
+        """Return the students of other sizes, by the steps that train them."""
+        return {f"distill/size/{number}": entry for number, entry in enumerate(self.distill.sizes)}
 
     @property
     def checkpoints(self) -> int:

@@ -29,11 +29,11 @@ TOOLS = ("torch", "numpy", "safetensors")
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
-    """Return the step of the student that ships, after those of its assistants, and one for each twin, if the recipe asks for them."""
+    """Return the step of the student that ships, after its assistants', and those of students of other sizes and of twins."""
     del targets  # all share one student
     machine = runner.facts()
     distill, assistants = recipe.distill, recipe.distill.assistants
-    others = {"control", "augment", "teachers", "mixing", "assistants", "search_share", "answers_kept"}
+    others = {"control", "augment", "teachers", "mixing", "assistants", "search_share", "answers_kept", "sizes"}
     params: dict[str, Any] = {
         **{name: value for name, value in asdict(distill).items() if name not in others},
         "augment": None if distill.augment is None else str(distill.augment),
@@ -54,7 +54,11 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         params["teacher"] = str(recipe.teacher.model)
         taught |= {"teacher": recipe.teacher.artifact, "teacher.code": "inspect:teacher.code.json"}
     found += _with_search(recipe, Step(NAME, NAME, params, taught, TOOLS))
-    return [*found, *_twins(recipe, found[-1])]
+    student = found[-1]
+    for number, (name, entry) in enumerate(recipe.sizes.items()):  # what a search chose for the student holds for them
+        inputs = {**student.inputs, "code": f"inspect:size.{number}.code.json"}
+        found.append(replace(student, id=name, params={**student.params, "model": str(entry)}, inputs=inputs))
+    return [*found, *_twins(recipe, student)]
 
 
 def _with_search(recipe: Recipe, step: Step) -> list[Step]:

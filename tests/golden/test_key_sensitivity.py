@@ -79,6 +79,7 @@ OTHER = {
     "distill.losses[1].teacher": "average",
     "distill.teachers": (words.Teacher(words.Entry("models.py", "other"), "other.safetensors"),),
     "distill.assistants": (words.Assistant(words.Entry("models.py", "middle")),),
+    "distill.sizes": (words.Entry("models.py", "wide"),),
     "distill.mixing": "confidence",
     "teacher.checkpoints": ("early.safetensors",),
     "teacher.train.checkpoints": 1,

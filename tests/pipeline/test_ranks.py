@@ -91,6 +91,7 @@ def test_batch_norm_is_warned_of_and_a_user_s_mistake_ends_all_ranks(tmp_path, t
     assert curve is None
 
 
+@pytest.mark.long
 def test_ranks_that_were_killed_go_on_together(tmp_path, two):
     undisturbed, _ = built(tmp_path / "x", two, epochs=24)
     assert undisturbed.returncode == 0, undisturbed.stderr

@@ -152,6 +152,8 @@ def test_taps_need_a_module_and_one_teacher(tmp_path):
     taps = _with('{ kind = "hint", taps = [{ student = "0", teacher = "0" }] }')
     with pytest.raises(RecipeError, match="name modules of one teacher"):
         _recipe(tmp_path, (LOSSES_LINE, taps[1] + '\nassistants = [{ model = "models.py:teacher" }]'))
+    with pytest.raises(RecipeError, match="name modules of one student"):
+        _recipe(tmp_path, (LOSSES_LINE, taps[1] + '\nsizes = ["models.py:teacher"]'))
     lines = (EXAMPLE / "edgekd.toml").read_text().splitlines()
     start = lines.index(MODEL)
     train = "\n".join(lines[start : next(i for i in range(start, len(lines)) if lines[i].startswith("[student"))])

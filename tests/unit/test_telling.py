@@ -40,7 +40,7 @@ def test_few_speakers_prove_less_than_their_samples_and_only_the_samples_say_wha
 def _capacity(trained, validation, teacher, augment=None):
     metrics = {"distill": {"train_accuracy": trained, "validation_accuracy": validation}, "supervise": {"validation_accuracy": teacher}}
     done = {name: SimpleNamespace(entry=SimpleNamespace(metrics=found)) for name, found in metrics.items()}
-    recipe = SimpleNamespace(distill=SimpleNamespace(augment=augment))
+    recipe = SimpleNamespace(distill=SimpleNamespace(augment=augment), sizes={})
     return telling._capacity(SimpleNamespace(done=done, plan=SimpleNamespace(recipe=recipe)))
 
 
@@ -54,3 +54,32 @@ def test_a_student_that_overfits_or_is_near_its_teacher_does_not():
     assert _capacity(None, None, 0.92) is None
     assert _capacity(0.80, 0.80, None) is None
     assert _capacity(0.80, 0.80, 0.92, augment="data.py:augment") is None
+
+
+def _sizes(teacher, found, limit=None):
+    """Return the remark on students of other sizes: ``found`` maps names to (parameters, accuracy), the student's own first."""
+    steps = {"distill" if number == 0 else f"distill/size/{number - 1}": name for number, name in enumerate(found)}
+    metrics = {step: {"validation_accuracy": found[name][1]} for step, name in steps.items()}
+    counts = {name: count for name, (count, _) in found.items()}
+    metrics |= {"supervise": {"validation_accuracy": teacher}, "inspect": {"student": {"parameters": counts["student"]}, "sizes": counts}}
+    done = {name: SimpleNamespace(entry=SimpleNamespace(metrics=metric)) for name, metric in metrics.items()}
+    budget = ForTarget(Budget(max_accuracy_drop_pp=limit), Quantize())
+    recipe = SimpleNamespace(
+        student=SimpleNamespace(model="student"),
+        sizes={name: model for name, model in steps.items() if "/" in name},
+        for_target=lambda _: budget,
+    )
+    return telling._sizes(SimpleNamespace(done=done, plan=SimpleNamespace(recipe=recipe), target=SimpleNamespace(name="board")))
+
+
+def test_the_smallest_size_that_is_near_enough_is_named():
+    found = {"student": (1000, 0.80), "huge": (9000, 0.919), "wide": (4000, 0.90)}
+    told = _sizes(0.92, found)
+    assert told.startswith(
+        "sizes, on validation, where the teacher has 92.00 %: student (1,000 parameters) 80.00 %, wide (4,000 parameters)"
+    )
+    assert told.endswith("; the smallest within 3 pp is wide")
+    assert _sizes(0.92, found, limit=1.0).endswith("; the smallest within 1 pp is huge")
+    assert _sizes(0.95, found, limit=1.0).endswith("; none is within 1 pp: try larger ones")
+    assert _sizes(0.92, {"student": (1000, 0.80)}) is None
+    assert _sizes(None, found) is None

@@ -50,6 +50,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
             for other in recipe.distill.teachers
         ],
         "assistants": [str(assistant.model) for assistant in recipe.distill.assistants],
+        "sizes": [str(entry) for entry in recipe.distill.sizes],
         "pseudo_labels": recipe.distill.control is not None and recipe.distill.control.pseudo_labels,
         **recipe.student.form,
         "taps": [loss.told for loss in recipe.distill.losses if loss.taps],

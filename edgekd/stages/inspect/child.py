@@ -49,7 +49,7 @@ class Inspection:
         self.labels: dict[str, Any] = {}
         self.scored: list[int] = []
         self.answers: Any = None
-        self._beside: dict[str, dict[str, Any]] = {}  # further teachers and assistants
+        self._beside: dict[str, dict[str, Any]] = {}  # further teachers, assistants, students of other sizes
 
     def run(self) -> dict[str, Any]:
         """Run all phases and return what was found.
@@ -64,6 +64,8 @@ class Inspection:
             self._phase(f"teacher.{number}", given["teacher"] or given["file"], partial(self._further, number, given))
         for number, model in enumerate(self.params["assistants"]):
             self._phase(f"assistant.{number}", model, partial(self._assistant, model))
+        for number, model in enumerate(self.params["sizes"]):
+            self._phase(f"size.{number}", model, partial(self._size, model))
         self._compare()
         if self.params["taps"]:
             self._phase("taps", self.params["student"], self._taps)
@@ -154,7 +156,11 @@ class Inspection:
         self._beside[given["teacher"] or given["file"]] = networks.teacher(self.bench, given, f"teacher.{number}")
 
     def _assistant(self, model: str) -> None:
-        self._beside[model] = networks.assistant(self.bench, Entry.of(model))
+        self._beside[model] = networks.fresh(self.bench, Entry.of(model), "assistant")
+
+    def _size(self, model: str) -> None:
+        self._beside[model] = networks.fresh(self.bench, Entry.of(model), "student")
+        self.summary.setdefault("sizes", {})[model] = self._beside[model]["parameters"]
 
     def _student(self) -> None:
         self.tell(share=0.9, text="tries the student")

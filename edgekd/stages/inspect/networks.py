@@ -96,13 +96,13 @@ def student(bench: Bench, scored: Sequence[int]) -> tuple[dict[str, Any], np.nda
     return told, answers
 
 
-def assistant(bench: Bench, entry: Entry) -> dict[str, Any]:
-    """Try an assistant with fresh weights; return its size and outputs.
+def fresh(bench: Bench, entry: Entry, role: str) -> dict[str, Any]:
+    """Try a further network that is trained here, with fresh weights; return its size and outputs.
 
     Raises:
         RecipeError: as :func:`student`.
     """
-    return _tried(bench, entry, "assistant")[1]
+    return _tried(bench, entry, role)[1]
 
 
 def taps(bench: Bench) -> str | None:

@@ -187,6 +187,14 @@ def test_each_link_of_a_chain_is_taught_by_the_one_before():
     assert first.inputs["code"] == "inspect:assistant.0.code.json"
 
 
+def test_students_of_other_sizes_differ_from_the_student_in_their_module_only():
+    student, wide, deep = distill.steps(recipe(sizes=(entry("wide"), entry("deep"))), [])
+    assert [student.id, wide.id, deep.id] == ["distill", "distill/size/0", "distill/size/1"]
+    assert student.params == distill.steps(recipe(), [])[0].params
+    assert wide.params == {**student.params, "model": "distill_user.py:wide"}
+    assert deep.inputs == {**student.inputs, "code": "inspect:size.1.code.json"}
+
+
 def test_checkpoints_teach_in_turns_and_the_teacher_last(folder, monkeypatch):
     inputs = artifacts(folder)
     for split in ("train", "validation", "unlabelled"):
