@@ -23,7 +23,7 @@ from torch import nn
 
 from edgekd.domain.losses import Loss
 from edgekd.domain.recipe import Entry
-from edgekd.kd import losses, train, trial
+from edgekd.kd import losses, train
 from edgekd.kd.data import Samples
 from edgekd.kd.repeatable import repeatable
 
@@ -52,16 +52,16 @@ def ours(
     optimizer: str = "adamw",
     *,
     free: bool = False,
+    precision: str = "float32",
 ) -> Callable[[], None]:
     """Return one block of edgekd's loop; ``free``: of any algorithm, not only of those that give the same bytes again."""
-    settings = train.Settings(1000, BATCH, optimizer, 0.001, 0.01, 0, torch.get_num_threads())
+    settings = train.Settings(1000, BATCH, optimizer, 0.001, 0.01, 0, torch.get_num_threads(), precision)
     job = train.Job("distill", Entry("bench.py", "student"), build, samples, samples, objective, settings)
-    layout = trial.layout_for(job)  # what fit does before its first epoch
-    run = train._fresh(job, layout)  # noqa: SLF001  (the step itself is what is timed)
+    epoch = train.rehearsal(job)
 
     def block() -> None:
         with nullcontext() if free else repeatable(settings.threads):
-            train._train_epoch(job, run, layout, 1, lambda *_: None)  # noqa: SLF001  (the step itself is what is timed)
+            epoch()
 
     return block
 

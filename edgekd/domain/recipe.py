@@ -17,6 +17,7 @@ DISTILLED = "distilled"
 TWINS = {"alone": 0.0, "smoothed": 0.1}  # students that are trained alike without a teacher, and their label smoothing
 PSEUDO = "pseudo"  # the twin that follows the answers of the one that was trained alone
 OPTIMIZERS = ("adamw", "sgd")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class Data:
 class Training:
     """How the teacher is taught, if the recipe asks: cross-entropy, one-cycle learning rate.
 
-    ``augment(inputs, generator) -> inputs`` works on a batch (a tensor, or a tuple for several inputs).
+    ``augment(inputs, generator) -> inputs`` works on a batch (a tensor, or a tuple for several inputs). ``precision``: ``auto`` tries
+    bfloat16 where the processor has instructions for it.
     """
 
     epochs: Annotated[int, Between(1)]
@@ -71,6 +73,7 @@ class Training:
     weight_decay: Annotated[float, Between(0)] = 0.01
     label_smoothing: Annotated[float, Between(0, 1)] = 0.0
     augment: Entry | None = None
+    precision: Annotated[str, OneOf("a precision", PRECISIONS)] = "auto"
     seed: Annotated[int, Between(0)] = 0
     threads: Annotated[int, Between(1)] | None = None
     checkpoints: Annotated[int, Between(0)] = 0
@@ -184,6 +187,7 @@ class Distill:
     assistants: tuple[Assistant, ...] = ()
     search_share: Annotated[float, Positive] = 1.0
     sizes: tuple[Entry, ...] = ()
+    precision: Annotated[str, OneOf("a precision", PRECISIONS)] = "auto"
     answers_kept: Annotated[str, OneOf("a way to keep answers", ("auto", "dense"))] = "auto"
     control: Control | None = None
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
 from edgekd.errors import RecipeError, StageError
-from edgekd.kd import ranks
+from edgekd.kd import precision, ranks
 from edgekd.kd.beside import Beside, beside
 from edgekd.kd.forms import PLAIN, Form, counted
 from edgekd.kd.repeatable import derive, keep, kept, repeatable, seed_all
@@ -50,6 +50,12 @@ class Settings:
     weight_decay: float
     seed: int
     threads: int
+    precision: str = precision.FLOAT32
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any], way: str) -> Settings:
+        """Return the settings of a step, in a precision."""
+        return cls(**{name: params[name] for name in cls.__slots__ if name != "precision"}, precision=way)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,13 @@ def fit(
     return run.best, run.curve
 
 
+def rehearsal(job: Job) -> Callable[[], object]:
+    """Return what trains one epoch of a job each time it is called, and keeps nothing: to be timed, within ``repeatable``."""
+    layout = layout_for(job)
+    run = _fresh(job, layout)
+    return lambda: _train_epoch(job, run, layout, 0, lambda _share, _text: None)
+
+
 def best_of(curve: list[Epoch]) -> Epoch:
     """Return the epoch whose weights were kept."""
     return max(curve, key=lambda line: line.rank)  # max returns the first of equals, as fit keeps it
@@ -217,10 +230,13 @@ def _score(job: Job, run: Run, layout: torch.memory_format, epoch: int) -> tuple
 def _seen(job: Job, run: Run, batch: Samples, inputs: Sequence[Tensor], epoch: int) -> tuple[Tensor, float, Tensor]:
     """Return the loss of a batch (its gradient is this rank's part), its value, and the logits. ``inputs``: the batch's, or its view's."""
     own = ranks.share(len(batch))
+    name = job.settings.precision if run.module.training else precision.FLOAT32  # what ships is float32
     given = [item[own] for item in inputs]
     if not len(given[0]):
         raise RecipeError(f"{job.section}: a batch of {len(batch)} is too small for {ranks.count()} ranks; raise {job.section}.batch_size")
-    logits = ranks.whole(usercode.call(run.module, job.entry, *given))
+    with precision.autocast(name):
+        logits = usercode.call(run.module, job.entry, *given)
+    logits = ranks.whole(logits if name == precision.FLOAT32 else logits.float())
     answers = run.beside.answers(given, batch.outputs, epoch)
     for name in run.beside.selves:
         answers[name] = None if (found := answers[name]) is None else ranks.whole(found)

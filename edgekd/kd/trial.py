@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
 from edgekd.errors import RecipeError
+from edgekd.kd import precision
 from edgekd.kd.repeatable import seed_all
 
 if TYPE_CHECKING:
@@ -22,13 +23,16 @@ def layout_for(job: Job) -> torch.memory_format:
     """Return the memory layout to train in, after one batch was tried on a module of its own.
 
     Channels-last makes small convolutional networks 1.2 to 1.4 times faster on CPUs (measured: a plain, a depthwise and
-    a residual network). Code that calls ``view`` on an image cannot run in it; it trains in the default layout.
+    a residual network). Code that calls ``view`` on an image cannot run in it; it trains in the default layout, as bfloat16 does.
 
     Raises:
         RecipeError: if the module cannot be trained on these samples.
     """
     import torch
 
+    if job.settings.precision == precision.BFLOAT16:
+        _try_one_batch(job, torch.contiguous_format)
+        return torch.contiguous_format
     try:
         _try_one_batch(job, torch.channels_last)
     except RecipeError as error:
@@ -51,10 +55,13 @@ def _try_one_batch(job: Job, layout: torch.memory_format) -> None:
     batch = job.train.pick(torch.arange(min(PROBED, len(job.train))))
     given = laid_out(batch.inputs, layout)
     guides = beside(job, module, layout)
-    logits = usercode.call(module, job.entry, *given)
+    with precision.autocast(job.settings.precision):
+        logits = usercode.call(module, job.entry, *given)
     _check_logits(job, logits, len(batch))
     epoch = job.settings.epochs - 1
-    loss = job.objective(logits, guides.answers(given, batch.outputs, epoch), batch.labels, epoch) + guides.loss(given, epoch)
+    loss = job.objective(
+        logits.float() if logits.dtype == torch.bfloat16 else logits, guides.answers(given, batch.outputs, epoch), batch.labels, epoch
+    ) + guides.loss(given, epoch)
     usercode.call(loss.backward, job.entry)
 
 

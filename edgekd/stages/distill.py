@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgekd.domain.losses import AUTO, TAPPED, Loss, untold
 from edgekd.domain.recipe import DISTILLED, PSEUDO, TWINS
 from edgekd.harness import runner
-from edgekd.kd import data, ranks
+from edgekd.kd import data, precision, ranks
 from edgekd.kd.losses import learns_unlabelled
 from edgekd.ports import StageResult, Step
 
@@ -33,7 +33,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     del targets  # all share one student
     machine = runner.facts()
     distill, assistants = recipe.distill, recipe.distill.assistants
-    others = {"control", "augment", "teachers", "mixing", "assistants", "search_share", "answers_kept", "sizes"}
+    others = {"control", "augment", "teachers", "mixing", "assistants", "search_share", "answers_kept", "sizes", "precision"}
     params: dict[str, Any] = {
         **{name: value for name, value in asdict(distill).items() if name not in others},
         "augment": None if distill.augment is None else str(distill.augment),
@@ -43,13 +43,16 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         **ranks.crew(distill.threads, machine["cores"]),
         "instruction_set": machine["instruction_set"],
     }
-    found: list[Step] = []
+    code = {"code": "inspect:student.code.json"}
+    way = precision.planned(NAME, distill.precision, machine["features"], params, {**_samples(recipe), **code})
+    params |= way["params"]
+    found: list[Step] = list(way["steps"])
     for link, assistant in enumerate(assistants):
         own = {**params, **_lessons(recipe, link), "model": str(assistant.model), "epochs": assistant.epochs or distill.epochs}
-        taught = {**_taught(recipe, link), "code": f"inspect:assistant.{link}.code.json"}
+        taught = {**_taught(recipe, link), "code": f"inspect:assistant.{link}.code.json", **way["inputs"]}
         found += _with_search(recipe, Step(f"distill/assistant/{link}", NAME, own, taught, TOOLS))
     params |= _lessons(recipe, len(assistants))
-    taught = {**_taught(recipe, len(assistants)), "code": "inspect:student.code.json"}
+    taught = {**_taught(recipe, len(assistants)), **code, **way["inputs"]}
     if any(loss.kind in TAPPED for loss in distill.losses):
         params["teacher"] = str(recipe.teacher.model)
         taught |= {"teacher": recipe.teacher.artifact, "teacher.code": "inspect:teacher.code.json"}
@@ -77,7 +80,7 @@ def _twins(recipe: Recipe, step: Step) -> list[Step]:
     Where the student's losses are searched, so is the label smoothing of the smoothed twin, for as many epochs.
     """
     distill, found = recipe.distill, []
-    code = {"code": "inspect:student.code.json", "views.code": "inspect:views.code.json"}
+    code = {name: step.inputs[name] for name in ("code", "views.code", "precision") if name in step.inputs}
     alone = {name: reference for name, reference in _samples(recipe).items() if not name.startswith("unlabelled")} | code
     if learns_unlabelled(distill.losses):
         alone |= data.references(recipe, "unlabelled")
@@ -137,9 +140,11 @@ def _answers(step: str, suffix: str = "") -> dict[str, str]:
 
 def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Train the student; write ``student.safetensors`` and ``curve.json``. A search writes ``chosen.json``."""
-    from edgekd.kd import calibrate, lessons, models, train
+    from edgekd.kd import calibrate, lessons, models, probe, train
 
     params = cast("dict[str, Any]", step.params)
+    if "tried" in params:
+        return probe.run(params, inputs, context)
     terms = [untold(term) for term in params["losses"]]
     if "search_share" in params:
         return _search(params, inputs, context, terms)

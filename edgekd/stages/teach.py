@@ -11,7 +11,7 @@ from edgekd.digests import write_atomically
 from edgekd.domain.recipe import Entry
 from edgekd.errors import RecipeError
 from edgekd.harness import runner
-from edgekd.kd import data, ranks
+from edgekd.kd import data, precision, ranks
 from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ VERSION = 3
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
-    """Return one step, or none if the teacher is given."""
+    """Return one step, after a trial of the precision if it is to be chosen, or none if the teacher is given."""
     del targets  # a teacher does not depend on them
     training = recipe.teacher.train
     if training is None:
         return []
     machine = runner.facts()
     params = {
-        **asdict(training),
+        **{name: value for name, value in asdict(training).items() if name != "precision"},
         "augment": None if training.augment is None else str(training.augment),
         "model": str(recipe.teacher.model),
         **ranks.crew(training.threads, machine["cores"]),
@@ -48,16 +48,19 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         "code": "inspect:teacher.code.json",
         "augment.code": "inspect:augment.code.json",
     }
-    return [Step(NAME, NAME, params, inputs, ("torch", "numpy", "safetensors"))]
+    way = precision.planned(NAME, training.precision, machine["features"], params, inputs)
+    return [*way["steps"], Step(NAME, NAME, {**params, **way["params"]}, {**inputs, **way["inputs"]}, ("torch", "numpy", "safetensors"))]
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Train the teacher; write ``teacher.safetensors``, ``curve.json``, and ``checkpoint.N.safetensors`` of as many as are asked for."""
-    from edgekd.kd import losses, models, train, views
+    from edgekd.kd import losses, models, probe, train, views
 
     params = cast("dict[str, Any]", step.params)
+    if "tried" in params:
+        return probe.run(params, inputs, context)
     entry = Entry.of(params["model"])
-    settings = train.Settings(**{name: params[name] for name in train.Settings.__slots__})
+    settings = train.Settings.of(params, precision.of(params, inputs))
     job = train.Job(
         section="teacher.train",
         entry=entry,

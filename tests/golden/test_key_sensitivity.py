@@ -79,6 +79,8 @@ OTHER = {
     "distill.losses[1].teacher": "average",
     "distill.teachers": (words.Teacher(words.Entry("models.py", "other"), "other.safetensors"),),
     "distill.assistants": (words.Assistant(words.Entry("models.py", "middle")),),
+    "distill.precision": "bfloat16",  # on any processor another than "auto"
+    "teacher.train.precision": "bfloat16",
     "distill.sizes": (words.Entry("models.py", "wide"),),
     "distill.mixing": "confidence",
     "teacher.checkpoints": ("early.safetensors",),

@@ -195,6 +195,21 @@ def test_students_of_other_sizes_differ_from_the_student_in_their_module_only():
     assert deep.inputs == {**student.inputs, "code": "inspect:size.1.code.json"}
 
 
+def test_all_that_is_distilled_is_in_the_precision_that_was_tried_once(monkeypatch):
+    facts = distill.runner.facts()
+    monkeypatch.setattr(distill.runner, "facts", lambda: {**facts, "features": ["avx512_bf16"]})
+    given = recipe(sizes=(entry("wide"),), assistants=(Assistant(entry("middle")),), control=Control(seeds=2, pseudo_labels=True))
+    trial, *others = distill.steps(given, [])
+    assert trial.id == "distill/precision"
+    assert trial.inputs["code"] == "inspect:student.code.json"
+    assert len(others) == 10
+    assert {step.inputs["precision"] for step in others} == {"distill/precision:precision.json"}
+    monkeypatch.setattr(distill.runner, "facts", lambda: {**facts, "features": ["avx2"]})
+    assert all("precision" not in step.inputs.keys() | step.params.keys() for step in distill.steps(given, []))
+    asked = distill.steps(replace(given, distill=replace(given.distill, precision="bfloat16")), [])
+    assert {step.params["precision"] for step in asked} == {"bfloat16"}
+
+
 def test_checkpoints_teach_in_turns_and_the_teacher_last(folder, monkeypatch):
     inputs = artifacts(folder)
     for split in ("train", "validation", "unlabelled"):
