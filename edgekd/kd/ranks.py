@@ -76,28 +76,25 @@ def share(total: int, rank: int | None = None) -> slice:
     return slice(rank * total // count(), (rank + 1) * total // count())
 
 
-def whole(part: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-    """Return the rows of all ranks, in order; gradients flow into this rank's own.
+def sizes(total: int) -> list[int]:
+    """Return how many of a total each rank has by ``share``."""
+    cuts = [share(total, rank) for rank in range(count())]
+    return [cut.stop - cut.start for cut in cuts]
 
-    ``sizes`` are how many rows each has; without, they are those of ``share``.
-    """
+
+def whole(part: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return the rows of all ranks, in order; gradients flow into this rank's own. ``rows`` are how many each has."""
     if count() == 1:
         return part
     import torch
 
-    group = _group()
-    if sizes is None:
-        total = torch.tensor(len(part))
-        group.all_reduce(total)
-        cuts = [share(int(total), rank) for rank in range(count())]
-        sizes = [cut.stop - cut.start for cut in cuts]
-    padded = part.new_zeros((max(sizes), *part.shape[1:]))  # a gather wants equal shapes
+    padded = part.new_zeros((max(rows), *part.shape[1:]))  # a gather wants equal shapes
     padded[: len(part)] = part.detach()
-    found = [torch.empty_like(padded) for _ in sizes]
-    group.all_gather(found, padded)
-    rows = [one[:size] for one, size in zip(found, sizes, strict=True)]
-    rows[own()] = part
-    return torch.cat(rows)
+    found = [torch.empty_like(padded) for _ in rows]
+    _group().all_gather(found, padded)
+    parts = [one[:size] for one, size in zip(found, rows, strict=True)]
+    parts[own()] = part
+    return torch.cat(parts)
 
 
 def summed(value: float) -> float:

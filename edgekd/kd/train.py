@@ -229,17 +229,17 @@ def _score(job: Job, run: Run, layout: torch.memory_format, epoch: int) -> tuple
 
 def _seen(job: Job, run: Run, batch: Samples, inputs: Sequence[Tensor], epoch: int) -> tuple[Tensor, float, Tensor]:
     """Return the loss of a batch (its gradient is this rank's part), its value, and the logits. ``inputs``: the batch's, or its view's."""
-    own = ranks.share(len(batch))
+    own, sizes = ranks.share(len(batch)), ranks.sizes(len(batch))
     name = job.settings.precision if run.module.training else precision.FLOAT32  # what ships is float32
     given = [item[own] for item in inputs]
     if not len(given[0]):
         raise RecipeError(f"{job.section}: a batch of {len(batch)} is too small for {ranks.count()} ranks; raise {job.section}.batch_size")
     with precision.autocast(name):
         logits = usercode.call(run.module, job.entry, *given)
-    logits = ranks.whole(logits if name == precision.FLOAT32 else logits.float())
+    logits = ranks.whole(logits if name == precision.FLOAT32 else logits.float(), sizes)
     answers = run.beside.answers(given, batch.outputs, epoch)
     for name in run.beside.selves:
-        answers[name] = None if (found := answers[name]) is None else ranks.whole(found)
+        answers[name] = None if (found := answers[name]) is None else ranks.whole(found, sizes)
     loss = job.objective(logits, answers, batch.labels, epoch)
     tapped = run.beside.loss(given, epoch) * (len(given[0]) / len(batch))  # the means of the ranks' samples, weighted by their number
     return loss + tapped, loss.item() + ranks.summed(float(tapped)), logits.detach()

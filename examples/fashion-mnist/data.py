@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SIDE = 28
 TRAIN, CALIBRATION = 55_000, 500  # of 60,000; the publisher's order is shuffled, the rest is for validation
+LABELLED = 10_000  # of the training pictures, in ``few``
 SHIFT = 2
 
 
@@ -33,6 +34,14 @@ def splits() -> dict[str, Dataset]:
         "calibration": TensorDataset(images[:CALIBRATION], labels[:CALIBRATION]),
         "evaluation": TensorDataset(*_read("t10k")),
     }
+
+
+def few() -> dict[str, Dataset]:
+    """Return the splits with labels for 10,000 training pictures only; the other 45,000 are ``unlabelled``."""
+    found = splits()
+    images, labels = found["train"].tensors
+    labelled = TensorDataset(images[:LABELLED], labels[:LABELLED])
+    return {**found, "train": labelled, "unlabelled": TensorDataset(images[LABELLED:])}
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

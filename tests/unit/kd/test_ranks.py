@@ -18,7 +18,7 @@ def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
     monkeypatch.setenv("RANK", "2")
     assert (ranks.count(), ranks.own(), ranks.share(7)) == (1, 0, slice(0, 7))
     part = torch.ones(2, requires_grad=True)
-    assert ranks.whole(part) is part
+    assert ranks.whole(part, ranks.sizes(2)) is part
     assert (ranks.summed(0.5), ranks.agreed(3)) == (0.5, 3)
     ranks.sum_gradients([nn.Parameter(torch.ones(2))])
     assert not torch.distributed.is_initialized()
@@ -31,6 +31,7 @@ def test_shares_are_all_there_is_in_order_and_as_equal_as_can_be(total):
     assert [row for cut in cuts for row in range(total)[cut]] == list(range(total))
     sizes = [len(range(total)[cut]) for cut in cuts]
     assert max(sizes) - min(sizes) <= 1
+    assert ranks.sizes(total) == sizes
     assert ranks.share(total) == cuts[1]
 
 

@@ -53,7 +53,9 @@ def recipe(function="student", **changes):
         data=Data(entry("splits")),
         teacher=Teacher(entry("teacher"), "w.safetensors"),
         student=Student(entry(function), (TensorSpec("x", (1, 4)),)),
-        distill=Distill(**{"epochs": 8, "losses": (KL, CE), "batch_size": 16, "learning_rate": 0.02, "threads": 1, **changes}),
+        distill=Distill(
+            **{"epochs": 8, "losses": (KL, CE), "batch_size": 16, "learning_rate": 0.02, "threads": 1, "precision": "float32", **changes}
+        ),
     )
 
 
@@ -198,7 +200,9 @@ def test_students_of_other_sizes_differ_from_the_student_in_their_module_only():
 def test_all_that_is_distilled_is_in_the_precision_that_was_tried_once(monkeypatch):
     facts = distill.runner.facts()
     monkeypatch.setattr(distill.runner, "facts", lambda: {**facts, "features": ["avx512_bf16"]})
-    given = recipe(sizes=(entry("wide"),), assistants=(Assistant(entry("middle")),), control=Control(seeds=2, pseudo_labels=True))
+    given = recipe(
+        precision="auto", sizes=(entry("wide"),), assistants=(Assistant(entry("middle")),), control=Control(seeds=2, pseudo_labels=True)
+    )
     trial, *others = distill.steps(given, [])
     assert trial.id == "distill/precision"
     assert trial.inputs["code"] == "inspect:student.code.json"

@@ -51,7 +51,8 @@ def recipe(**training):
         name="t",
         data=Data(entry("splits")),
         teacher=Teacher(
-            model=entry("teacher"), train=Training(**{"epochs": 8, "batch_size": 16, "learning_rate": 0.02, "threads": 1, **training})
+            model=entry("teacher"),
+            train=Training(**{"epochs": 8, "batch_size": 16, "learning_rate": 0.02, "threads": 1, "precision": "float32", **training}),
         ),
         student=Student(entry("student"), (TensorSpec("x", (1, 4)),)),
         distill=Distill(epochs=1),
