@@ -33,8 +33,11 @@ losses = [
 ]
 search_share = 2.0
 batch_size = 7
+precision = "float32"
 """
-RECIPE = toy.RECIPE.replace("[distill]\nepochs = 1", f"[distill]\nepochs = 4{LOSSES}")
+RECIPE = toy.RECIPE.replace("[distill]\nepochs = 1", f"[distill]\nepochs = 4{LOSSES}").replace(
+    "[teacher.train]", '[teacher.train]\nprecision = "float32"'
+)
 
 
 def started(folder, torchrun=(), student="student", epochs=4):
