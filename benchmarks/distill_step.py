@@ -53,9 +53,10 @@ def ours(
     *,
     free: bool = False,
     precision: str = "float32",
+    threads: int | None = None,
 ) -> Callable[[], None]:
     """Return one block of edgekd's loop; ``free``: of any algorithm, not only of those that give the same bytes again."""
-    settings = train.Settings(1000, BATCH, optimizer, 0.001, 0.01, 0, torch.get_num_threads(), precision)
+    settings = train.Settings(1000, BATCH, optimizer, 0.001, 0.01, 0, threads or torch.get_num_threads(), precision)
     job = train.Job("distill", Entry("bench.py", "student"), build, samples, samples, objective, settings)
     epoch = train.rehearsal(job)
 

@@ -7,7 +7,10 @@ A ResNet-8 student (He et al.'s layout, 77,850 parameters), 32x32 colour images,
 loop. Where the processor has bfloat16 instructions, edgekd's loop is first tried in both precisions, as a build does, and the faster
 one counts. Prints the median ratio of neighbouring blocks with its interval. Ends with 1 if one is below its bar.
 
+Under torchrun, edgekd's loop is that of as many processes, a thread each, and the others are one process's with as many threads.
+
     python benchmarks/throughput.py [rounds]
+    torchrun --nproc-per-node 2 benchmarks/throughput.py [rounds]
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from edgekd.harness import runner
-from edgekd.kd import precision, probe
+from edgekd.kd import precision, probe, ranks
 from edgekd.kd.data import Samples
 
 if TYPE_CHECKING:
@@ -110,9 +113,25 @@ def by_hand(batches: Callable[[], Batches], teacher: nn.Module | None = None) ->
     return block
 
 
+def together(block: Callable[[], None]) -> Callable[[], None]:
+    """Return a block that all ranks run; those that are not the first run it as often as the first asks, and end the program."""
+    if ranks.own():
+        for _ in ranks.orders():
+            ranks.ready()
+            block()
+        sys.exit(0)
+
+    def asked() -> None:
+        ranks.order("a block")
+        block()
+
+    return asked if ranks.count() > 1 else block
+
+
 def main() -> int:
     """Run the rounds and print."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    torch.set_num_threads(cores := runner.facts()["cores"])  # torchrun leaves one
     torch.manual_seed(0)
     count = STEPS * BATCH
     images, labels = torch.randn(count, 3, 32, 32), torch.randint(0, 10, (count,))
@@ -122,17 +141,24 @@ def main() -> int:
         return ((images[rows], labels[rows]) for rows in torch.split(torch.randperm(count), BATCH))
 
     samples = Samples((images,), labels, torch.randn(count, 10))
-    ways = {name: ours(lambda: resnet(1), samples, distillation, "sgd", precision=name) for name in (precision.FLOAT32, precision.BFLOAT16)}
+    ways = {
+        name: ours(lambda: resnet(1), samples, distillation, "sgd", precision=name, threads=max(1, cores // ranks.count()))
+        for name in (precision.FLOAT32, precision.BFLOAT16)
+    }
     has_bfloat16 = bool(precision.INSTRUCTIONS & set(runner.facts()["features"]))
-    way = precision.BFLOAT16 if has_bfloat16 and probe.pays(probe.raced(ways)) else precision.FLOAT32
-    print(f"distil in {way}; the processor has {'' if has_bfloat16 else 'no '}instructions for bfloat16")
+    pays = ranks.agreed(int(has_bfloat16 and probe.pays(probe.raced(ways))))
+    way = precision.BFLOAT16 if pays else precision.FLOAT32
     blocks = {
-        "distil": ways[way],
+        "distil": together(ways[way]),
         "alone": by_hand(in_memory),
         "loader": by_hand(lambda: iter(loader)),
         "online": by_hand(in_memory, resnet(9).eval()),
     }
-    return compared(blocks, count, rounds, BARS | ({"alone": BAR_BFLOAT16} if has_bfloat16 else {}))
+    print(f"distil in {way} (the processor has {'' if has_bfloat16 else 'no '}instructions for bfloat16), in {ranks.count()} process(es)")
+    missed = compared(blocks, count, rounds, BARS | ({"alone": BAR_BFLOAT16} if has_bfloat16 else {}))
+    if ranks.count() > 1:
+        ranks.order(None)
+    return missed
 
 
 if __name__ == "__main__":
