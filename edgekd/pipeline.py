@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PIPELINE: tuple[Stage, ...] = (inspect, teach, supervise, distill, export, quantize, evaluate)
 STAGES = {stage.NAME: stage for stage in PIPELINE}
-TRAINING = ("teach", "supervise", "distill")  # the stages that take long: several ranks share their work
+TRAINING = ("teach", "supervise", "distill")  # the stages that take long: a user is warned before them, and ranks share their work
 KEY_SCHEMA = 1
 
 

@@ -8,17 +8,19 @@ Weights, losses and validation are float32 in any case; bfloat16 is that of the 
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from edgekd import usercode
 from edgekd.domain.losses import AUTO
 from edgekd.ports import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import Tensor, nn
 
     from edgekd.domain.artifact import Artifact
+    from edgekd.domain.recipe import Entry
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # as /proc/cpuinfo names them, on x86 and ARM
@@ -49,8 +51,16 @@ def of(params: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> str:
     return str(params.get("precision", FLOAT32))
 
 
-def autocast(precision: str) -> AbstractContextManager[Any]:
-    """Return the context in which a module runs in a precision."""
+def call(module: nn.Module, entry: Entry, inputs: Sequence[Tensor], precision: str) -> Any:
+    """Return what a module of the user's answers in a precision, as float32 if that is bfloat16.
+
+    Raises:
+        RecipeError: if it fails.
+    """
     import torch
 
-    return nullcontext() if precision == FLOAT32 else torch.autocast("cpu", dtype=torch.bfloat16)
+    if precision == FLOAT32:
+        return usercode.call(module, entry, *inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = usercode.call(module, entry, *inputs)
+    return found.float() if isinstance(found, torch.Tensor) and found.dtype == torch.bfloat16 else found

@@ -25,8 +25,8 @@ STEPS, ROUNDS = 3, 9
 PAYS = 1.1  # times as fast, in all rounds but one: less is not worth other weights
 
 
-def run(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
-    """Try the precisions; write ``precision.json``."""
+def run(section: str, params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+    """Try the precisions; write ``precision.json``. ``section`` is the recipe's, for messages."""
     import torch
 
     entry = Entry.of(params["model"])
@@ -34,7 +34,7 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Cont
     few = given.pick(torch.arange(STEPS * params["batch_size"]) % len(given))
     settings = train.Settings(1, params["batch_size"], params["optimizer"], 1e-6, 0.0, 0, params["threads"])
     job = train.Job(
-        section="distill",
+        section=section,
         entry=entry,
         build=lambda: models.student(context.recipe_dir, entry),
         train=few,
@@ -48,13 +48,13 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Cont
         except RecipeError as error:
             if error.__cause__ is None:
                 raise
-            ratios = [0.0]  # an operation that bfloat16 has not
+            ratios, note = [0.0], f"warning: {entry} is trained in float32, since bfloat16 fails: {error}"
         else:
             ratios = raced(blocks)
+            note = f"{entry}: bfloat16 is {statistics.median(ratios):.2f} times as fast"
     chosen = precision.BFLOAT16 if pays(ratios) else precision.FLOAT32
     (context.out / precision.FILE).write_text(json.dumps({"precision": chosen}) + "\n")
-    speed = statistics.median(ratios)
-    return StageResult({"speed": speed}, (f"{params['model']}: trained in {chosen}: bfloat16 is {speed:.2f} times as fast",))
+    return StageResult({"speed": statistics.median(ratios)}, (note,))
 
 
 _BOTH = (precision.FLOAT32, precision.BFLOAT16)

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -124,11 +124,13 @@ def average_buffers(modules: Iterable[nn.Module]) -> None:
         buffer.div_(count())
 
 
-def remark(module: nn.Module, batch_size: int) -> str | None:
-    """Return a warning if several ranks train a module whose answer to a sample depends on the others of its batch."""
+def remark(build: Callable[[], nn.Module], batch_size: int) -> str | None:
+    """Return a warning if several ranks train a module, which ``build`` makes, that has batch norm."""
+    if count() == 1:
+        return None
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    if count() == 1 or not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+    if not any(isinstance(layer, _BatchNorm) for layer in build().modules()):
         return None
     return (
         f"warning: {count()} ranks train a module with batch norm: its statistics are those of about {batch_size // count()} of the "

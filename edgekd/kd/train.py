@@ -234,9 +234,7 @@ def _seen(job: Job, run: Run, batch: Samples, inputs: Sequence[Tensor], epoch: i
     given = [item[own] for item in inputs]
     if not len(given[0]):
         raise RecipeError(f"{job.section}: a batch of {len(batch)} is too small for {ranks.count()} ranks; raise {job.section}.batch_size")
-    with precision.autocast(name):
-        logits = usercode.call(run.module, job.entry, *given)
-    logits = ranks.whole(logits if name == precision.FLOAT32 else logits.float(), sizes)
+    logits = ranks.whole(precision.call(run.module, job.entry, given, name), sizes)
     answers = run.beside.answers(given, batch.outputs, epoch)
     for name in run.beside.selves:
         answers[name] = None if (found := answers[name]) is None else ranks.whole(found, sizes)

@@ -55,13 +55,10 @@ def _try_one_batch(job: Job, layout: torch.memory_format) -> None:
     batch = job.train.pick(torch.arange(min(PROBED, len(job.train))))
     given = laid_out(batch.inputs, layout)
     guides = beside(job, module, layout)
-    with precision.autocast(job.settings.precision):
-        logits = usercode.call(module, job.entry, *given)
+    logits = precision.call(module, job.entry, given, job.settings.precision)
     _check_logits(job, logits, len(batch))
     epoch = job.settings.epochs - 1
-    loss = job.objective(
-        logits.float() if logits.dtype == torch.bfloat16 else logits, guides.answers(given, batch.outputs, epoch), batch.labels, epoch
-    ) + guides.loss(given, epoch)
+    loss = job.objective(logits, guides.answers(given, batch.outputs, epoch), batch.labels, epoch) + guides.loss(given, epoch)
     usercode.call(loss.backward, job.entry)
 
 

@@ -144,7 +144,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
 
     params = cast("dict[str, Any]", step.params)
     if "tried" in params:
-        return probe.run(params, inputs, context)
+        return probe.run("distill", params, inputs, context)
     terms = [untold(term) for term in params["losses"]]
     if "search_share" in params:
         return _search(params, inputs, context, terms)
@@ -156,7 +156,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     if calibrate.leaves_scale_free(terms) and job.form.is_plain:
         weights, note = calibrate.calibrated(job.build(), weights, job.validation, job.entry, params["threads"])
         notes = (note,)
-    if (warning := ranks.remark(job.build(), params["batch_size"])) is not None:
+    if (warning := ranks.remark(job.build, params["batch_size"])) is not None:
         notes += (warning,)
     (context.out / "student.safetensors").write_bytes(models.pack(weights))
     lines = {"best_epoch": train.best_of(curve).epoch, "epochs": [asdict(line) for line in curve]}

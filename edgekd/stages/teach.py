@@ -58,7 +58,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
 
     params = cast("dict[str, Any]", step.params)
     if "tried" in params:
-        return probe.run(params, inputs, context)
+        return probe.run("teacher.train", params, inputs, context)
     entry = Entry.of(params["model"])
     settings = train.Settings.of(params, precision.of(params, inputs))
     job = train.Job(
@@ -83,7 +83,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     (context.out / "teacher.safetensors").write_bytes(models.pack(weights))
     lines = {"best_epoch": train.best_of(curve).epoch, "epochs": [asdict(line) for line in curve]}
     (context.out / "curve.json").write_text(json.dumps(lines, indent=1, sort_keys=True) + "\n")
-    warning = ranks.remark(job.build(), settings.batch_size)
+    warning = ranks.remark(job.build, settings.batch_size)
     return StageResult(metrics=asdict(train.best_of(curve)), notes=() if warning is None else (warning,))
 
 

@@ -101,7 +101,7 @@ def tried(folder, monkeypatch, text, ratios=None):
         monkeypatch.setattr(probe, "raced", lambda _: ratios)
     context = SimpleNamespace(recipe_dir=folder, out=folder, work=folder, progress=lambda *_: None)
     params = {**PARAMS, "model": "probe_user.py:student"}
-    found = probe.run(params, {"train.inputs.0": Artifact(folder / "x.npy", "", 0)}, context)
+    found = probe.run("distill", params, {"train.inputs.0": Artifact(folder / "x.npy", "", 0)}, context)
     return json.loads((folder / "precision.json").read_text())["precision"], found
 
 
@@ -127,8 +127,8 @@ def _forget():
 
 
 def test_a_trial_takes_turns_and_writes_what_was_chosen(tmp_path, monkeypatch):
-    chosen, found = tried(tmp_path, monkeypatch, LINEAR)
-    assert chosen in found.notes[0]
+    _, found = tried(tmp_path, monkeypatch, LINEAR)
+    assert found.notes == (f"probe_user.py:student: bfloat16 is {found.metrics['speed']:.2f} times as fast",)
     assert found.metrics["speed"] > 0
     assert tried(tmp_path, monkeypatch, LINEAR, ratios=[2.0] * 9)[0] == "bfloat16"
     assert tried(tmp_path, monkeypatch, LINEAR, ratios=[0.9] * 9)[0] == "float32"
@@ -137,6 +137,7 @@ def test_a_trial_takes_turns_and_writes_what_was_chosen(tmp_path, monkeypatch):
 def test_a_network_that_cannot_run_in_bfloat16_is_trained_in_float32(tmp_path, monkeypatch):
     chosen, found = tried(tmp_path, monkeypatch, PICKY)
     assert (chosen, found.metrics["speed"]) == ("float32", 0.0)
+    assert found.notes[0].startswith("warning: probe_user.py:student is trained in float32, since bfloat16 fails: ")
 
 
 def test_one_that_is_asked_to_says_why_it_cannot(tmp_path, monkeypatch):

@@ -46,12 +46,12 @@ def test_the_cores_are_shared_unless_threads_are_given(monkeypatch):
 
 @pytest.mark.usefixtures("three")
 def test_batch_norm_is_warned_of():
-    told = ranks.remark(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), 96)
+    told = ranks.remark(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), 96)
     assert told is not None
     assert told.startswith("warning: 3 ranks")
     assert "about 32 of the 96" in told
-    assert ranks.remark(nn.Sequential(nn.Conv2d(1, 2, 3), nn.LayerNorm(2)), 96) is None
+    assert ranks.remark(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.LayerNorm(2)), 96) is None
 
 
 def test_one_process_is_not_warned_of():
-    assert ranks.remark(nn.BatchNorm1d(2), 96) is None
+    assert ranks.remark(lambda: pytest.fail("it was built for nothing"), 96) is None
