@@ -16,18 +16,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from edgekd.domain.losses import Loss
     from edgekd.domain.recipe import Entry
     from edgekd.kd.data import Samples
 
 LOWEST, HIGHEST = 0.02, 50.0
 BATCH = 256
 MIN_SAMPLES = 30  # fewer say nothing about probabilities
-
-
-def leaves_scale_free(losses: Sequence[Loss]) -> bool:
-    """Return whether a loss follows the teacher's relations and not its scale, so that the logits end on one of their own."""
-    return any(loss.kind == "dist" or loss.options.get("standardize") for loss in losses)
 
 
 def calibrated(
@@ -46,8 +40,7 @@ def calibrated(
         return weights, "distill: the answers are not calibrated: too few samples of the validation split have a class"
     if not fold(module, validation.pick(batches[0]).inputs, value):
         return weights, "distill: the answers are not calibrated: no linear layer of its own gives the student's answer"
-    told = f"distill: the loss leaves the scale free; a temperature of {value:.3g}, fitted on validation, is folded into the last layer"
-    return dict(module.state_dict()), told
+    return dict(module.state_dict()), f"distill: a temperature of {value:.3g}, fitted on validation, is folded into the last layer"
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float | None:

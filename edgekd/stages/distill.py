@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgekd.ports import Context
 
 NAME = "distill"
-VERSION = 6
+VERSION = 7
 TOOLS = ("torch", "numpy", "safetensors")
 
 
@@ -77,7 +77,8 @@ def _with_search(recipe: Recipe, step: Step) -> list[Step]:
 def _twins(recipe: Recipe, step: Step) -> list[Step]:
     """Return the steps of the control: the distilled student's from other seeds, and those without the teacher.
 
-    Where the student's losses are searched, so is the label smoothing of the smoothed twin, for as many epochs.
+    Where the student's losses are searched, so are the smoothed twin's label smoothing and the weight of the pseudo-labels, each for
+    as many epochs.
     """
     distill, found = recipe.distill, []
     code = {name: step.inputs[name] for name in ("code", "views.code", "precision") if name in step.inputs}
@@ -85,8 +86,8 @@ def _twins(recipe: Recipe, step: Step) -> list[Step]:
     if learns_unlabelled(distill.losses):
         alone |= data.references(recipe, "unlabelled")
     without = {key: value for key, value in step.params.items() if key not in {"mixing", "checkpoints", "teacher"}}
-    smoothing: Any = AUTO if "chosen" in step.inputs else TWINS["smoothed"]
-    losses = {"alone": (Loss("ce"),), "smoothed": (Loss("ce", label_smoothing=smoothing),), PSEUDO: (Loss("ce"), Loss("hard"))}
+    smoothing, weight = (cast("Any", AUTO if "chosen" in step.inputs else usual) for usual in (TWINS["smoothed"], 1.0))
+    losses = {"alone": (Loss("ce"),), "smoothed": (Loss("ce", label_smoothing=smoothing),), PSEUDO: (Loss("ce"), Loss("hard", weight))}
     for arm, names in recipe.arms.items():
         for number, name in enumerate(names):
             seed = {"seed": distill.seed + number}
@@ -153,7 +154,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     job = lessons.lesson(params, inputs, context.recipe_dir, terms)
     weights, curve = train.fit(job, context.work, context.progress)
     notes: tuple[str, ...] = ()
-    if calibrate.leaves_scale_free(terms) and job.form.is_plain:
+    if job.form.is_plain:
         weights, note = calibrate.calibrated(job.build(), weights, job.validation, job.entry, params["threads"])
         notes = (note,)
     if (warning := ranks.remark(job.build, params["batch_size"])) is not None:

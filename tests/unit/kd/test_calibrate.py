@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.domain.losses import Loss
 from edgekd.domain.recipe import Entry
 from edgekd.kd import calibrate
 from edgekd.kd.data import Samples
@@ -77,12 +76,6 @@ def test_a_module_without_a_last_layer_of_its_own_is_left_alone(module):
     before = module.eval()(x).detach()
     assert not calibrate.fold(module, [x], 4.0)
     torch.testing.assert_close(module(x), before, rtol=0, atol=0)
-
-
-def test_only_losses_that_leave_the_scale_free_ask_for_it():
-    assert calibrate.leaves_scale_free([Loss("ce"), Loss("dist")])
-    assert calibrate.leaves_scale_free([Loss("kl", standardize=True)])
-    assert not calibrate.leaves_scale_free([Loss("kl"), Loss("ce"), Loss("dkd"), Loss("mse")])
 
 
 def test_weights_come_back_calibrated_with_a_remark():

@@ -11,7 +11,7 @@ import torch
 
 from edgekd.domain.artifact import Artifact
 from edgekd.domain.losses import Loss
-from edgekd.domain.recipe import Assistant, Control, Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.recipe import Control, Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
 from edgekd.errors import RecipeError
 from edgekd.kd import calibrate, data, lessons, models, train
 from edgekd.ports import Context
@@ -89,36 +89,6 @@ def run(folder, given, inputs):
     return result, {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
 
 
-def test_the_step_names_all_that_changes_the_student():
-    [step] = distill.steps(recipe(), [])
-    assert (step.id, step.stage) == ("distill", "distill")
-    assert step.params["losses"] == [
-        {"kind": "kl", "weight": 0.9, "temperature": 2.0, "standardize": False},
-        {"kind": "ce", "weight": 0.1, "label_smoothing": 0.0},
-    ]
-    assert json.loads(json.dumps(step.params)) == step.params
-    assert {"model", "epochs", "optimizer", "learning_rate", "weight_decay", "batch_size", "seed", "threads", "instruction_set"} <= set(
-        step.params
-    )
-    assert step.inputs == {
-        "train.inputs.0": "inspect:train.inputs.0.npy",
-        "train.labels": "inspect:train.labels.npy",
-        "train.outputs": "supervise:train.outputs.safetensors",
-        "validation.inputs.0": "inspect:validation.inputs.0.npy",
-        "validation.labels": "inspect:validation.labels.npy",
-        "validation.outputs": "supervise:validation.outputs.safetensors",
-        "unlabelled.inputs.0": "inspect:unlabelled.inputs.0.npy",
-        "unlabelled.outputs": "supervise:unlabelled.outputs.safetensors",
-        "code": "inspect:student.code.json",
-        "views.code": "inspect:views.code.json",
-    }
-
-
-def test_no_split_but_train_validation_and_unlabelled_is_seen():
-    [step] = distill.steps(recipe(), [])
-    assert not [name for name in step.inputs.values() if "evaluation" in name or "calibration" in name]
-
-
 def test_epochs_take_the_views_in_turns(folder, monkeypatch):
     inputs = artifacts(folder)
     answers = stored(inputs["train.outputs"].path)
@@ -146,72 +116,6 @@ def test_a_student_learns_from_views(folder):
     assert run(folder, recipe(augment=entry("noisy"), views=2), inputs)[0].metrics["validation_accuracy"] > 0.6
 
 
-def test_twins_are_trained_alike_but_for_the_teacher_and_the_seed():
-    plain, *others = distill.steps(recipe(control=Control(seeds=2), seed=7), [])
-    assert [step.id for step in others] == [
-        "distill/distilled/1",
-        "distill/alone/0",
-        "distill/alone/1",
-        "distill/smoothed/0",
-        "distill/smoothed/1",
-    ]
-    assert [step.params["seed"] for step in others] == [8, 7, 8, 7, 8]
-    for step in others:
-        same = plain.params.keys() - ({"seed"} if "distilled" in step.id else {"seed", "losses"})
-        assert all(step.params[name] == plain.params[name] for name in same)
-        reads_teacher = any(reference.startswith("supervise:") for reference in step.inputs.values())
-        assert reads_teacher == ("distilled" in step.id)
-    assert others[-1].params["losses"] == [{"kind": "ce", "weight": 1.0, "label_smoothing": 0.1}]
-
-
-def test_a_twin_by_pseudo_labels_follows_the_student_that_was_trained_alone():
-    given = recipe(control=Control(seeds=2, pseudo_labels=True), teachers=(Teacher(entry("other"), "o.safetensors"),))
-    last = distill.steps(given, [])[-1]
-    assert last.id == "distill/pseudo/1"
-    assert [loss["kind"] for loss in last.params["losses"]] == ["ce", "hard"]
-    assert {reference.partition(":")[0] for name, reference in last.inputs.items() if "outputs" in name} == {"supervise/pseudo/1"}
-    assert given.supervisors["supervise/pseudo/1"].artifact == "distill/alone/1:student.safetensors"
-    assert not {"mixing", "checkpoints", "teacher"} & last.params.keys()
-
-
-def test_each_link_of_a_chain_is_taught_by_the_one_before():
-    middle, small = (Assistant(entry(name)) for name in ("middle", "small"))
-    given = recipe(assistants=(middle, replace(small, epochs=3)), teachers=(Teacher(file="o.onnx", weight=0.5),))
-    first, second, last = distill.steps(given, [])
-    assert [step.id for step in (first, second, last)] == ["distill/assistant/0", "distill/assistant/1", "distill"]
-    assert [step.params["epochs"] for step in (first, second, last)] == [8, 3, 8]
-    assert first.params["mixing"] == {"weights": [1.0, 0.5], "by": "weights"}
-    assert "mixing" not in second.params.keys() | last.params.keys()
-    taught = [
-        {reference.partition(":")[0] for name, reference in step.inputs.items() if "outputs" in name} for step in (first, second, last)
-    ]
-    assert taught == [{"supervise", "supervise/teacher/0"}, {"supervise/assistant/0"}, {"supervise/assistant/1"}]
-    assert first.inputs["code"] == "inspect:assistant.0.code.json"
-
-
-def test_students_of_other_sizes_differ_from_the_student_in_their_module_only():
-    student, wide, deep = distill.steps(recipe(sizes=(entry("wide"), entry("deep"))), [])
-    assert [student.id, wide.id, deep.id] == ["distill", "distill/size/0", "distill/size/1"]
-    assert student.params == distill.steps(recipe(), [])[0].params
-    assert wide.params == {**student.params, "model": "distill_user.py:wide"}
-    assert deep.inputs == {**student.inputs, "code": "inspect:size.1.code.json"}
-
-
-def test_all_that_is_distilled_is_in_the_precision_that_was_tried_once(monkeypatch):
-    facts = distill.runner.facts()
-    monkeypatch.setattr(distill.runner, "facts", lambda: {**facts, "features": ["avx512_bf16"]})
-    given = recipe(
-        precision="auto", sizes=(entry("wide"),), assistants=(Assistant(entry("middle")),), control=Control(seeds=2, pseudo_labels=True)
-    )
-    trial, *others = distill.steps(given, [])
-    assert trial.id == "distill/precision"
-    assert [step.inputs["precision"] for step in others] == ["distill/precision:precision.json"] * 10
-    monkeypatch.setattr(distill.runner, "facts", lambda: {**facts, "features": ["avx2"]})
-    assert all("precision" not in step.inputs.keys() | step.params.keys() for step in distill.steps(given, []))
-    asked = distill.steps(replace(given, distill=replace(given.distill, precision="bfloat16")), [])
-    assert {step.params["precision"] for step in asked} == {"bfloat16"}
-
-
 def test_checkpoints_teach_in_turns_and_the_teacher_last(folder, monkeypatch):
     inputs = artifacts(folder)
     for split in ("train", "validation", "unlabelled"):
@@ -237,31 +141,6 @@ def test_checkpoints_teach_in_turns_and_the_teacher_last(folder, monkeypatch):
     assert seen == [1, 1, 2, 2, 3, 3, 0, 0]
 
 
-def test_what_is_left_open_is_searched_once_for_all_seeds_and_for_the_smoothed_twin_too():
-    given = recipe(losses=(Loss("kl", temperature="auto"), CE), control=Control(seeds=2), search_share=0.5)
-    steps = distill.steps(given, [])
-    assert [step.id for step in steps] == [
-        "distill/search",
-        "distill",
-        "distill/distilled/1",
-        "distill/alone/0",
-        "distill/alone/1",
-        "distill/search/smoothed/0",
-        "distill/smoothed/0",
-        "distill/smoothed/1",
-    ]
-    assert {step.id: step.inputs["chosen"] for step in steps if "chosen" in step.inputs} == {
-        "distill": "distill/search:chosen.json",
-        "distill/distilled/1": "distill/search:chosen.json",
-        "distill/smoothed/0": "distill/search/smoothed/0:chosen.json",
-        "distill/smoothed/1": "distill/search/smoothed/0:chosen.json",
-    }
-    searching = [step for step in steps if "search_share" in step.params]
-    assert [step.id for step in searching] == ["distill/search", "distill/search/smoothed/0"]
-    assert {step.params["search_share"] for step in searching} == {0.5}
-    assert all("optuna" in step.tools for step in searching)
-
-
 def test_a_twin_needs_no_teacher(folder):
     inputs = {name: item for name, item in artifacts(folder).items() if "outputs" not in name}
     *_, step = distill.steps(recipe(control=Control(seeds=2)), [])
@@ -280,14 +159,8 @@ def test_a_twin_takes_as_many_steps_as_the_student_that_learns_from_unlabelled_s
     assert alone.labels.min() >= 0
 
 
-def test_a_twin_of_a_student_that_learns_from_labels_only_reads_no_unlabelled_samples():
-    for losses, reads in (((KL, CE), True), ((Loss("dkd"), CE), False)):
-        twin = distill.steps(recipe(losses=losses, control=Control(seeds=2)), [])[-1]
-        assert any(name.startswith("unlabelled") for name in twin.inputs) == reads
-
-
-@pytest.mark.parametrize("loss", [Loss("dist"), Loss("kl", temperature=2.0, standardize=True)])
-def test_answers_of_a_loss_that_leaves_the_scale_free_are_calibrated(folder, loss):
+@pytest.mark.parametrize("loss", [Loss("dist"), Loss("kl", temperature=2.0, standardize=True), Loss("kl"), Loss("ce")])
+def test_answers_are_calibrated_whatever_the_loss_leaves_of_their_scale(folder, loss):
     inputs = artifacts(folder)
     result, _ = run(folder, recipe(losses=(loss,)), inputs)
     (note,) = result.notes
@@ -296,7 +169,6 @@ def test_answers_of_a_loss_that_leaves_the_scale_free_are_calibrated(folder, los
     validation = data.samples(inputs, "validation")
     with torch.no_grad():
         assert calibrate.temperature(module(*validation.inputs), validation.labels) == pytest.approx(1, abs=0.02)
-    assert run(folder, recipe(), inputs)[0].notes == ()
 
 
 @pytest.mark.parametrize("kind", ["dist", "dkd", "hard", "mse"])
