@@ -26,9 +26,12 @@ from edgekd.domain.recipe import Entry
 from edgekd.kd import losses, train
 from edgekd.kd.data import Samples
 from edgekd.kd.repeatable import repeatable
+from edgekd.kd.ways import USUAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from edgekd.kd.ways import Way
 
 BAR = 0.95
 ROUNDS, STEPS, BATCH = 41, 4, 128
@@ -52,16 +55,16 @@ def ours(
     optimizer: str = "adamw",
     *,
     free: bool = False,
-    precision: str = "float32",
+    way: Way = USUAL,
     threads: int | None = None,
 ) -> Callable[[], None]:
     """Return one block of edgekd's loop; ``free``: of any algorithm, not only of those that give the same bytes again."""
-    settings = train.Settings(1000, BATCH, optimizer, 0.001, 0.01, 0, threads or torch.get_num_threads(), precision)
+    settings = train.Settings(1000, BATCH, optimizer, 0.001, 0.01, 0, threads or torch.get_num_threads(), way)
     job = train.Job("distill", Entry("bench.py", "student"), build, samples, samples, objective, settings)
     epoch = train.rehearsal(job)
 
     def block() -> None:
-        with nullcontext() if free else repeatable(settings.threads):
+        with nullcontext() if free else repeatable(settings.threads, way.accelerator):
             epoch()
 
     return block

@@ -18,6 +18,8 @@ TWINS = {"alone": 0.0, "smoothed": 0.1}  # students that are trained alike witho
 PSEUDO = "pseudo"  # the twin that follows the answers of the one that was trained alone
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("auto", "float32", "bfloat16")
+NO_ACCELERATOR = "none"
+ACCELERATORS = ("auto", NO_ACCELERATOR, "cuda", "mps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,8 @@ class Data:
 class Training:
     """How the teacher is taught, if the recipe asks: cross-entropy, one-cycle learning rate.
 
-    ``augment(inputs, generator) -> inputs`` works on a batch (a tensor, or a tuple for several inputs). ``precision``: ``auto`` tries
-    bfloat16 where the processor has instructions for it.
+    ``augment(inputs, generator) -> inputs`` works on a batch (a tensor, or a tuple for several inputs). ``precision`` and
+    ``accelerator``: ``auto`` tries bfloat16 and the accelerators that this machine has, and takes what pays.
     """
 
     epochs: Annotated[int, Between(1)]
@@ -74,6 +76,7 @@ class Training:
     label_smoothing: Annotated[float, Between(0, 1)] = 0.0
     augment: Entry | None = None
     precision: Annotated[str, OneOf("a precision", PRECISIONS)] = "auto"
+    accelerator: Annotated[str, OneOf("an accelerator", ACCELERATORS)] = "auto"
     seed: Annotated[int, Between(0)] = 0
     threads: Annotated[int, Between(1)] | None = None
     checkpoints: Annotated[int, Between(0)] = 0
@@ -188,6 +191,7 @@ class Distill:
     search_share: Annotated[float, Positive] = 1.0
     sizes: tuple[Entry, ...] = ()
     precision: Annotated[str, OneOf("a precision", PRECISIONS)] = "auto"
+    accelerator: Annotated[str, OneOf("an accelerator", ACCELERATORS)] = "auto"
     answers_kept: Annotated[str, OneOf("a way to keep answers", ("auto", "dense"))] = "auto"
     control: Control | None = None
 

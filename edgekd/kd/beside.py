@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
 from edgekd.domain.losses import AVERAGE, FROZEN, PREVIOUS
 from edgekd.kd import taps
-from edgekd.kd.trial import laid_out
+from edgekd.kd.trial import laid_out, sited
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from edgekd.domain.recipe import Entry
-    from edgekd.kd.data import Sampled
     from edgekd.kd.train import Job
 
 _SHORTEST = 2  # steps that an average spans at least
@@ -39,11 +38,11 @@ class Beside:
     tapped: taps.Tapped | None = None
     selves: dict[str, nn.Module] = field(default_factory=dict)
 
-    def answers(self, inputs: Sequence[Tensor], outputs: Tensor | Sampled | None, epoch: int) -> dict[str, Tensor | None]:
+    def answers(self, inputs: Sequence[Tensor], outputs: Tensor | None, epoch: int) -> dict[str, Tensor | None]:
         """Return what each teacher of ``domain.losses.TEACHERS`` says to a batch, None where it says nothing (yet)."""
         import torch
 
-        found = {FROZEN: cast("Tensor | None", outputs), AVERAGE: None, PREVIOUS: None}  # a batch's are in memory
+        found = {FROZEN: outputs, AVERAGE: None, PREVIOUS: None}
         with torch.no_grad():
             for name, module in self.selves.items():
                 if name != PREVIOUS or epoch > 0:
@@ -106,8 +105,9 @@ def beside(job: Job, module: nn.Module, layout: torch.memory_format) -> Beside:
     found = Beside(job.entry, None, dict(selves))
     if job.teacher is not None:
         teacher = job.teacher()
-        teacher.module.to(memory_format=layout)  # type: ignore[call-overload]  # an overload torch forgot
+        sited(teacher.module, layout, job.settings.way, job.section)
         batch = job.train.pick(torch.arange(min(PROBED, len(job.train))))
         student = taps.Network("student", module, job.entry)
-        found.tapped = taps.attach(student, teacher, job.tapped, laid_out(batch.inputs, layout), job.settings.seed)
+        inputs = laid_out(batch.inputs, layout, job.settings.way)
+        found.tapped = taps.attach(student, teacher, job.tapped, inputs, job.settings.seed)
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd.domain.losses import FROZEN, TAPPED, Loss
 from edgekd.domain.recipe import Entry
 from edgekd.errors import RecipeError
-from edgekd.kd import data, forms, losses, models, precision, views
+from edgekd.kd import data, forms, losses, models, views, ways
 from edgekd.kd.forms import CLASSES, Form
 from edgekd.kd.taps import Network
 from edgekd.kd.train import Job, Settings
@@ -69,7 +69,7 @@ def lesson(params: Mapping[str, Any], inputs: Mapping[str, Artifact], recipe_dir
         train=train,
         validation=data.samples(inputs, "validation", **common),
         objective=objective,
-        settings=Settings.of(params, precision.of(params, inputs)),
+        settings=Settings.of(params, ways.of(params, inputs)),
         view=view if augment is not None or checkpoints else None,
         teacher=teacher if "teacher" in params else None,
         tapped=[term for term in terms if term.kind in TAPPED],

@@ -83,13 +83,12 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, ta
 
     labelled = labels != UNLABELLED
     chosen = labels[labelled]
-    is_target = torch.arange(student.shape[1]) == chosen[:, None]
+    classes = (chosen[:, None] + torch.arange(student.shape[1], device=student.device)) % student.shape[1]  # the label's first
     parts = []
     for logits in (student, teacher):
-        shares = torch.log_softmax(wide(logits)[labelled] / temperature, dim=1)
-        others = shares[~is_target].reshape(len(chosen), logits.shape[1] - 1)
-        rest = others.logsumexp(dim=1, keepdim=True)
-        parts.append((torch.cat([shares[is_target][:, None], rest], dim=1), others - rest))
+        shares = torch.log_softmax(wide(logits)[labelled] / temperature, dim=1).gather(1, classes)
+        rest = shares[:, 1:].logsumexp(dim=1, keepdim=True)
+        parts.append((torch.cat([shares[:, :1], rest], dim=1), shares[:, 1:] - rest))
     (target_found, rest_found), (target_wanted, rest_wanted) = parts
     target = kl_div(target_found, target_wanted, reduction="sum", log_target=True)
     among = kl_div(rest_found, rest_wanted, reduction="sum", log_target=True)

@@ -71,13 +71,14 @@ def load_exported_module(path: Path) -> nn.Module:
     return teachers.script_module(path) if path.suffix == ".ts" else teachers.exported_module(path)[0]
 
 
-def load_teacher(recipe_dir: Path, entry: Entry | None, artifact: Path) -> Callable[[list[np.ndarray]], np.ndarray]:
+def load_teacher(recipe_dir: Path, entry: Entry | None, artifact: Path, device: str = "cpu") -> Callable[[list[np.ndarray]], np.ndarray]:
     """Return the frozen teacher as a callable: a batch of inputs -> float32 logits.
 
     Args:
         recipe_dir: Where the user's code lies.
         entry: The function that makes the module, for weights; None for a file that is a whole model.
         artifact: ``.safetensors`` (weights, or stored answers), ``.ts`` (TorchScript), ``.pt2`` (torch.export) or ``.onnx``.
+        device: Where a module made by ``entry`` is, as torch names it; what is a whole model answers on the processor.
 
     Raises:
         RecipeError: if it cannot be loaded, or could run code of its own; the callable, if an answer is no logits.
@@ -86,7 +87,7 @@ def load_teacher(recipe_dir: Path, entry: Entry | None, artifact: Path) -> Calla
         inputs: one array (n, ...) for each input of the student, in order; answer: (n, C).
     """
     if entry is not None:
-        return teachers.of_module(load_teacher_module(recipe_dir, entry, artifact), entry)
+        return teachers.of_module(load_teacher_module(recipe_dir, entry, artifact).to(device), entry, device)
     kinds = {".ts": teachers.of_torchscript, ".pt2": teachers.of_exported, ".onnx": teachers.of_onnx, ".safetensors": stored.of_stored}
     if artifact.suffix not in kinds:
         raise RecipeError(f"teacher.file {artifact.name}: {expected_one_of(artifact.suffix, kinds)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trial of the precisions: the same training steps in turns, on the network and the processor that they are for."""
+"""A trial of ways to train: the same training steps in turns, on the network and the machine that they are for."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.recipe import Entry
 from edgekd.errors import RecipeError
-from edgekd.kd import data, models, precision, train
+from edgekd.kd import data, models, train, ways
 from edgekd.kd.repeatable import repeatable
+from edgekd.kd.ways import Way
 from edgekd.ports import StageResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from edgekd.domain.artifact import Artifact
     from edgekd.ports import Context
@@ -26,7 +27,7 @@ PAYS = 1.1  # times as fast, in all rounds but one: less is not worth other weig
 
 
 def run(section: str, params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
-    """Try the precisions; write ``precision.json``. ``section`` is the recipe's, for messages."""
+    """Try the ways, the first of which must do; write ``way.json``. ``section`` is the recipe's, for messages."""
     import torch
 
     entry = Entry.of(params["model"])
@@ -42,37 +43,46 @@ def run(section: str, params: Mapping[str, Any], inputs: Mapping[str, Artifact],
         objective=lambda logits, _answers, _labels, _epoch: logits.float().square().mean(),
         settings=settings,
     )
+    first, *others = [Way(**told) for told in params["tried"]]
+    notes: list[str] = []
     with repeatable(params["threads"]):
-        try:
-            blocks = {name: train.rehearsal(replace(job, settings=replace(settings, precision=name))) for name in _BOTH}
-        except RecipeError as error:
-            if error.__cause__ is None:
-                raise
-            ratios, note = [0.0], f"warning: {entry} is trained in float32, since bfloat16 fails: {error}"
-        else:
-            ratios = raced(blocks)
-            note = f"{entry}: bfloat16 is {statistics.median(ratios):.2f} times as fast"
-    chosen = precision.BFLOAT16 if pays(ratios) else precision.FLOAT32
-    (context.out / precision.FILE).write_text(json.dumps({"precision": chosen}) + "\n")
-    return StageResult({"speed": statistics.median(ratios)}, (note,))
+        blocks = {first: train.rehearsal(replace(job, settings=replace(settings, way=first)))}
+        for way in others:
+            try:
+                blocks[way] = train.rehearsal(replace(job, settings=replace(settings, way=way)))
+                blocks[way]()
+            except (RecipeError, RuntimeError) as error:
+                blocks.pop(way, None)
+                notes.append(f"warning: {entry} is not trained in {way}, which fails: {str(error).splitlines()[0]}")
+        seconds = raced(blocks)
+    chosen = best(seconds)
+    speeds = {str(way): statistics.median(map(ratio, seconds[first], took)) for way, took in seconds.items() if way != first}
+    told = ", ".join(f"{way} is {speed:.2f}" for way, speed in speeds.items())
+    notes += [f"{entry}: {told} times as fast as {first}; it is trained in {chosen}"] if speeds else []
+    (context.out / ways.FILE).write_text(json.dumps(chosen.told, sort_keys=True) + "\n")
+    return StageResult({"speeds": speeds}, tuple(notes))
 
 
-_BOTH = (precision.FLOAT32, precision.BFLOAT16)
-
-
-def raced(blocks: Mapping[str, Callable[[], object]]) -> list[float]:
-    """Return how many times as fast bfloat16 is, round by round, after one that does not count."""
-    ratios = []
+def raced(blocks: Mapping[Way, Callable[[], object]]) -> dict[Way, list[float]]:
+    """Return the seconds of each way, round by round, after one that does not count; who begins changes from round to round."""
+    seconds: dict[Way, list[float]] = {way: [] for way in blocks}
     for turn in range(1 + ROUNDS):
-        seconds = {}
-        for name in _BOTH if turn % 2 else reversed(_BOTH):
+        for way in [*blocks][:: 1 if turn % 2 else -1]:
             started = time.perf_counter()
-            blocks[name]()
-            seconds[name] = time.perf_counter() - started
-        ratios.append(seconds[precision.FLOAT32] / seconds[precision.BFLOAT16])
-    return ratios[1:]
+            blocks[way]()
+            seconds[way].append(time.perf_counter() - started)
+    return {way: took[1:] for way, took in seconds.items()}
 
 
-def pays(ratios: list[float]) -> bool:
-    """Return whether bfloat16 was faster by enough in all rounds but one."""
-    return sorted(ratios)[min(1, len(ratios) - 1)] >= PAYS
+def best(seconds: Mapping[Way, Sequence[float]]) -> Way:
+    """Return the way that is taken: a later one only if it is faster by enough, in all rounds but one, than the best before it."""
+    chosen, *others = seconds
+    for way in others:
+        if sorted(map(ratio, seconds[chosen], seconds[way]))[min(1, ROUNDS - 1)] >= PAYS:
+            chosen = way
+    return chosen
+
+
+def ratio(slow: float, fast: float) -> float:
+    """Return how many times as fast the second is."""
+    return slow / fast

@@ -156,5 +156,9 @@ def _group() -> Any:
     import torch.distributed
 
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        backends = "gloo"
+        if torch.cuda.is_available():  # one of them for each rank
+            backends = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.distributed.init_process_group(backends, timeout=PATIENCE)
     return torch.distributed

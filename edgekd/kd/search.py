@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,6 +33,7 @@ CHOICES: Mapping[str, tuple[float | bool, ...]] = {
 }
 SHORT = 0.25  # of the student's epochs: one run
 FEWEST_EPOCHS = 2
+FIRST_LOOK = 3  # after that part of a run the worse half is stopped: while the learning rate still rises, accuracies are chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def search(
     def tried(trial: optuna.Trial) -> float:
         chosen = {name: trial.suggest_categorical(name, values) for name, values in space.items()}
         job = partial(job_of, closed(terms, chosen), short)
-        done.append(_run(trial, chosen, job, work / f"trial.{len(done)}", lambda _, text: progress(min(1.0, spent() / most), text)))
+        done.append(_run(trial, chosen, job, short, work / f"trial.{len(done)}", lambda _, text: progress(min(1.0, spent() / most), text)))
         if done[-1].stopped:
             raise optuna.TrialPruned
         return max(done[-1].accuracies)
@@ -87,7 +89,7 @@ def search(
     study = optuna.create_study(
         direction="maximize",
         sampler=optuna.samplers.GridSampler(space, seed=0),
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=max(FEWEST_EPOCHS, math.ceil(short / FIRST_LOOK)), reduction_factor=2),
     )
     study.optimize(tried, callbacks=[enough])
     best = max((one for one in done if not one.stopped), key=lambda one: max(one.accuracies))
@@ -111,13 +113,19 @@ def _open(terms: Sequence[Loss]) -> list[str]:
     return found
 
 
-def _run(trial: optuna.Trial, chosen: dict[str, float | bool], job: Callable[[], train.Job], work: Path, progress: Progress) -> Trial:
+def _run(
+    trial: optuna.Trial, chosen: dict[str, float | bool], job: Callable[[], train.Job], epochs: int, work: Path, progress: Progress
+) -> Trial:
     """Run one trial, or take it as an earlier search left it."""
+
+    def is_enough(epoch: int, accuracy: float) -> bool:
+        trial.report(accuracy, epoch)
+        return epoch < epochs and trial.should_prune()  # a whole run is compared as it is
+
     if (packed := kept(work / "result")) is not None:
         found = Trial(**json.loads(packed))
-        for epoch, accuracy in enumerate(found.accuracies):
-            trial.report(accuracy, epoch)
-            trial.should_prune()  # by which the pruner learns of it
+        for epoch, accuracy in enumerate(found.accuracies, 1):
+            is_enough(epoch, accuracy)  # by which the pruner learns of it
         return found
     import optuna
 
@@ -129,8 +137,7 @@ def _run(trial: optuna.Trial, chosen: dict[str, float | bool], job: Callable[[],
             what = "no sample of the validation split has a class, by which settings could be compared"
             raise RecipeError(f"distill.losses: 'auto': {what}; choose the setting yourself")
         accuracies.append(line.validation_accuracy)
-        trial.report(accuracies[-1], line.epoch - 1)
-        if trial.should_prune():
+        if is_enough(line.epoch, accuracies[-1]):
             raise optuna.TrialPruned
 
     given, stopped = job(), True

@@ -229,7 +229,8 @@ def _match(tapped: Tapped, kind: str, at: int, tap: Tap) -> list[str]:
         axis = 2 if kind == "hidden" else 1
         narrow, wide = shapes[0][axis], shapes[1][axis]
         if narrow != wide:
-            tapped.adapters[_key(kind, at)] = _adapter(narrow, wide, len(shapes[0]) - 2 if kind == "hint" else 0)
+            adapter = _adapter(narrow, wide, len(shapes[0]) - 2 if kind == "hint" else 0)
+            tapped.adapters[_key(kind, at)] = adapter.to(found.device)
     return []
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def of_module(module: nn.Module, entry: Entry) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """Return a module as a teacher: in eval mode (also if its own code leaves it), without gradients."""
+def of_module(module: nn.Module, entry: Entry, device: str = "cpu") -> Callable[[list[np.ndarray]], np.ndarray]:
+    """Return a module as a teacher: in eval mode (also if its own code leaves it), without gradients. ``device``: where it is."""
     import torch
 
     module.eval()
@@ -31,7 +31,7 @@ def of_module(module: nn.Module, entry: Entry) -> Callable[[list[np.ndarray]], n
     def answer(batch: list[np.ndarray]) -> np.ndarray:
         # torch.tensor copies: equal alignment gives equal bits, and the arrays may be read-only
         with torch.inference_mode():
-            found = usercode.call(module.eval(), entry, *[torch.tensor(item) for item in batch])
+            found = usercode.call(module.eval(), entry, *[torch.tensor(item, device=device) for item in batch])
         return _logits(found, len(batch[0]), str(entry))
 
     return answer
@@ -175,5 +175,5 @@ def _logits(found: Any, samples: int, name: str) -> np.ndarray:
         raise RecipeError(
             f"teacher {name}: answered {samples} samples with shape {list(found.shape)}; expected logits [{samples}, classes]"
         )
-    logits = found.float().numpy() if isinstance(found, torch.Tensor) else found
+    logits = found.float().cpu().numpy() if isinstance(found, torch.Tensor) else found
     return np.ascontiguousarray(logits, dtype=np.float32)

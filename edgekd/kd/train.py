@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
 from edgekd.errors import RecipeError, StageError
-from edgekd.kd import precision, ranks
+from edgekd.kd import ranks
 from edgekd.kd.beside import Beside, beside
 from edgekd.kd.forms import PLAIN, Form, counted
 from edgekd.kd.repeatable import derive, keep, kept, repeatable, seed_all
-from edgekd.kd.trial import laid_out, layout_for, placed
+from edgekd.kd.trial import laid_out, layout_for, moved, placed
+from edgekd.kd.ways import FLOAT32, USUAL, Way, call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -50,12 +51,12 @@ class Settings:
     weight_decay: float
     seed: int
     threads: int
-    precision: str = precision.FLOAT32
+    way: Way = USUAL
 
     @classmethod
-    def of(cls, params: Mapping[str, Any], way: str) -> Settings:
-        """Return the settings of a step, in a precision."""
-        return cls(**{name: params[name] for name in cls.__slots__ if name != "precision"}, precision=way)
+    def of(cls, params: Mapping[str, Any], way: Way) -> Settings:
+        """Return the settings of a step, which is trained in a way."""
+        return cls(**{name: params[name] for name in cls.__slots__ if name != "way"}, way=way)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def fit(
         StageError: if the loss is not finite.
     """
     settings = job.settings
-    with repeatable(settings.threads):
+    with repeatable(settings.threads, settings.way.accelerator):
         layout = layout_for(job)
         run = _resumed(job, layout, work) or _fresh(job, layout)
         for epoch in range(len(run.curve), settings.epochs):
@@ -153,7 +154,7 @@ def fit(
             if ranks.own() == 0:
                 _save(run, work)
             progress((epoch + 1) / settings.epochs, _told(line, settings.epochs))
-    return run.best, run.curve
+    return {name: value.cpu() for name, value in run.best.items()}, run.curve
 
 
 def rehearsal(job: Job) -> Callable[[], object]:
@@ -198,7 +199,7 @@ def _train_epoch(job: Job, run: Run, layout: torch.memory_format, epoch: int, pr
         rate = one_cycle(epoch * len(batches) + step, settings.epochs * len(batches), settings.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, value, logits = _seen(job, run, batch, laid_out(inputs, layout), epoch)
+        loss, value, logits = _seen(job, run, batch, laid_out(inputs, layout, settings.way), epoch)
         optimizer.zero_grad(set_to_none=True)
         usercode.call(loss.backward, job.entry)
         ranks.sum_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -221,7 +222,7 @@ def _score(job: Job, run: Run, layout: torch.memory_format, epoch: int) -> tuple
     with torch.inference_mode():
         for rows in _batches(torch.arange(len(job.validation)), job.settings.batch_size):
             batch = job.validation.pick(rows)
-            _, value, logits = _seen(job, run, batch, laid_out(batch.inputs, layout), epoch)
+            _, value, logits = _seen(job, run, batch, laid_out(batch.inputs, layout, job.settings.way), epoch)
             summed += value * len(rows)
             right, labelled = (sum(pair) for pair in zip((right, labelled), counted(job.form, logits, batch.labels), strict=True))
     return summed / len(job.validation), right / labelled if labelled else None
@@ -230,17 +231,18 @@ def _score(job: Job, run: Run, layout: torch.memory_format, epoch: int) -> tuple
 def _seen(job: Job, run: Run, batch: Samples, inputs: Sequence[Tensor], epoch: int) -> tuple[Tensor, float, Tensor]:
     """Return the loss of a batch (its gradient is this rank's part), its value, and the logits. ``inputs``: the batch's, or its view's."""
     own, sizes = ranks.share(len(batch)), ranks.sizes(len(batch))
-    name = job.settings.precision if run.module.training else precision.FLOAT32  # what ships is float32
+    way = job.settings.way if run.module.training else replace(job.settings.way, precision=FLOAT32)  # what ships is float32
     given = [item[own] for item in inputs]
     if not len(given[0]):
         raise RecipeError(f"{job.section}: a batch of {len(batch)} is too small for {ranks.count()} ranks; raise {job.section}.batch_size")
-    logits = ranks.whole(precision.call(run.module, job.entry, given, name), sizes)
-    answers = run.beside.answers(given, batch.outputs, epoch)
+    logits = ranks.whole(call(run.module, job.entry, given, way), sizes)
+    outputs, labels = moved(batch, way)
+    answers = run.beside.answers(given, outputs, epoch)
     for name in run.beside.selves:
         answers[name] = None if (found := answers[name]) is None else ranks.whole(found, sizes)
-    loss = job.objective(logits, answers, batch.labels, epoch)
+    loss = job.objective(logits, answers, labels, epoch)
     tapped = run.beside.loss(given, epoch) * (len(given[0]) / len(batch))  # the means of the ranks' samples, weighted by their number
-    return loss + tapped, loss.item() + ranks.summed(float(tapped)), logits.detach()
+    return loss + tapped, loss.item() + ranks.summed(float(tapped)), logits.detach().cpu()
 
 
 def _batches(rows: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -295,7 +297,7 @@ def _resumed(job: Job, layout: torch.memory_format, work: Path) -> Run | None:
     packed = kept(work / CHECKPOINT)
     if packed is None:
         return None
-    state = torch.load(io.BytesIO(packed), weights_only=True)
+    state = torch.load(io.BytesIO(packed), weights_only=True, map_location="cpu")
     run = _fresh(job, layout)
     run.module.load_state_dict(state["module"])
     run.optimizer.load_state_dict(state["optimizer"])

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgekd import usercode
 from edgekd.errors import RecipeError
-from edgekd.kd import precision
+from edgekd.kd import ways
 from edgekd.kd.repeatable import seed_all
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from edgekd.kd.data import Samples
     from edgekd.kd.train import Job
+    from edgekd.kd.ways import Way
 
 PROBED = 8  # samples of the batch
 
@@ -30,7 +32,7 @@ def layout_for(job: Job) -> torch.memory_format:
     """
     import torch
 
-    if job.settings.precision == precision.BFLOAT16:
+    if job.settings.way.precision == ways.BFLOAT16:
         _try_one_batch(job, torch.contiguous_format)
         return torch.contiguous_format
     try:
@@ -53,12 +55,13 @@ def _try_one_batch(job: Job, layout: torch.memory_format) -> None:
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise RecipeError(f"{job.entry}: the module has no parameter to train")
     batch = job.train.pick(torch.arange(min(PROBED, len(job.train))))
-    given = laid_out(batch.inputs, layout)
+    given = laid_out(batch.inputs, layout, job.settings.way)
     guides = beside(job, module, layout)
-    logits = precision.call(module, job.entry, given, job.settings.precision)
+    logits = ways.call(module, job.entry, given, job.settings.way)
     _check_logits(job, logits, len(batch))
     epoch = job.settings.epochs - 1
-    loss = job.objective(logits, guides.answers(given, batch.outputs, epoch), batch.labels, epoch) + guides.loss(given, epoch)
+    outputs, labels = moved(batch, job.settings.way)
+    loss = job.objective(logits, guides.answers(given, outputs, epoch), labels, epoch) + guides.loss(given, epoch)
     usercode.call(loss.backward, job.entry)
 
 
@@ -83,11 +86,35 @@ def _check_logits(job: Job, logits: Any, samples: int) -> None:
 
 
 def placed(job: Job, layout: torch.memory_format) -> nn.Module:
-    """Return the module with fresh weights, in a layout."""
-    return job.build().to(memory_format=layout)  # type: ignore[call-overload,no-any-return]  # an overload torch forgot
+    """Return the module with fresh weights, in a layout, where it is trained.
+
+    Raises:
+        RecipeError: if the accelerator does not take it.
+    """
+    return sited(job.build(), layout, job.settings.way, job.section)
 
 
-def laid_out(inputs: tuple[Tensor, ...], layout: torch.memory_format) -> list[Tensor]:
-    """Return inputs as a module in this layout takes them."""
+def sited(module: nn.Module, layout: torch.memory_format, way: Way, section: str) -> nn.Module:
+    """Return a module in a layout, where a way has it; ``section`` is the recipe's, for messages.
+
+    Raises:
+        RecipeError: if the accelerator does not take it.
+    """
+    try:
+        return module.to(device=way.accelerator, memory_format=layout)  # type: ignore[call-overload,no-any-return]  # an overload torch forgot
+    except (RuntimeError, AssertionError) as error:  # no driver, no memory, a torch without it
+        why = str(error).splitlines()[0]
+        raise RecipeError(f'{section}.accelerator: {way.accelerator} fails: {why}; expected it to work, or accelerator = "none"') from error
+
+
+def laid_out(inputs: tuple[Tensor, ...], layout: torch.memory_format, way: Way) -> list[Tensor]:
+    """Return inputs as a module in this layout takes them, where a way has it."""
     images = 4
-    return [item.contiguous(memory_format=layout) if item.ndim == images else item for item in inputs]
+    found = (item.contiguous(memory_format=layout) if item.ndim == images else item for item in inputs)
+    return [item.to(way.accelerator) for item in found]
+
+
+def moved(batch: Samples, way: Way) -> tuple[Tensor | None, Tensor]:
+    """Return the teacher's outputs for a batch, if there are any, and its labels, where a way has the student."""
+    outputs = cast("Tensor | None", batch.outputs)  # a batch's are in memory
+    return None if outputs is None else outputs.to(way.accelerator), batch.labels.to(way.accelerator)

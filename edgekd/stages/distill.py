@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgekd.domain.losses import AUTO, TAPPED, Loss, untold
 from edgekd.domain.recipe import DISTILLED, PSEUDO, TWINS
 from edgekd.harness import runner
-from edgekd.kd import data, precision, ranks
+from edgekd.kd import data, ranks, ways
 from edgekd.kd.losses import learns_unlabelled
 from edgekd.ports import StageResult, Step
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgekd.ports import Context
 
 NAME = "distill"
-VERSION = 7
+VERSION = 8
 TOOLS = ("torch", "numpy", "safetensors")
 
 
@@ -33,7 +33,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     del targets  # all share one student
     machine = runner.facts()
     distill, assistants = recipe.distill, recipe.distill.assistants
-    others = {"control", "augment", "teachers", "mixing", "assistants", "search_share", "answers_kept", "sizes", "precision"}
+    others = {"control", "augment", "teachers", "mixing", "assistants", "search_share", "answers_kept", "sizes", "precision", "accelerator"}
     params: dict[str, Any] = {
         **{name: value for name, value in asdict(distill).items() if name not in others},
         "augment": None if distill.augment is None else str(distill.augment),
@@ -44,7 +44,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         "instruction_set": machine["instruction_set"],
     }
     code = {"code": "inspect:student.code.json"}
-    way = precision.planned(NAME, distill.precision, machine["features"], params, {**_samples(recipe), **code})
+    way = ways.planned(NAME, distill, machine["features"], params, {**_samples(recipe), **code})
     params |= way["params"]
     found: list[Step] = list(way["steps"])
     for link, assistant in enumerate(assistants):
@@ -81,7 +81,7 @@ def _twins(recipe: Recipe, step: Step) -> list[Step]:
     as many epochs.
     """
     distill, found = recipe.distill, []
-    code = {name: step.inputs[name] for name in ("code", "views.code", "precision") if name in step.inputs}
+    code = {name: step.inputs[name] for name in ("code", "views.code", "way") if name in step.inputs}
     alone = {name: reference for name, reference in _samples(recipe).items() if not name.startswith("unlabelled")} | code
     if learns_unlabelled(distill.losses):
         alone |= data.references(recipe, "unlabelled")

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
 from edgekd.domain.recipe import Entry
+from edgekd.errors import RecipeError
 from edgekd.harness import runner
-from edgekd.kd import answers, data, ranks
+from edgekd.kd import answers, data, ranks, ways
+from edgekd.kd.ways import Way
 from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from edgekd.kd.views import Augment
     from edgekd.ports import Context
 
+    Teacher = Callable[[list[np.ndarray]], np.ndarray]
+
 NAME = "supervise"
 VERSION = 4
 SPLITS = ("train", "validation", "unlabelled")
@@ -36,6 +40,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     """Return a step for each teacher. Its key reads nothing of the distillation: a changed temperature asks no teacher."""
     del targets  # a teacher's answers do not depend on them
     machine = runner.facts()
+    kind, title = [*ways.places("distill", recipe.distill.accelerator).items()][-1]
     found = []
     for name, supervisor in recipe.supervisors.items():
         params = {
@@ -47,6 +52,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
             "batch_size": BATCH_SIZE,
             "threads": ranks.crew(None, machine["cores"])["threads"],
             "instruction_set": machine["instruction_set"],
+            **(Way(accelerator=kind, name=title).told if supervisor.model else {}),
         }
         inputs = {"teacher": supervisor.artifact, "code": supervisor.code, "views.code": "inspect:views.code.json"}
         for split in SPLITS:
@@ -68,8 +74,13 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     numbers = {split: 1 if split == "validation" else params["views"] for split in SPLITS}
     filling = _Filling(context, sum(numbers[split] * len(found[0]) for split, found in splits.items()))
     with repeatable(params["threads"]):
-        teacher = models.load_teacher(context.recipe_dir, entry, inputs["teacher"].path)
-        classes = teacher([array[:1] for array in splits["train"]]).shape[1]
+        here = models.load_teacher(context.recipe_dir, entry, inputs["teacher"].path)
+        classes = here([array[:1] for array in splits["train"]]).shape[1]
+        notes: list[str] = []
+        teacher = here
+        if (device := params.get("accelerator", ways.CPU)) != ways.CPU:
+            there = partial(models.load_teacher, context.recipe_dir, entry, inputs["teacher"].path, device)
+            teacher, notes = _sited(here, there, [array[:BATCH_SIZE] for array in splits["train"]], device)
         headers, checks = {}, {}
         for split, arrays in splits.items():
             headers[split] = answers.plan(
@@ -90,9 +101,26 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     kept = {split: answers.opened(context.out / f"{split}.outputs.safetensors") for split in SPLITS}
     sureness = {split: shift.sureness(found) for split, found in kept.items()}
     # numbers and several softmaxes have no one confidence
-    warning = None if "answers" in params else shift.warning(sureness["validation"], sureness["unlabelled"])
+    if "answers" not in params and (warning := shift.warning(sureness["validation"], sureness["unlabelled"])) is not None:
+        notes.append(f"warning: {warning}")
     metrics = {"samples": filling.total, "classes": classes, "validation_accuracy": _accuracy(inputs, kept["validation"])}
-    return StageResult(metrics, () if warning is None else (f"warning: {warning}",))
+    return StageResult(metrics, tuple(notes))
+
+
+def _sited(here: Teacher, load: Callable[[], Teacher], batch: list[np.ndarray], device: str) -> tuple[Teacher, list[str]]:
+    """Return the teacher on an accelerator if it answers a batch there as it does here, else the one here with a warning."""
+    import numpy as np
+
+    try:
+        there = load()
+        found, expected = there(batch), here(batch)
+        gap = float((np.abs(found - expected) / np.maximum(1.0, np.abs(expected).max(axis=1, keepdims=True))).max())
+        told = f"its answers differ by {gap:.2g} of the largest"
+        if gap <= answers.TOLERANCE:
+            return there, []
+    except (RecipeError, RuntimeError, AssertionError) as error:  # no driver, no memory, an operator that it lacks
+        told = str(error).splitlines()[0]
+    return here, [f"warning: the teacher answers on the processor, not on {device}: {told}"]
 
 
 @dataclass(slots=True)
@@ -104,9 +132,7 @@ class _Filling:
     done: int = 0
 
 
-def _fill(
-    teacher: Callable[[list[np.ndarray]], np.ndarray], header: Header, arrays: list[np.ndarray], augment: Augment | None, filling: _Filling
-) -> Recompute:
+def _fill(teacher: Teacher, header: Header, arrays: list[np.ndarray], augment: Augment | None, filling: _Filling) -> Recompute:
     """Fill the file of a split, going on where a run that was killed stopped; return what asks the teacher anew."""
     context, split = filling.context, header.split
     path = _part(context, split)
@@ -146,7 +172,7 @@ def _accuracy(inputs: Mapping[str, Artifact], kept: Answers) -> float | None:
     return float((classes == labels)[labels >= 0].mean())
 
 
-def _ask(teacher: Callable[[list[np.ndarray]], np.ndarray], arrays: list[np.ndarray], rows: range) -> np.ndarray:
+def _ask(teacher: Teacher, arrays: list[np.ndarray], rows: range) -> np.ndarray:
     """Return the answers to rows; of several ranks each asks for its share of the batches."""
     import numpy as np
     import torch

@@ -11,7 +11,7 @@ from edgekd.digests import write_atomically
 from edgekd.domain.recipe import Entry
 from edgekd.errors import RecipeError
 from edgekd.harness import runner
-from edgekd.kd import data, precision, ranks
+from edgekd.kd import data, ranks, ways
 from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         return []
     machine = runner.facts()
     params = {
-        **{name: value for name, value in asdict(training).items() if name != "precision"},
+        **{name: value for name, value in asdict(training).items() if name not in {"precision", "accelerator"}},
         "augment": None if training.augment is None else str(training.augment),
         "model": str(recipe.teacher.model),
         **ranks.crew(training.threads, machine["cores"]),
@@ -48,7 +48,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         "code": "inspect:teacher.code.json",
         "augment.code": "inspect:augment.code.json",
     }
-    way = precision.planned(NAME, training.precision, machine["features"], params, inputs)
+    way = ways.planned(NAME, training, machine["features"], params, inputs)
     return [*way["steps"], Step(NAME, NAME, {**params, **way["params"]}, {**inputs, **way["inputs"]}, ("torch", "numpy", "safetensors"))]
 
 
@@ -60,7 +60,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     if "tried" in params:
         return probe.run("teacher.train", params, inputs, context)
     entry = Entry.of(params["model"])
-    settings = train.Settings.of(params, precision.of(params, inputs))
+    settings = train.Settings.of(params, ways.of(params, inputs))
     job = train.Job(
         section="teacher.train",
         entry=entry,

@@ -17,6 +17,7 @@ from edgekd import pipeline
 from edgekd.domain import losses
 from edgekd.domain import recipe as words
 from edgekd.domain import target as profile
+from edgekd.kd import ways
 from edgekd.plan import resolve
 
 GOLDEN = Path(__file__).parent / "key_sensitivity.txt"
@@ -81,6 +82,8 @@ OTHER = {
     "distill.assistants": (words.Assistant(words.Entry("models.py", "middle")),),
     "distill.precision": "bfloat16",  # on any processor another than "auto"
     "teacher.train.precision": "bfloat16",
+    "distill.accelerator": "none",
+    "teacher.train.accelerator": "none",
     "distill.sizes": (words.Entry("models.py", "wide"),),
     "distill.mixing": "confidence",
     "teacher.checkpoints": ("early.safetensors",),
@@ -179,6 +182,12 @@ def _table():
             moved, behind = _moved(before, after)
             rows.append(f"{what}: {path:<34} {' '.join(moved) or '-':<40} {'then ' + ' '.join(behind) if behind else ''}".rstrip())
     return "\n".join(rows) + "\n"
+
+
+@pytest.fixture(autouse=True)
+def _accelerated(monkeypatch):
+    """A machine with an accelerator, whatever this one has."""
+    monkeypatch.setattr(ways, "accelerators", lambda: {"cuda": "NVIDIA T1"})
 
 
 def test_the_stages_that_a_field_moves_are_those_of_the_golden_table():

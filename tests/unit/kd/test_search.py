@@ -51,7 +51,7 @@ def test_worse_settings_are_stopped_early(tmp_path, runs):
     stopped = [one for one in trials if one.stopped]
     assert stopped
     assert max(len(one.accuracies) for one in trials) == 4
-    assert all(len(one.accuracies) < 4 for one in stopped)
+    assert {len(one.accuracies) for one in stopped} == {2}  # while the learning rate still rises, all are left alone
     assert sum(len(one.accuracies) for one in trials) < 0.8 * 4 * len(trials)
 
 

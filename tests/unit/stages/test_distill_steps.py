@@ -117,10 +117,10 @@ def test_all_that_is_distilled_is_in_the_precision_that_was_tried_once(monkeypat
         precision="auto", sizes=(entry("wide"),), assistants=(Assistant(entry("middle")),), control=Control(seeds=2, pseudo_labels=True)
     )
     trial, *others = distill.steps(given, [])
-    assert trial.id == "distill/precision"
-    assert [step.inputs["precision"] for step in others] == ["distill/precision:precision.json"] * 10
+    assert trial.id == "distill/way"
+    assert [step.inputs["way"] for step in others] == ["distill/way:way.json"] * 10
     monkeypatch.setattr(distill.runner, "facts", lambda: {**facts, "features": ["avx2"]})
-    assert all("precision" not in step.inputs.keys() | step.params.keys() for step in distill.steps(given, []))
+    assert all("way" not in step.inputs.keys() | step.params.keys() for step in distill.steps(given, []))
     asked = distill.steps(replace(given, distill=replace(given.distill, precision="bfloat16")), [])
     assert {step.params["precision"] for step in asked} == {"bfloat16"}
 

@@ -14,7 +14,7 @@ from edgekd.domain.artifact import Artifact
 from edgekd.domain.losses import Loss
 from edgekd.domain.recipe import Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
 from edgekd.errors import RecipeError
-from edgekd.kd import answers, data, models, views
+from edgekd.kd import answers, data, models, views, ways
 from edgekd.ports import Context
 from edgekd.stages import supervise
 from tests.stored import stored
@@ -242,3 +242,36 @@ def test_an_answer_that_is_not_finite_is_told_with_its_sample(folder, value):
 def test_the_step_is_the_same_in_json():
     [step] = supervise.steps(recipe(), [])
     assert json.loads(json.dumps(step.params)) == step.params
+
+
+def test_a_module_answers_on_the_accelerator_that_is_here(folder, monkeypatch):
+    inputs = artifacts(folder, {"train": 40, "validation": 40, "unlabelled": 0})
+    _, expected = run(folder, inputs)
+    monkeypatch.setattr(ways, "accelerators", lambda: {"cpu:0": "it"})  # what torch takes for another name of a device
+    [step] = supervise.steps(recipe(), [])
+    assert (step.params["accelerator"], step.params["name"]) == ("cpu:0", "it")
+    asked_for_none = replace(recipe(), distill=Distill(epochs=1, accelerator="none"))
+    assert "accelerator" not in supervise.steps(asked_for_none, [])[0].params
+    assert "accelerator" not in supervise.steps(replace(recipe(), teacher=Teacher(file="t.onnx")), [])[0].params
+    result, files = run(folder, inputs)
+    assert (result.notes, files) == ((), expected)
+
+
+@pytest.mark.parametrize(("device", "why"), [("meta", "meta"), ("cpu:0", "its answers differ by ")])
+def test_a_teacher_that_fails_or_answers_otherwise_there_answers_on_the_processor(folder, monkeypatch, device, why):
+    inputs = artifacts(folder, {"train": 40, "validation": 40, "unlabelled": 0})
+    _, expected = run(folder, inputs)
+    monkeypatch.setattr(ways, "accelerators", lambda: {device: "it"})
+    if device == "cpu:0":
+        load = models.load_teacher
+
+        def off(recipe_dir, entry, path, device="cpu"):
+            answer = load(recipe_dir, entry, path, device)
+            return answer if device == "cpu" else lambda batch: answer(batch) * 1.01
+
+        monkeypatch.setattr(models, "load_teacher", off)
+    result, files = run(folder, inputs)
+    (note,) = result.notes
+    assert note.startswith(f"warning: the teacher answers on the processor, not on {device}: ")
+    assert why in note
+    assert files == expected
