@@ -4,8 +4,9 @@
 A ResNet-8 student (He et al.'s layout, 77,850 parameters), 32x32 colour images, batches of 128. Blocks take turns in one process:
 ``distil`` is edgekd's loop with KL and CE; ``alone`` the loop that one writes in PyTorch by hand for the student alone, data in memory;
 ``loader`` the same behind the usual DataLoader with PIL crops and flips; ``online`` distillation by hand with a ResNet-56 teacher in the
-loop. Where the processor has bfloat16 instructions, edgekd's loop is first tried in both precisions, as a build does, and the faster
-one counts. Prints the median ratio of neighbouring blocks with its interval. Ends with 1 if one is below its bar.
+loop; ``torchdistill`` the same in its DistillationBox, where it is installed. Where the processor has bfloat16 instructions, edgekd's
+loop is first tried in both precisions, as a build does, and the faster one counts. Prints the median ratio of neighbouring blocks with
+its interval. Ends with 1 if one is below its bar.
 
 Under torchrun, edgekd's loop is that of as many processes, a thread each, and the others are one process's with as many threads.
 
@@ -16,6 +17,7 @@ Under torchrun, edgekd's loop is that of as many processes, a thread each, and t
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +29,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from edgekd.harness import runner
-from edgekd.kd import precision, probe, ranks
+from edgekd.kd import probe, ranks, ways
 from edgekd.kd.data import Samples
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     Batches = Iterator[tuple[Tensor, Tensor]]
 
 ROUNDS, STEPS, BATCH, PADDING = 21, 4, 128, 4
-BARS = {"alone": 1.2, "loader": 2.0, "online": 5.0}
+BARS = {"alone": 1.2, "loader": 2.0, "online": 5.0, "torchdistill": 5.0}
 BAR_BFLOAT16 = 1.5  # against alone, where the processor has instructions for it
 
 
@@ -113,6 +115,34 @@ def by_hand(batches: Callable[[], Batches], teacher: nn.Module | None = None) ->
     return block
 
 
+def in_torchdistill(batches: Callable[[], Batches], teacher: nn.Module) -> Callable[[], None]:
+    """Return one block of torchdistill's loop, as its examples have it."""
+    from torchdistill.common.constant import def_logger
+    from torchdistill.core.distillation import DistillationBox
+
+    def_logger.setLevel("ERROR")
+    answer = {"module_path": ".", "io": "output"}
+    of_both = {f"{role}_module_{name.removeprefix('module_')}": value for role in ("student", "teacher") for name, value in answer.items()}
+    loss = {"key": "KDLoss", "kwargs": {**of_both, "temperature": 4.0, "alpha": 0.1}}
+    config = {
+        "num_epochs": 1,
+        "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
+        "student": {"forward_proc": "forward_batch_only"},
+        "optimizer": {"key": "SGD", "kwargs": {"lr": 0.001, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}},
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"criterion": loss, "weight": 1.0}}}},
+    }
+    box = DistillationBox(teacher, resnet(1), {}, config, torch.device("cpu"), [], distributed=False, lr_factor=1)
+
+    def block() -> None:
+        box.pre_epoch_process(epoch=0)
+        for images, labels in batches():
+            loss = box.forward_process(images, targets=labels, supp_dict={})
+            box.post_forward_process(loss)
+            loss.item()
+
+    return block
+
+
 def together(block: Callable[[], None]) -> Callable[[], None]:
     """Return a block that all ranks run; those that are not the first run it as often as the first asks, and end the program."""
     if ranks.own():
@@ -141,21 +171,24 @@ def main() -> int:
         return ((images[rows], labels[rows]) for rows in torch.split(torch.randperm(count), BATCH))
 
     samples = Samples((images,), labels, torch.randn(count, 10))
-    ways = {
-        name: ours(lambda: resnet(1), samples, distillation, "sgd", precision=name, threads=max(1, cores // ranks.count()))
-        for name in (precision.FLOAT32, precision.BFLOAT16)
-    }
-    has_bfloat16 = bool(precision.INSTRUCTIONS & set(runner.facts()["features"]))
-    pays = ranks.agreed(int(has_bfloat16 and probe.pays(probe.raced(ways))))
-    way = precision.BFLOAT16 if pays else precision.FLOAT32
+    has_bfloat16 = bool(ways.INSTRUCTIONS & set(runner.facts()["features"]))
+    open_ways = [ways.USUAL, *([ways.Way(ways.BFLOAT16)] if has_bfloat16 else [])]
+    threads = max(1, cores // ranks.count())
+    loops = {way: ours(lambda: resnet(1), samples, distillation, "sgd", way=way, threads=threads) for way in open_ways}
+    way = open_ways[ranks.agreed(open_ways.index(probe.best(probe.raced(loops))))]
     blocks = {
-        "distil": together(ways[way]),
+        "distil": together(loops[way]),
         "alone": by_hand(in_memory),
         "loader": by_hand(lambda: iter(loader)),
         "online": by_hand(in_memory, resnet(9).eval()),
     }
+    if find_spec("torchdistill") is None:
+        print("torchdistill is not installed, and not compared")
+    else:
+        blocks["torchdistill"] = in_torchdistill(in_memory, resnet(9).eval())
     print(f"distil in {way} (the processor has {'' if has_bfloat16 else 'no '}instructions for bfloat16), in {ranks.count()} process(es)")
-    missed = compared(blocks, count, rounds, BARS | ({"alone": BAR_BFLOAT16} if has_bfloat16 else {}))
+    bars = {name: bar for name, bar in BARS.items() if name in blocks} | ({"alone": BAR_BFLOAT16} if has_bfloat16 else {})
+    missed = compared(blocks, count, rounds, bars)
     if ranks.count() > 1:
         ranks.order(None)
     return missed

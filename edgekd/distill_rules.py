@@ -92,7 +92,19 @@ def _check_distill(reader: Reader, distill: Distill, key: str, reference: Teache
             reader.problem(f"{key}.losses", "have epochs, and something is 'auto', which shorter runs choose; expected one of the two")
         if any(assistant.epochs not in {None, distill.epochs} for assistant in distill.assistants):
             reader.problem(f"{key}.assistants", f"have epochs of their own, and losses count in some of {distill.epochs}; expected as many")
+    _check_worth(reader, distill, key, reference)
     _check_epochs(reader, distill.losses, distill.epochs, key)
+
+
+def _check_worth(reader: Reader, distill: Distill, key: str, reference: Teacher | None) -> None:
+    if distill.paid_back_within is None:
+        return
+    if reference is not None and (reference.file or "").endswith(".safetensors"):
+        reader.problem(f"{key}.paid_back_within", "needs a teacher that can be timed, and this one is stored answers; expected none")
+    if any(loss.epochs is not None for loss in distill.losses):
+        reader.problem(
+            f"{key}.paid_back_within", f"may end before {distill.epochs} epochs, and losses count in some of them; expected one of the two"
+        )
 
 
 def _check_form(reader: Reader, student: Student, key: str, *, scored: bool) -> None:

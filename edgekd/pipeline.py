@@ -33,6 +33,7 @@ PIPELINE: tuple[Stage, ...] = (inspect, teach, supervise, distill, export, quant
 STAGES = {stage.NAME: stage for stage in PIPELINE}
 TRAINING = ("teach", "supervise", "distill")  # the stages that take long: a user is warned before them, and ranks share their work
 KEY_SCHEMA = 1
+SCRATCH = "rank."  # begins the name of a rank's folder
 
 
 class Teller(Protocol):
@@ -110,9 +111,11 @@ def assist() -> None:
         EdgekdError: what the stage raised, here and in the first rank.
     """
     for step, inputs, recipe_dir, work in ranks.orders():
-        with tempfile.TemporaryDirectory(prefix=f"{work.name}.rank{ranks.own()}.", dir=work.parent) as scratch:
+        # in the first rank's folder, so that what a killed rank leaves goes away with it
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=work, ignore_cleanup_errors=True) as scratch:
             mine, out = Path(scratch) / "work", Path(scratch) / "out"
-            shutil.copytree(work, mine, copy_function=os.link)  # what is written is written anew, so links do
+            # what is written is written anew, so links do
+            shutil.copytree(work, mine, copy_function=os.link, ignore=shutil.ignore_patterns(f"{SCRATCH}*"))
             out.mkdir()
             ranks.ready()
             STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, mine, lambda _share, _text: None))

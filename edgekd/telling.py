@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from edgekd import ledger
 from edgekd.case import artifacts, concerns, model_of, read_json, teacher_of
 from edgekd.domain.units import fraction_to_pp
 from edgekd.domain.verdict import Outcome
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgekd.plan import Plan
     from edgekd.stages import gate, select
 
+_TOLD = ("inspect", "teach", "supervise", "distill")  # stages whose notes are about the whole build
 CAPACITY_GAP_PP, CAPACITY_OVERFIT_PP = 3.0, 1.0
 
 
@@ -75,6 +76,7 @@ def parts(
         for name, item in case.done.items()
         if concerns(case, name)
     ]
+    cost = ledger.cost(case, choice.measurement, measurements)
     tools = {tool: version for item in case.done.values() for tool, version in item.entry.material["tools"].items()}
     teacher_threads = [item for item in measurements if item.subject == "teacher"]
     return {
@@ -92,14 +94,14 @@ def parts(
         "student": {"parameters": inspected["student"]["parameters"], "curve": read_json(artifacts(case, "distill")["curve.json"])},  # type: ignore[call-overload,index]
         "charges": _charges(scored, chosen),
         "distillation": _distillation(case, scored),
-        "cost": _cost(case, choice.measurement, measurements),
+        "cost": cost,
         "classes": dict(accuracies[chosen.id].classes),
         "inherited": scores.inherited(scored.teacher, own, scored.labels),
         "instruction_set": own.instruction_set,
         "environment": dict(measurements[0].environment) if measurements else None,
         "steps": steps,
         "tools": tools,
-        "notes": _notes(case, measurements),
+        "notes": _notes(case, measurements, cost),
         "seconds": _seconds(case, measurements),
         "measured_at": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
@@ -246,31 +248,23 @@ def _sizes(case: Case) -> str | None:
     return f"sizes, on validation, where the teacher has {100 * teacher:.2f} %: {told}; {advice}"
 
 
-def _cost(case: Case, chosen: Measurement | None, measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """Return the seconds that training took, whenever it was, and how many inferences it takes to win them back on the device."""
-    from edgekd import stats
-
-    twins = {name for names in case.plan.recipe.arms.values() for name in names} - {"distill"}
-    found: dict[str, float] = {}
-    for name, item in case.done.items():
-        if item.step.stage in {"teach", "supervise", "distill"}:
-            part = "twins" if name in twins else "sizes" if name in case.plan.recipe.sizes else item.step.stage
-            found[part] = round(found.get(part, 0.0) + item.entry.seconds, 3)
-    teacher = teacher_of(chosen, measurements)
-    saved_ns = 0.0 if teacher is None or chosen is None else stats.median(teacher.samples_ns()) - stats.median(chosen.samples_ns())
-    return {"seconds": found, "paid_back_after": math.ceil(sum(found.values()) * 1e9 / saved_ns) if saved_ns > 0 else None}
-
-
 def _validation(metrics: Mapping[str, Any]) -> float:
     accuracy = metrics["validation_accuracy"]
     return -float(metrics["validation_loss"]) if accuracy is None else float(accuracy)
 
 
-def _notes(case: Case, measurements: Sequence[Measurement]) -> list[str]:
-    notes = [note for name in ("inspect", "supervise", "distill") for note in case.done[name].entry.notes]
-    notes += [note for name, item in case.done.items() if name.startswith("export/teacher/") for note in item.entry.notes]
+def _notes(case: Case, measurements: Sequence[Measurement], cost: ledger.Cost) -> list[str]:
+    repeated = {name for names in case.plan.recipe.arms.values() for name in names} - {
+        "distill"
+    }  # twins tell what the student's steps tell
+    notes = [
+        note
+        for name, item in case.done.items()
+        if (item.step.stage in _TOLD or name.startswith("export/teacher/")) and name not in repeated
+        for note in item.entry.notes
+    ]
     notes += provable_warnings(case.plan, case.done) if len(case.plan.targets) == 1 else []
-    notes += filter(None, [_capacity(case), _sizes(case)])
+    notes += filter(None, [_capacity(case), _sizes(case), ledger.unpaid(case, cost)])
     notes += sorted({note for item in measurements for note in item.notes})
     return notes
 

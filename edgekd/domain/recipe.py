@@ -172,6 +172,7 @@ class Distill:
     answers, by their weights, or for each sample by their ``confidence`` too. ``assistants`` make a chain.
     ``answers_kept``: of more than 256 classes, a sample of each of the teacher's answers is kept, unless it is ``dense``.
     ``search_share``: how many epochs may be spent on choosing what losses leave to ``auto``, as a share of ``epochs``.
+    ``paid_back_within``: training ends after as many epochs as so many inferences on the device win back, by an estimate.
     ``sizes`` are students of other widths or depths: they are distilled alike, and the report says which would be large enough.
     """
 
@@ -189,6 +190,7 @@ class Distill:
     mixing: Annotated[str, OneOf("a way to mix teachers", ("weights", "confidence"))] = "weights"
     assistants: tuple[Assistant, ...] = ()
     search_share: Annotated[float, Positive] = 1.0
+    paid_back_within: Annotated[int, Between(1)] | None = None
     sizes: tuple[Entry, ...] = ()
     precision: Annotated[str, OneOf("a precision", PRECISIONS)] = "auto"
     accelerator: Annotated[str, OneOf("an accelerator", ACCELERATORS)] = "auto"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trial of ways to train: the same training steps in turns, on the network and the machine that they are for."""
+"""Trials before anything long, on the networks and the machine that it is for: which way to train pays, and how many epochs do."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import json
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
+from operator import truediv
 from typing import TYPE_CHECKING, Any
 
+from edgekd.domain.losses import AUTO
 from edgekd.domain.recipe import Entry
 from edgekd.errors import RecipeError
-from edgekd.kd import data, models, train, ways
+from edgekd.kd import data, lessons, models, ranks, search, teachers, train, ways
 from edgekd.kd.repeatable import repeatable
 from edgekd.kd.ways import Way
 from edgekd.ports import StageResult
@@ -20,9 +23,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from edgekd.domain.artifact import Artifact
+    from edgekd.domain.losses import Loss
     from edgekd.ports import Context
 
 STEPS, ROUNDS = 3, 9
+INFERENCES, WARM_UP = 50, 10
+EPOCHS_FILE = "epochs.json"
 PAYS = 1.1  # times as fast, in all rounds but one: less is not worth other weights
 
 
@@ -56,7 +62,7 @@ def run(section: str, params: Mapping[str, Any], inputs: Mapping[str, Artifact],
                 notes.append(f"warning: {entry} is not trained in {way}, which fails: {str(error).splitlines()[0]}")
         seconds = raced(blocks)
     chosen = best(seconds)
-    speeds = {str(way): statistics.median(map(ratio, seconds[first], took)) for way, took in seconds.items() if way != first}
+    speeds = {str(way): statistics.median(map(truediv, seconds[first], took)) for way, took in seconds.items() if way != first}
     told = ", ".join(f"{way} is {speed:.2f}" for way, speed in speeds.items())
     notes += [f"{entry}: {told} times as fast as {first}; it is trained in {chosen}"] if speeds else []
     (context.out / ways.FILE).write_text(json.dumps(chosen.told, sort_keys=True) + "\n")
@@ -78,11 +84,72 @@ def best(seconds: Mapping[Way, Sequence[float]]) -> Way:
     """Return the way that is taken: a later one only if it is faster by enough, in all rounds but one, than the best before it."""
     chosen, *others = seconds
     for way in others:
-        if sorted(map(ratio, seconds[chosen], seconds[way]))[min(1, ROUNDS - 1)] >= PAYS:
+        if sorted(map(truediv, seconds[chosen], seconds[way]))[1] >= PAYS:
             chosen = way
     return chosen
 
 
-def ratio(slow: float, fast: float) -> float:
-    """Return how many times as fast the second is."""
-    return slow / fast
+def worth(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context, terms: Sequence[Loss]) -> StageResult:
+    """Time training steps, and single answers of teacher and student with one thread; write ``epochs.json``.
+
+    Raises:
+        RecipeError: if not even one epoch is won back.
+    """
+    limit, wanted = params["paid_back_within"], params["epochs"]
+    epoch_s = _epoch_seconds(params, inputs, context, terms)
+    teacher_s, student_s = _inference_seconds(params, inputs, context)
+    told = (
+        f"an epoch takes {epoch_s:.3g} s, and a sample {1000 * teacher_s:.3g} ms of the teacher, {1000 * student_s:.3g} ms of the "
+        "student (torch on this machine, one thread)"
+    )
+    epochs = ranks.agreed(affordable(limit, epoch_s, teacher_s - student_s))
+    if epochs < 1:
+        raise RecipeError(
+            f"distill.paid_back_within: {told}: not one epoch is won back within {limit:,} inferences; "
+            "expected more inferences, a smaller student or a smaller training set"
+        )
+    chosen = min(epochs, wanted)
+    (context.out / EPOCHS_FILE).write_text(json.dumps({"epochs": chosen}) + "\n")
+    outcome = f"all {wanted} epochs are" if chosen == wanted else f"{chosen} of {wanted} epochs, and no more, are"
+    return StageResult(
+        {"epoch_seconds": epoch_s, "teacher_seconds": teacher_s, "student_seconds": student_s},
+        (f"distill: {outcome} won back within {limit:,} inferences: {told}",),
+    )
+
+
+def affordable(inferences: int, epoch_s: float, saved_s: float) -> int:
+    """Return how many epochs so many inferences win back."""
+    return max(0, int(inferences * saved_s / epoch_s))
+
+
+def _epoch_seconds(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context, terms: Sequence[Loss]) -> float:
+    """Return what an epoch takes, by a few steps of it; a validation sample counts as one that is trained on."""
+    import torch
+
+    usual = {name: search.CHOICES[name][0] for name in search.CHOICES}
+    closed = [replace(term, **{name: value for name, value in usual.items() if getattr(term, name) == AUTO}) for term in terms]  # type: ignore[arg-type]  # each has its field's type
+    job = lessons.lesson(params, inputs, context.recipe_dir, closed)
+    few = job.train.pick(torch.arange(STEPS * params["batch_size"]) % len(job.train))
+    with repeatable(params["threads"], job.settings.way.accelerator):
+        seconds = _median_seconds(train.rehearsal(replace(job, train=few, validation=few, view=None)), ROUNDS, 1)
+    return seconds / len(few) * (len(job.train) + len(job.validation))
+
+
+def _inference_seconds(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context) -> tuple[float, float]:
+    """Return what teacher and student take for one sample."""
+    sample = [array[:1] for array in data.arrays(inputs, "train")]
+    made, entry = params["reference"], Entry.of(params["model"])
+    with repeatable(1):
+        teacher = models.load_teacher(context.recipe_dir, None if made is None else Entry.of(made), inputs["reference"].path)
+        student = teachers.of_module(models.student(context.recipe_dir, entry), entry)
+        first, second = (_median_seconds(partial(one, sample), INFERENCES, WARM_UP) for one in (teacher, student))
+    return first, second
+
+
+def _median_seconds(block: Callable[[], object], rounds: int, warm_up: int) -> float:
+    seconds = []
+    for _ in range(warm_up + rounds):
+        started = time.perf_counter()
+        block()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[warm_up:])

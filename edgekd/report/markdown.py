@@ -35,6 +35,7 @@ def render(document: Mapping[str, Any]) -> str:
         _float_ops(document["candidates"]),
         _latencies(document),
         _classes(document["classes"], _whose(document)),
+        _cost(document["cost"]),
         "## How it was made\n",
         _table(
             ("step", "key", "from the cache", "seconds"),
@@ -158,7 +159,7 @@ def _environment(document: Mapping[str, Any]) -> str:
     lines = [
         f"- again: `edgekd build --target {target['name']}{flag}`, in the recipe's folder; equal keys are equal bytes",
         _distilled(document["student"]["curve"]),
-        _cost(document["cost"]),
+        _paid_back(document["cost"]),
         f"- target: {target['title']}; evaluated on {document['instruction_set']}",
     ]
     if document["environment"] is not None:
@@ -184,9 +185,16 @@ def _distilled(curve: Mapping[str, Any]) -> str:
 
 
 def _cost(cost: Mapping[str, Any]) -> str:
-    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in sorted(cost["seconds"].items()))
+    rows = [(r["part"], f"{r['seconds']:.0f}", f"{r['samples']:,}", f"{r['bytes'] / 2**20:.1f}") for r in cost["parts"]]
+    return "## What it cost\n\n" + _table(("part", "seconds", "samples", "MiB in the cache"), rows)
+
+
+def _paid_back(cost: Mapping[str, Any]) -> str:
+    seconds = sum(row["seconds"] for row in cost["parts"])
     back = cost["paid_back_after"]
-    return f"- training took: {parts}" + ("" if back is None else f"; won back after {back:,} inferences here, against the teacher's")
+    return f"- training took {seconds:.0f} s" + (
+        "" if back is None else f"; won back after {back:,} inferences here, against the teacher's"
+    )
 
 
 def _machine(facts: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 NAME = "distill"
 VERSION = 8
 TOOLS = ("torch", "numpy", "safetensors")
+TRAINED = ("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "seed", "views")  # as the recipe has them
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
@@ -33,9 +34,8 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     del targets  # all share one student
     machine = runner.facts()
     distill, assistants = recipe.distill, recipe.distill.assistants
-    others = {"control", "augment", "teachers", "mixing", "assistants", "search_share", "answers_kept", "sizes", "precision", "accelerator"}
     params: dict[str, Any] = {
-        **{name: value for name, value in asdict(distill).items() if name not in others},
+        **{name: getattr(distill, name) for name in TRAINED},
         "augment": None if distill.augment is None else str(distill.augment),
         "losses": [loss.told for loss in distill.losses],
         **recipe.student.form,
@@ -56,12 +56,25 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     if any(loss.kind in TAPPED for loss in distill.losses):
         params["teacher"] = str(recipe.teacher.model)
         taught |= {"teacher": recipe.teacher.artifact, "teacher.code": "inspect:teacher.code.json"}
-    found += _with_search(recipe, Step(NAME, NAME, params, taught, TOOLS))
+    student = Step(NAME, NAME, params, taught, TOOLS)
+    if distill.paid_back_within is not None:
+        found.append(_worth(recipe, student))
+        student = replace(student, inputs={**taught, "epochs": f"{found[-1].id}:epochs.json"})
+    found += _with_search(recipe, student)
     student = found[-1]
     for number, (name, entry) in enumerate(recipe.sizes.items()):  # what a search chose for the student holds for them
         inputs = {**student.inputs, "code": f"inspect:size.{number}.code.json"}
         found.append(replace(student, id=name, params={**student.params, "model": str(entry)}, inputs=inputs))
     return [*found, *_twins(recipe, student)]
+
+
+def _worth(recipe: Recipe, step: Step) -> Step:
+    """Return the step that finds out how many epochs of training are won back."""
+    reference = {"reference": recipe.teacher.artifact, "reference.code": "inspect:teacher.code.json"}
+    made = None if recipe.teacher.model is None else str(recipe.teacher.model)
+    own = {"paid_back_within": recipe.distill.paid_back_within, "reference": made}
+    tools = (*TOOLS, *(("onnxruntime",) if recipe.teacher.artifact.endswith(".onnx") else ()))
+    return replace(step, id=f"{NAME}/epochs", params={**step.params, **own}, inputs={**step.inputs, **reference}, tools=tools)
 
 
 def _with_search(recipe: Recipe, step: Step) -> list[Step]:
@@ -81,7 +94,7 @@ def _twins(recipe: Recipe, step: Step) -> list[Step]:
     as many epochs.
     """
     distill, found = recipe.distill, []
-    code = {name: step.inputs[name] for name in ("code", "views.code", "way") if name in step.inputs}
+    code = {name: step.inputs[name] for name in ("code", "views.code", "way", "epochs") if name in step.inputs}
     alone = {name: reference for name, reference in _samples(recipe).items() if not name.startswith("unlabelled")} | code
     if learns_unlabelled(distill.losses):
         alone |= data.references(recipe, "unlabelled")
@@ -147,8 +160,12 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     if "tried" in params:
         return probe.run("distill", params, inputs, context)
     terms = [untold(term) for term in params["losses"]]
+    if "paid_back_within" in params:
+        return probe.worth(params, inputs, context, terms)
+    if "epochs" in inputs:
+        params = {**params, "epochs": json.loads(inputs["epochs"].path.read_text())["epochs"]}
     if "search_share" in params:
-        return _search(params, inputs, context, terms)
+        return _search(step.id, params, inputs, context, terms)
     if "chosen" in inputs:
         terms = [untold(term) for term in json.loads(inputs["chosen"].path.read_text())["losses"]]
     job = lessons.lesson(params, inputs, context.recipe_dir, terms)
@@ -162,10 +179,10 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     (context.out / "student.safetensors").write_bytes(models.pack(weights))
     lines = {"best_epoch": train.best_of(curve).epoch, "epochs": [asdict(line) for line in curve]}
     (context.out / "curve.json").write_text(json.dumps(lines, indent=1, sort_keys=True) + "\n")
-    return StageResult(metrics=asdict(train.best_of(curve)), notes=notes)
+    return StageResult(metrics={**asdict(train.best_of(curve)), "samples": len(curve) * len(job.train)}, notes=notes)
 
 
-def _search(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context, terms: Sequence[Loss]) -> StageResult:
+def _search(name: str, params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context, terms: Sequence[Loss]) -> StageResult:
     from edgekd.kd import lessons, search
 
     def job_of(closed: Sequence[Loss], epochs: int) -> Job:
@@ -174,5 +191,6 @@ def _search(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: 
     chosen, trials = search.search(terms, job_of, params["epochs"], params["search_share"], context.work, context.progress)
     told = search.as_json(chosen, trials)
     (context.out / "chosen.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
-    note = f"distill: {len(trials)} settings were tried for {told['epochs']} epochs; taken: {search.told(terms, chosen)}"
-    return StageResult({"trials": len(trials), "epochs": told["epochs"]}, (note,))
+    note = f"{name}: {len(trials)} settings were tried for {told['epochs']} epochs; taken: {search.told(terms, chosen)}"
+    samples = told["epochs"] * len(job_of(chosen, 1).train)
+    return StageResult({"trials": len(trials), "epochs": told["epochs"], "samples": samples}, (note,))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgekd.ports import Context
 
 NAME = "teach"
-VERSION = 3
+VERSION = 4
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
@@ -84,7 +84,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     lines = {"best_epoch": train.best_of(curve).epoch, "epochs": [asdict(line) for line in curve]}
     (context.out / "curve.json").write_text(json.dumps(lines, indent=1, sort_keys=True) + "\n")
     warning = ranks.remark(job.build, settings.batch_size)
-    return StageResult(metrics=asdict(train.best_of(curve)), notes=() if warning is None else (warning,))
+    metrics = {**asdict(train.best_of(curve)), "samples": len(curve) * len(job.train)}
+    return StageResult(metrics=metrics, notes=() if warning is None else (warning,))
 
 
 def _checkpoints(epochs: int, count: int) -> list[int]:

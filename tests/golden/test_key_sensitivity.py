@@ -83,6 +83,7 @@ OTHER = {
     "distill.precision": "bfloat16",  # on any processor another than "auto"
     "teacher.train.precision": "bfloat16",
     "distill.accelerator": "none",
+    "distill.paid_back_within": 1_000_000,
     "teacher.train.accelerator": "none",
     "distill.sizes": (words.Entry("models.py", "wide"),),
     "distill.mixing": "confidence",

@@ -97,6 +97,12 @@ CLASSES = {
 }
 
 
+COST = [
+    {"part": "supervise", "seconds": 12.5, "samples": 60_000, "bytes": 1_200_000},
+    {"part": "distill", "seconds": 61.04, "samples": 550_000, "bytes": 131_072},
+]
+
+
 def _parts(*, measured):
     rows = [
         _candidate(
@@ -135,7 +141,7 @@ def _parts(*, measured):
             {"stage": "in all", "pp": 0.8, "interval_pp": [0.4, 1.2], "p": 0.031},
         ],
         "distillation": DISTILLATION if measured else None,
-        "cost": {"seconds": {"supervise": 12.5, "distill": 61.04}, "paid_back_after": 19_611 if measured else None},
+        "cost": {"parts": COST, "paid_back_after": 19_611 if measured else None},
         "classes": CLASSES,
         "inherited": {"teacher_errors": 75, "also_wrong": 0.8, "same_answer": 0.72},
         "instruction_set": "x86-64-v3",

@@ -162,6 +162,7 @@ METHODS = {
     "assistants": ('{ kind = "kl" }', 'assistants = [{ model = "models.py:middle", epochs = 4 }, { model = "models.py:student" }]', ()),
     "search": ('{ kind = "kl", temperature = "auto", standardize = "auto" }, { kind = "ce", weight = "auto" }', "search_share = 0.5", ()),
     "checkpoints": ('{ kind = "kl" }', "", ("checkpoints",)),
+    "paid back": ('{ kind = "kl", temperature = "auto" }', "paid_back_within = 1000000000\nsearch_share = 0.5", ()),
 }  # fmt: skip
 
 

@@ -164,7 +164,6 @@ def _meta():
 
 
 def image_job(terms, device, **changes):
-    network = lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))  # noqa: E731
     labels = torch.arange(16) % 3
     samples = Samples((torch.randn(16, 1, 8, 8),), labels, torch.randn(16, 3))
     wide = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
@@ -172,7 +171,7 @@ def image_job(terms, device, **changes):
     return train.Job(
         section="distill",
         entry=Entry("m.py", "student"),
-        build=network,
+        build=lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)),
         train=samples,
         validation=samples,
         objective=lambda logits, answers, wanted, epoch: losses.total(terms, logits, answers, wanted, epoch),

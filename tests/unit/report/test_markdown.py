@@ -21,7 +21,7 @@ def test_every_row_of_a_table_has_the_cells_of_its_head(told):
     told["checks"][0]["name"] = "a|b\nc"
     told["candidates"][0]["why_not"] = "slower | larger"
     tables = _tables(markdown.render(told))
-    assert len(tables) == 7
+    assert len(tables) == 8
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
 
