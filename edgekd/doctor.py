@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from edgekd.digests import tool_version
 from edgekd.errors import UnavailableError
 from edgekd.harness import runner
+from edgekd.kd import ways
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,6 +145,8 @@ def _folder(name: str, folder: Path, least_bytes: int, mend: str) -> Finding:
 def _machine() -> list[Finding]:
     facts = runner.facts()
     found = [Finding("processor", ok=True, found=f"{facts['cpu_model']}, {facts['cores']} cores, {facts['instruction_set']}", needed=False)]
+    here = ", ".join(f"{kind} ({name})" for kind, name in ways.accelerators().items())
+    found.append(Finding("accelerator", ok=True, found=here or "none that the installed torch can use", needed=False))
     quiet = (facts["load"] or 0) < facts["cores"] / 2
     found.append(Finding("load", quiet, f"{facts['load']}", needed=False, mend="end other work before you measure"))
     steady = facts["governor"] in {"performance", "unknown"}

@@ -87,3 +87,9 @@ def test_a_slow_clock_is_told(tmp_path, monkeypatch, clock, ok):
         (tmp_path / "clock").write_text(clock)
     (finding,) = [item for item in doctor.check(tmp_path, deep=False) if item.name == "clock"]
     assert (finding.ok, finding.needed, finding.found) == (ok, False, (clock or "unknown").strip())
+
+
+def test_the_accelerator_that_training_would_try_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.ways, "accelerators", lambda: {"cuda": "NVIDIA T1"})
+    (found,) = [item for item in doctor.check(tmp_path, deep=False) if item.name == "accelerator"]
+    assert (found.ok, found.found) == (True, "cuda (NVIDIA T1)")
