@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,33 +33,74 @@ def sureness(kept: Answers) -> Sureness:
 
     if kept.header.samples == 0:
         return Sureness(0, 0.0, 0.0)
-    confidence = np.mean([tops(kept, view)[1] for view in range(kept.header.views)], axis=0)
+    confidence = np.mean([tops(kept, view).confidence for view in range(kept.header.views)], axis=0)
     return Sureness(len(confidence), float(confidence.mean()), float(confidence.var()))
 
 
-def tops(kept: Answers, view: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the teacher's answer to each sample of a view and its confidence in it, the largest softmax. Shapes: (n,) each."""
+class Tops(NamedTuple):
+    """The teacher's answer to each sample, its confidence (the largest softmax), and minus the entropy. Shapes: (n,) each.
+
+    Of answers that are kept as samples, the log of the confidence stands for the latter: either orders samples by certainty.
+    """
+
+    classes: np.ndarray
+    confidence: np.ndarray
+    certainty: np.ndarray
+
+
+def tops(kept: Answers, view: int) -> Tops:
+    """Return what the teacher says of each sample of a view."""
     import numpy as np
 
-    classes, confidence = [], []
+    found = []
     for start in range(0, kept.header.samples, CHUNK):
         rows = np.arange(start, min(start + CHUNK, kept.header.samples))
         if kept.header.slots:
             ids, logs = kept.read_sparse(view, rows)
-            classes.append(ids[:, 0])
-            confidence.append(np.exp(logs[:, 0].astype(np.float64)))
+            found.append((ids[:, 0], np.exp(logs[:, 0].astype(np.float64)), logs[:, 0]))
         else:
             logits = kept.read(view, rows).astype(np.float64)
-            classes.append(logits.argmax(1))
-            confidence.append(1 / np.exp(logits - logits.max(1, keepdims=True)).sum(1))
-    return np.concatenate(classes), np.concatenate(confidence)
+            logits -= logits.max(1, keepdims=True)
+            shares = np.exp(logits)
+            whole = shares.sum(1)
+            found.append((logits.argmax(1), 1 / whole, (shares * logits).sum(1) / whole - np.log(whole)))
+    return Tops(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
-def warning(home: Sureness, other: Sureness) -> str | None:
+def expected_accuracy(home: Answers, labels: np.ndarray, other: Answers) -> tuple[float, float] | None:
+    """Return between which shares of samples without labels the teacher is expected to be right, or None if too few have one at home.
+
+    Two estimates: its accuracy at home less the difference of mean confidences, which is true of a teacher that is as sure as
+    it is right in both domains; and the share of samples about which it is surer than a threshold, which as many pass at home as
+    it is right about, for one that is too sure away from home.
+
+    Args:
+        home: Its answers to the validation split.
+        labels: Shape (n,): classes there, -1 where there is none.
+        other: Its answers to the samples without labels; of several views the mean counts.
+
+    Source:
+        Guillory et al., arXiv 2107.03315; Garg et al., arXiv 2201.04234, section 4 (with minus the entropy).
+    """
+    import numpy as np
+
+    known = labels >= 0
+    if known.sum() < MIN_SAMPLES:
+        return None
+    found, others = tops(home, 0), [tops(other, view) for view in range(other.header.views)]
+    right = (found.classes == labels)[known].mean()
+    threshold = np.quantile(found.certainty[known], 1 - right)
+    surer = np.mean([(one.certainty >= threshold).mean() for one in others])
+    calibrated = right - (found.confidence[known].mean() - np.mean([one.confidence.mean() for one in others]))
+    return float(min(surer, calibrated)), float(max(surer, calibrated))
+
+
+def warning(home: Sureness, other: Sureness, expected: tuple[float, float] | None) -> str | None:
     """Return the warning that the teacher is less sure of the unlabelled samples than of its validation split, or None.
 
-    A teacher is more confident on samples like those that it was taught on; the mean difference estimates what its accuracy
-    loses there. It cannot see a shift that leaves it confidently wrong.
+    A teacher is more confident on samples like those that it was taught on. ``expected``: between what its accuracy on the
+    others is by estimates; without them, the mean difference of confidences says what accuracy loses there. None can see a shift
+    that leaves it confidently wrong.
 
     Source: Guillory et al., arXiv 2107.03315 (difference of confidences); Welch 1947.
     """
@@ -69,7 +110,10 @@ def warning(home: Sureness, other: Sureness) -> str | None:
     error = math.sqrt(home.variance / home.samples + other.variance / other.samples)
     if drop < MIN_DROP or drop < Z * error:
         return None
+    told = f"wrong about {100 * drop:.0f} points more often there"
+    if expected is not None:
+        told = f"right about {100 * expected[0]:.0f} to {100 * expected[1]:.0f} % of them"
     return (
         f"the domains differ: the teacher's confidence is {100 * other.mean:.1f} % on the unlabelled samples, {100 * home.mean:.1f} % on "
-        f"validation; expect it to be wrong about {100 * drop:.0f} points more often there, and the student with it"
+        f"validation; expect it to be {told}, and the student to follow it"
     )

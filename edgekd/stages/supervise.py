@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
     from edgekd.domain.target import Target
-    from edgekd.kd.answers import Answers, Header, Recompute
+    from edgekd.kd.answers import Header, Recompute
     from edgekd.kd.views import Augment
     from edgekd.ports import Context
 
     Teacher = Callable[[list[np.ndarray]], np.ndarray]
 
 NAME = "supervise"
-VERSION = 4
+VERSION = 5
 SPLITS = ("train", "validation", "unlabelled")
 BATCH_SIZE = 128
 CHUNK = 16 * BATCH_SIZE  # samples; a kill costs at most this much
@@ -101,9 +101,13 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     kept = {split: answers.opened(context.out / f"{split}.outputs.safetensors") for split in SPLITS}
     sureness = {split: shift.sureness(found) for split, found in kept.items()}
     # numbers and several softmaxes have no one confidence
-    if "answers" not in params and (warning := shift.warning(sureness["validation"], sureness["unlabelled"])) is not None:
-        notes.append(f"warning: {warning}")
-    metrics = {"samples": filling.total, "classes": classes, "validation_accuracy": _accuracy(inputs, kept["validation"])}
+    labels = _labels(inputs)
+    if "answers" not in params and sureness["unlabelled"].samples:
+        expected = None if labels is None else shift.expected_accuracy(kept["validation"], labels, kept["unlabelled"])
+        warning = shift.warning(sureness["validation"], sureness["unlabelled"], expected)
+        notes += [] if warning is None else [f"warning: {warning}"]
+    accuracy = None if labels is None else float((shift.tops(kept["validation"], 0).classes == labels)[labels >= 0].mean())
+    metrics = {"samples": filling.total, "classes": classes, "validation_accuracy": accuracy}
     return StageResult(metrics, tuple(notes))
 
 
@@ -159,17 +163,12 @@ def _part(context: Context, split: str) -> Path:
     return context.work / f"{split}.answers"
 
 
-def _accuracy(inputs: Mapping[str, Artifact], kept: Answers) -> float | None:
-    """Return the teacher's accuracy on the validation split, or None if no sample there has a class."""
+def _labels(inputs: Mapping[str, Artifact]) -> np.ndarray | None:
+    """Return the classes of the validation split, or None if no sample there has one."""
     import numpy as np
 
-    from edgekd.kd import shift
-
-    labels = np.load(inputs["validation.labels"].path, allow_pickle=False)
-    if labels.dtype != np.int64 or labels.ndim != 1 or not (labels >= 0).any():
-        return None
-    classes, _ = shift.tops(kept, 0)
-    return float((classes == labels)[labels >= 0].mean())
+    labels: np.ndarray = np.load(inputs["validation.labels"].path, allow_pickle=False)
+    return labels if labels.dtype == np.int64 and labels.ndim == 1 and (labels >= 0).any() else None
 
 
 def _ask(teacher: Teacher, arrays: list[np.ndarray], rows: range) -> np.ndarray:

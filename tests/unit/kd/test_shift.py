@@ -53,16 +53,45 @@ def test_views_of_one_sample_count_once(sureness):
 
 @pytest.mark.parametrize("noise", [2.0, 3.0])
 def test_noise_that_the_teacher_does_not_know_is_warned_of(noise, sureness):
-    told = shift.warning(sureness(_logits(500, 0.3, 1)), sureness(_logits(400, noise, 2)))
+    home, other = sureness(_logits(500, 0.3, 1)), sureness(_logits(400, noise, 2))
+    told = shift.warning(home, other, None)
     assert told.startswith("the domains differ: the teacher's confidence is ")
+    assert " points more often there" in told
+    assert "expect it to be right about 83 to 90 % of them" in shift.warning(home, other, (0.834, 0.896))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_samples_from_home_are_silent(seed, sureness):
-    assert shift.warning(sureness(_logits(500, 0.3, 10 + seed)), sureness(_logits(400, 0.3, 20 + seed))) is None
+    assert shift.warning(sureness(_logits(500, 0.3, 10 + seed)), sureness(_logits(400, 0.3, 20 + seed)), (0.4, 0.5)) is None
 
 
 def test_few_samples_and_none_are_silent(sureness):
     home = sureness(_logits(500, 0.3, 1))
-    assert shift.warning(home, sureness(_logits(20, 6.0, 2))) is None
-    assert shift.warning(home, sureness(np.zeros((1, 0, 3)))) is None
+    assert shift.warning(home, sureness(_logits(20, 6.0, 2)), None) is None
+    assert shift.warning(home, sureness(np.zeros((1, 0, 3))), None) is None
+
+
+@pytest.mark.parametrize(("classes", "slots"), [(20, 0), (300, 0), (300, 64)])
+@pytest.mark.parametrize("too_sure", [1.0, 1.2])
+def test_the_accuracy_without_labels_lies_between_the_estimates(tmp_path, classes, slots, too_sure):
+    """A teacher that knows how much noise lies over each sample, or takes all away from home for a little clearer than they are."""
+    generator = np.random.default_rng(0)
+    labels, found = np.arange(3000) % classes, {}
+    for name, strongest, surer in (("home", 0.4, 1.0), ("other", 0.7, too_sure)):
+        strength = generator.uniform(0.1, strongest, (3000, 1))
+        logits = surer * (np.eye(classes)[labels] + strength * generator.standard_normal((3000, classes))) / strength**2
+        store(tmp_path / name, logits.astype(np.float32)[None], slots=slots)
+        found[name] = answers.opened(tmp_path / name)
+    true = {name: (shift.tops(one, 0).classes == labels).mean() for name, one in found.items()}
+    low, high = shift.expected_accuracy(found["home"], labels, found["other"])
+    assert low - 0.03 < true["other"] < high + 0.03
+    assert high < true["home"] - 0.05
+    assert shift.expected_accuracy(found["home"], labels, found["home"]) == pytest.approx((true["home"],) * 2, abs=2e-3)
+    assert shift.expected_accuracy(found["home"], np.full(3000, -1), found["other"]) is None
+
+
+def test_certainty_is_minus_the_entropy(tmp_path):
+    shares = np.array([[[0.7, 0.2, 0.1], [0.5, 0.25, 0.25]]])
+    store(tmp_path / "a", np.log(shares).astype(np.float32))
+    found = shift.tops(answers.opened(tmp_path / "a"), 0)
+    np.testing.assert_allclose(found.certainty, (shares * np.log(shares)).sum(2)[0], rtol=1e-3)
