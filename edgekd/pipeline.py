@@ -33,7 +33,7 @@ PIPELINE: tuple[Stage, ...] = (inspect, teach, supervise, distill, export, quant
 STAGES = {stage.NAME: stage for stage in PIPELINE}
 TRAINING = ("teach", "supervise", "distill")  # the stages that take long: a user is warned before them, and ranks share their work
 KEY_SCHEMA = 1
-SCRATCH = "rank."  # begins the name of a rank's folder
+SCRATCH = ".rank."  # stands in the name of a rank's folder, after the step's
 
 
 class Teller(Protocol):
@@ -111,11 +111,9 @@ def assist() -> None:
         EdgekdError: what the stage raised, here and in the first rank.
     """
     for step, inputs, recipe_dir, work in ranks.orders():
-        # in the first rank's folder, so that what a killed rank leaves goes away with it
-        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=work, ignore_cleanup_errors=True) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f"{work.name}{SCRATCH}", dir=work.parent) as scratch:
             mine, out = Path(scratch) / "work", Path(scratch) / "out"
-            # what is written is written anew, so links do
-            shutil.copytree(work, mine, copy_function=os.link, ignore=shutil.ignore_patterns(f"{SCRATCH}*"))
+            shutil.copytree(work, mine, copy_function=os.link)  # what is written is written anew, so links do
             out.mkdir()
             ranks.ready()
             STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, mine, lambda _share, _text: None))
@@ -171,6 +169,8 @@ def _execute(step: Step, done: Mapping[str, Done], site: Site, material: Mapping
             started = time.monotonic()
             inputs = _inputs(step, done)
             if ranks.count() > 1 and step.stage in TRAINING:
+                for left in work.parent.glob(f"{work.name}{SCRATCH}*"):  # by ranks that were killed
+                    shutil.rmtree(left)
                 ranks.order((step, inputs, site.recipe_dir, work))
             result = STAGES[step.stage].run(step, inputs, Context(site.recipe_dir, out, work, progress))
     except OSError as error:

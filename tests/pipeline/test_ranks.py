@@ -106,5 +106,6 @@ def test_ranks_that_were_killed_go_on_together(tmp_path, two):
     process.wait()
     resumed, _ = built(tmp_path / "y", two, epochs=24)
     assert resumed.returncode == 0, resumed.stderr
+    assert not list((tmp_path / "y/cache/work").iterdir())
     made = [sorted((tmp_path / name).glob("out*/until-distill/student.safetensors")) for name in "xy"]
     assert made[0][0].read_bytes() == made[1][0].read_bytes()
