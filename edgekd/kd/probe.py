@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.losses import AUTO
 from edgekd.domain.recipe import Entry
-from edgekd.errors import RecipeError
+from edgekd.errors import EdgekdError, RecipeError
 from edgekd.kd import data, lessons, models, ranks, search, teachers, train, ways
 from edgekd.kd.repeatable import repeatable
 from edgekd.kd.ways import Way
@@ -51,13 +51,13 @@ def run(section: str, params: Mapping[str, Any], inputs: Mapping[str, Artifact],
     )
     first, *others = [Way(**told) for told in params["tried"]]
     notes: list[str] = []
-    with repeatable(params["threads"]):
+    with repeatable(params["threads"], others[-1].accelerator):  # an accelerator comes after the processor
         blocks = {first: train.rehearsal(replace(job, settings=replace(settings, way=first)))}
         for way in others:
             try:
                 blocks[way] = train.rehearsal(replace(job, settings=replace(settings, way=way)))
                 blocks[way]()
-            except (RecipeError, RuntimeError) as error:
+            except (EdgekdError, RuntimeError) as error:
                 blocks.pop(way, None)
                 notes.append(f"warning: {entry} is not trained in {way}, which fails: {str(error).splitlines()[0]}")
         seconds = raced(blocks)

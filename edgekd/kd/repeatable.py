@@ -50,7 +50,8 @@ def repeatable(threads: int, device: str = "cpu") -> Iterator[None]:
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  (the global generator is what user code uses)
     try:
         torch.set_num_threads(threads)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be repeatable
+        if device != "cpu":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be repeatable
         torch.use_deterministic_algorithms(mode=True, warn_only=device != "cpu")
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32
         deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs 7 % of a step and changes no result

@@ -73,12 +73,13 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     splits = {split: data.arrays(inputs, split) for split in SPLITS}
     numbers = {split: 1 if split == "validation" else params["views"] for split in SPLITS}
     filling = _Filling(context, sum(numbers[split] * len(found[0]) for split, found in splits.items()))
-    with repeatable(params["threads"]):
+    device = params.get("accelerator", ways.CPU)
+    with repeatable(params["threads"], device):
         here = models.load_teacher(context.recipe_dir, entry, inputs["teacher"].path)
         classes = here([array[:1] for array in splits["train"]]).shape[1]
         notes: list[str] = []
         teacher = here
-        if (device := params.get("accelerator", ways.CPU)) != ways.CPU:
+        if device != ways.CPU:
             there = partial(models.load_teacher, context.recipe_dir, entry, inputs["teacher"].path, device)
             teacher, notes = _sited(here, there, [array[:BATCH_SIZE] for array in splits["train"]], device)
         headers, checks = {}, {}
@@ -100,9 +101,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
             answers.load(target, header, checks[split])
     kept = {split: answers.opened(context.out / f"{split}.outputs.safetensors") for split in SPLITS}
     sureness = {split: shift.sureness(found) for split, found in kept.items()}
-    # numbers and several softmaxes have no one confidence
     labels = _labels(inputs)
-    if "answers" not in params and sureness["unlabelled"].samples:
+    if "answers" not in params and sureness["unlabelled"].samples:  # numbers and several softmaxes have no one confidence
         expected = None if labels is None else shift.expected_accuracy(kept["validation"], labels, kept["unlabelled"])
         warning = shift.warning(sureness["validation"], sureness["unlabelled"], expected)
         notes += [] if warning is None else [f"warning: {warning}"]
