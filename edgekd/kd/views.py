@@ -53,11 +53,13 @@ def view(augment: Augment, split: str, inputs: tuple[Tensor, ...], number: int) 
     """
     import torch
 
-    made = []
+    made = tuple(torch.empty_like(item) for item in inputs)
     for start in range(0, len(inputs[0]), CHUNK):
         generator = torch.Generator().manual_seed(derive("view", split, number, start))
-        made.append(augment(tuple(item[start : start + CHUNK].clone() for item in inputs), generator))
-    return tuple(torch.cat(parts) for parts in zip(*made, strict=True)) if made else inputs
+        found = augment(tuple(item[start : start + CHUNK].clone() for item in inputs), generator)
+        for whole, part in zip(made, found, strict=True):
+            whole[start : start + CHUNK] = part
+    return made
 
 
 def _kind(item: object) -> object:
