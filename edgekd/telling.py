@@ -254,9 +254,9 @@ def _validation(metrics: Mapping[str, Any]) -> float:
 
 
 def _notes(case: Case, measurements: Sequence[Measurement], cost: ledger.Cost) -> list[str]:
-    repeated = {name for names in case.plan.recipe.arms.values() for name in names} - {
-        "distill"
-    }  # twins tell what the student's steps tell
+    # twins, and what teaches the one by pseudo-labels, tell again what the student's steps and its teacher tell
+    arms = {name for names in case.plan.recipe.arms.values() for name in names} - {"distill"}
+    repeated = arms | {name.replace("distill/", "supervise/", 1) for name in arms}
     notes = [
         note
         for name, item in case.done.items()

@@ -37,10 +37,10 @@ def calibrated(
         logits = torch.cat([usercode.call(module, entry, *validation.pick(rows).inputs) for rows in batches])
     value = temperature(logits, validation.labels)
     if value is None:
-        return weights, "distill: the answers are not calibrated: too few samples of the validation split have a class"
+        return weights, "the answers are not calibrated: too few samples of the validation split have a class"
     if not fold(module, validation.pick(batches[0]).inputs, value):
-        return weights, "distill: the answers are not calibrated: no linear layer of its own gives the student's answer"
-    return dict(module.state_dict()), f"distill: a temperature of {value:.3g}, fitted on validation, is folded into the last layer"
+        return weights, "the answers are not calibrated: no linear layer of its own gives the student's answer"
+    return dict(module.state_dict()), f"a temperature of {value:.3g}, fitted on validation, is folded into the last layer"
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float | None:

@@ -11,7 +11,6 @@ from functools import partial
 from operator import truediv
 from typing import TYPE_CHECKING, Any
 
-from edgekd.domain.losses import AUTO
 from edgekd.domain.recipe import Entry
 from edgekd.errors import EdgekdError, RecipeError
 from edgekd.kd import data, lessons, models, ranks, search, teachers, train, ways
@@ -126,9 +125,7 @@ def _epoch_seconds(params: Mapping[str, Any], inputs: Mapping[str, Artifact], co
     """Return what an epoch takes, by a few steps of it; a validation sample counts as one that is trained on."""
     import torch
 
-    usual = {name: search.CHOICES[name][0] for name in search.CHOICES}
-    closed = [replace(term, **{name: value for name, value in usual.items() if getattr(term, name) == AUTO}) for term in terms]  # type: ignore[arg-type]  # each has its field's type
-    job = lessons.lesson(params, inputs, context.recipe_dir, closed)
+    job = lessons.lesson(params, inputs, context.recipe_dir, search.usual(terms))
     few = job.train.pick(torch.arange(STEPS * params["batch_size"]) % len(job.train))
     with repeatable(params["threads"], job.settings.way.accelerator):
         seconds = _median_seconds(train.rehearsal(replace(job, train=few, validation=few, view=None)), ROUNDS, 1)

@@ -95,22 +95,26 @@ def expected_accuracy(home: Answers, labels: np.ndarray, other: Answers) -> tupl
     return float(min(surer, calibrated)), float(max(surer, calibrated))
 
 
-def warning(home: Sureness, other: Sureness, expected: tuple[float, float] | None) -> str | None:
-    """Return the warning that the teacher is less sure of the unlabelled samples than of its validation split, or None.
+def differs(home: Sureness, other: Sureness) -> bool:
+    """Return whether the teacher is less sure of the unlabelled samples than of its validation split, by enough and clearly so.
 
-    A teacher is more confident on samples like those that it was taught on. ``expected``: between what its accuracy on the
-    others is by estimates; without them, the mean difference of confidences says what accuracy loses there. None can see a shift
-    that leaves it confidently wrong.
+    A teacher is more confident on samples like those that it was taught on. A shift that leaves it confidently wrong is not seen.
 
-    Source: Guillory et al., arXiv 2107.03315 (difference of confidences); Welch 1947.
+    Source: Welch 1947.
     """
-    if min(home.samples, other.samples) < MIN_SAMPLES:
-        return None
     drop = home.mean - other.mean
-    error = math.sqrt(home.variance / home.samples + other.variance / other.samples)
-    if drop < MIN_DROP or drop < Z * error:
-        return None
-    told = f"wrong about {100 * drop:.0f} points more often there"
+    if min(home.samples, other.samples) < MIN_SAMPLES or drop < MIN_DROP:
+        return False
+    return drop >= Z * math.sqrt(home.variance / home.samples + other.variance / other.samples)
+
+
+def warning(home: Sureness, other: Sureness, expected: tuple[float, float] | None) -> str:
+    """Return the warning that the domains differ.
+
+    ``expected``: between what the teacher's accuracy on the others is by estimates; without them, the mean difference of
+    confidences says what accuracy loses there (arXiv 2107.03315).
+    """
+    told = f"wrong about {100 * (home.mean - other.mean):.0f} points more often there"
     if expected is not None:
         told = f"right about {100 * expected[0]:.0f} to {100 * expected[1]:.0f} % of them"
     return (

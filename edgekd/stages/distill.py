@@ -173,7 +173,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
     notes: tuple[str, ...] = ()
     if job.form.is_plain:
         weights, note = calibrate.calibrated(job.build(), weights, job.validation, job.entry, params["threads"])
-        notes = (note,)
+        notes = (f"{step.id}: {note}",)
     if (warning := ranks.remark(job.build, params["batch_size"])) is not None:
         notes += (warning,)
     (context.out / "student.safetensors").write_bytes(models.pack(weights))
@@ -192,5 +192,5 @@ def _search(name: str, params: Mapping[str, Any], inputs: Mapping[str, Artifact]
     told = search.as_json(chosen, trials)
     (context.out / "chosen.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
     note = f"{name}: {len(trials)} settings were tried for {told['epochs']} epochs; taken: {search.told(terms, chosen)}"
-    samples = told["epochs"] * len(job_of(chosen, 1).train)
+    samples = told["epochs"] * len(lessons.training_set(inputs, chosen, "distill.losses"))
     return StageResult({"trials": len(trials), "epochs": told["epochs"], "samples": samples}, (note,))

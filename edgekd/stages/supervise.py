@@ -100,12 +100,12 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
             answers.finish(_part(context, split), header, target)
             answers.load(target, header, checks[split])
     kept = {split: answers.opened(context.out / f"{split}.outputs.safetensors") for split in SPLITS}
-    sureness = {split: shift.sureness(found) for split, found in kept.items()}
+    sureness = {split: shift.sureness(kept[split]) for split in ("validation", "unlabelled")}
     labels = _labels(inputs)
-    if "answers" not in params and sureness["unlabelled"].samples:  # numbers and several softmaxes have no one confidence
+    home, other = sureness["validation"], sureness["unlabelled"]
+    if "answers" not in params and shift.differs(home, other):  # numbers and several softmaxes have no one confidence
         expected = None if labels is None else shift.expected_accuracy(kept["validation"], labels, kept["unlabelled"])
-        warning = shift.warning(sureness["validation"], sureness["unlabelled"], expected)
-        notes += [] if warning is None else [f"warning: {warning}"]
+        notes.append(f"warning: {shift.warning(home, other, expected)}")
     accuracy = None if labels is None else float((shift.tops(kept["validation"], 0).classes == labels)[labels >= 0].mean())
     metrics = {"samples": filling.total, "classes": classes, "validation_accuracy": accuracy}
     return StageResult(metrics, tuple(notes))

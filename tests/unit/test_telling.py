@@ -83,3 +83,29 @@ def test_the_smallest_size_that_is_near_enough_is_named():
     assert _sizes(0.95, found, limit=1.0).endswith("; none is within 1 pp: try larger ones")
     assert _sizes(0.92, {"student": (1000, 0.80)}) is None
     assert _sizes(None, found) is None
+
+
+def test_twins_and_what_teaches_them_tell_nothing_again():
+    stages = {
+        "supervise": "supervise",
+        "supervise/pseudo/0": "supervise",
+        "distill/search": "distill",
+        "distill/search/smoothed/0": "distill",
+        "distill": "distill",
+        "distill/distilled/1": "distill",
+        "distill/alone/0": "distill",
+        "distill/pseudo/0": "distill",
+        "export/teacher/litert": "export",
+        "export/student/litert": "export",
+    }
+    metrics = {"train_accuracy": None, "validation_accuracy": None}
+    done = {
+        name: SimpleNamespace(step=SimpleNamespace(stage=stage), entry=SimpleNamespace(notes=(f"of {name}",), metrics=metrics))
+        for name, stage in stages.items()
+    }
+    arms = {"distilled": ("distill", "distill/distilled/1"), "alone": ("distill/alone/0",), "pseudo": ("distill/pseudo/0",)}
+    recipe = SimpleNamespace(arms=arms, sizes={}, distill=SimpleNamespace(augment=None, paid_back_within=None))
+    case = SimpleNamespace(done=done, plan=SimpleNamespace(recipe=recipe, targets=()))
+    told = telling._notes(case, [], {"paid_back_after": None})
+    expected = ["supervise", "distill/search", "distill/search/smoothed/0", "distill", "export/teacher/litert"]
+    assert told == [f"of {name}" for name in expected]

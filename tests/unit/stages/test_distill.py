@@ -11,11 +11,12 @@ import torch
 
 from edgekd.domain.artifact import Artifact
 from edgekd.domain.losses import Loss
-from edgekd.domain.recipe import Control, Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.recipe import Control, Teacher
 from edgekd.errors import RecipeError
 from edgekd.kd import calibrate, data, lessons, models, train
 from edgekd.ports import Context
 from edgekd.stages import distill
+from tests.distilling import CE, KL, entry, recipe
 from tests.stored import store, stored
 
 CODE = """
@@ -31,12 +32,6 @@ def student():
 def four():
     return nn.Linear(4, 4)
 """
-KL = Loss("kl", 0.9, temperature=2.0)
-CE = Loss("ce", 0.1)
-
-
-def entry(function):
-    return Entry("distill_user.py", function)
 
 
 @pytest.fixture
@@ -44,19 +39,6 @@ def folder(tmp_path):
     (tmp_path / "distill_user.py").write_text(CODE)
     yield tmp_path
     sys.modules.pop("distill_user", None)
-
-
-def recipe(function="student", **changes):
-    return Recipe(
-        schema=1,
-        name="t",
-        data=Data(entry("splits")),
-        teacher=Teacher(entry("teacher"), "w.safetensors"),
-        student=Student(entry(function), (TensorSpec("x", (1, 4)),)),
-        distill=Distill(
-            **{"epochs": 8, "losses": (KL, CE), "batch_size": 16, "learning_rate": 0.02, "threads": 1, "precision": "float32", **changes}
-        ),
-    )
 
 
 def artifacts(folder, unlabelled=0, labels=lambda classes: classes):

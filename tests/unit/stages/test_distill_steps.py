@@ -5,28 +5,9 @@ import json
 from dataclasses import replace
 
 from edgekd.domain.losses import Loss
-from edgekd.domain.recipe import Assistant, Control, Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.recipe import Assistant, Control, Teacher
 from edgekd.stages import distill
-
-KL = Loss("kl", 0.9, temperature=2.0)
-CE = Loss("ce", 0.1)
-
-
-def entry(function):
-    return Entry("distill_user.py", function)
-
-
-def recipe(function="student", **changes):
-    return Recipe(
-        schema=1,
-        name="t",
-        data=Data(entry("splits")),
-        teacher=Teacher(entry("teacher"), "w.safetensors"),
-        student=Student(entry(function), (TensorSpec("x", (1, 4)),)),
-        distill=Distill(
-            **{"epochs": 8, "losses": (KL, CE), "batch_size": 16, "learning_rate": 0.02, "threads": 1, "precision": "float32", **changes}
-        ),
-    )
+from tests.distilling import CE, KL, entry, recipe
 
 
 def test_the_step_names_all_that_changes_the_student():
