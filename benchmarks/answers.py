@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from edgekd.kd.answers import Header
+    from edgekd.kd.soft_targets.storage import Header
 
 BAR_ROWS, BAR_MIB = 200_000, 1024  # a second; resident
 CHUNK = 2048
@@ -57,25 +57,25 @@ def resident_mib() -> float:
 
 def planned(given: argparse.Namespace) -> Header:
     """Return the header of the file."""
-    from edgekd.kd import answers
+    from edgekd.kd.soft_targets import storage
 
     digests = {"teacher": "1" * 64, "augment": "2" * 64, "data": "3" * 64}
-    return answers.plan("train", (given.views, given.samples, given.classes), slots=given.slots, **digests)
+    return storage.make_header("train", (given.views, given.samples, given.classes), slots=given.slots, **digests)
 
 
 def fill(given: argparse.Namespace) -> dict[str, float]:
     """Fill the file and return the figures."""
-    from edgekd.kd import answers
+    from edgekd.kd.soft_targets import storage
 
     header, path, spent = planned(given), given.folder / "part", 0.0
     before = resident_mib()
-    done = answers.begin(path, header)
+    done = storage.begin(path, header)
     while done < header.rows:
         logits = made(header, *divmod(done, header.samples))
         started = time.perf_counter()
-        done = answers.append(path, header, done, logits)
+        done = storage.append(path, header, done, logits)
         spent += time.perf_counter() - started
-    answers.finish(path, header, given.folder / "answers")
+    storage.finish(path, header, given.folder / "answers")
     size = (given.folder / "answers").stat().st_size
     return {"rows/s": header.rows / spent, "file MiB": size / 2**20, "MiB before": before, "peak MiB": resident_mib()}
 
@@ -84,7 +84,7 @@ def read(given: argparse.Namespace) -> dict[str, float]:
     """Read every row of the file once in each way and return the figures."""
     import numpy as np
 
-    from edgekd.kd import answers
+    from edgekd.kd.soft_targets import storage
 
     header, path = planned(given), given.folder / "answers"
     before = resident_mib()
@@ -92,15 +92,15 @@ def read(given: argparse.Namespace) -> dict[str, float]:
     if given.cold:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    store = answers.load(path, header, lambda view, rows: again(header, view, rows))
-    ways = {"sparse rows/s": store.read_sparse} if header.slots else {}
-    for name, way in (ways | {"dense rows/s": store.read}).items():
+    targets = storage.open_expected(path, header, lambda view, rows: again(header, view, rows))
+    ways = {"sparse rows/s": targets.read_sparse} if header.slots else {}
+    for name, mode in (ways | {"dense rows/s": targets.read}).items():
         spent = 0.0
         for view in range(header.views):
             order = np.random.default_rng(view).permutation(header.samples)
             started = time.perf_counter()
             for start in range(0, header.samples, given.batch):
-                way(view, order[start : start + given.batch])
+                mode(view, order[start : start + given.batch])
             spent += time.perf_counter() - started
         found[name] = header.rows / spent
     return found | {"MiB before": before, "peak MiB": resident_mib()}
@@ -110,7 +110,7 @@ def errors(given: argparse.Namespace) -> dict[str, str]:
     """Draw a few rows often, and return how far one estimate and the mean of all are off, in sums of |difference| over the classes."""
     import numpy as np
 
-    from edgekd.kd import answers
+    from edgekd.kd.soft_targets import storage
 
     def softmax(logits: np.ndarray) -> np.ndarray:
         shares = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
@@ -119,15 +119,15 @@ def errors(given: argparse.Namespace) -> dict[str, str]:
     given.views, given.samples = 1, REPEATS * SPOTS
     header, path, told = planned(given), given.folder / "errors", {}
     logits = made(header, 0, 0)[:SPOTS]
-    done = answers.begin(path, header)
+    done = storage.begin(path, header)
     while done < header.rows:
-        done = answers.append(path, header, done, np.tile(logits, (min(REPEATS, 125), 1)))
-    store = answers.load(path, header)
+        done = storage.append(path, header, done, np.tile(logits, (min(REPEATS, 125), 1)))
+    targets = storage.open_expected(path, header)
     for temperature in (1.0, 2.0, 4.0):
         wanted = softmax(logits / temperature)
         mean, square, single = np.zeros_like(wanted), np.zeros_like(wanted), 0.0
         for start in range(0, header.rows, SPOTS):
-            shares = softmax(store.read(0, range(start, start + SPOTS), temperature) / temperature)
+            shares = softmax(targets.read(0, range(start, start + SPOTS), temperature) / temperature)
             mean, square = mean + shares / REPEATS, square + shares**2 / REPEATS
             single += float(np.abs(shares - wanted).sum(axis=1).mean()) / REPEATS
         chance = np.sqrt(np.maximum(square - mean**2, 0) / REPEATS) * np.sqrt(2 / np.pi)  # of a mean without bias

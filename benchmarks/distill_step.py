@@ -22,16 +22,17 @@ import torch
 from torch import nn
 
 from edgekd.domain.losses import Loss
-from edgekd.domain.recipe import Entry
-from edgekd.kd import losses, train
+from edgekd.domain.recipe import EntryPoint
+from edgekd.kd import losses
 from edgekd.kd.data import Samples
-from edgekd.kd.repeatable import repeatable
-from edgekd.kd.ways import USUAL
+from edgekd.kd.reproducible import deterministic
+from edgekd.kd.training import loop
+from edgekd.kd.training.execution import DEFAULT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from edgekd.kd.ways import Way
+    from edgekd.kd.training.execution import ExecutionMode
 
 BAR = 0.95
 ROUNDS, STEPS, BATCH = 41, 4, 128
@@ -55,16 +56,16 @@ def ours(
     optimizer: str = "adamw",
     *,
     free: bool = False,
-    way: Way = USUAL,
+    mode: ExecutionMode = DEFAULT,
     threads: int | None = None,
 ) -> Callable[[], None]:
     """Return one block of edgekd's loop; ``free``: of any algorithm, not only of those that give the same bytes again."""
-    settings = train.Settings(1000, BATCH, optimizer, 0.001, 0.01, 0, threads or torch.get_num_threads(), way)
-    job = train.Job("distill", Entry("bench.py", "student"), build, samples, samples, objective, settings)
-    epoch = train.rehearsal(job)
+    settings = loop.TrainingSettings(1000, BATCH, optimizer, 0.001, 0.01, 0, threads or torch.get_num_threads(), mode)
+    job = loop.TrainingJob("distill", EntryPoint("bench.py", "student"), build, samples, samples, objective, settings)
+    epoch = loop.epoch_runner(job)
 
     def block() -> None:
-        with nullcontext() if free else repeatable(settings.threads, way.accelerator):
+        with nullcontext() if free else deterministic(settings.threads, mode.accelerator):
             epoch()
 
     return block
@@ -103,7 +104,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
 
 def distillation(logits: torch.Tensor, answers: Mapping[str, torch.Tensor | None], labels: torch.Tensor, _: int) -> torch.Tensor:
     """Return the loss of distillation: KL and CE."""
-    return losses.total(TERMS, logits, answers, labels)
+    return losses.total_loss(TERMS, logits, answers, labels)
 
 
 def compared(blocks: Mapping[str, Callable[[], None]], count: int, rounds: int, bars: Mapping[str, float]) -> int:

@@ -21,9 +21,9 @@ import torch
 from distill_step import distillation, student
 from torch import nn
 
-from edgekd.domain.recipe import Entry
-from edgekd.kd import ranks, train
+from edgekd.domain.recipe import EntryPoint
 from edgekd.kd.data import Samples
+from edgekd.kd.training import distributed, loop
 
 EPOCHS, COUNT, BATCH, BAR, PROCESSES = 5, 2560, 128, 1e-3, 2
 
@@ -45,11 +45,11 @@ def trained(epochs: int, threads: int) -> dict[str, list[float]]:
     samples = Samples((images,), labels, outputs)
     found = {}
     for name, build in STUDENTS.items():
-        settings = train.Settings(epochs, BATCH, "adamw", 0.003, 0.01, 0, threads)
-        job = train.Job("distill", Entry("bench.py", "student"), build, samples, samples, distillation, settings)
+        settings = loop.TrainingSettings(epochs, BATCH, "adamw", 0.003, 0.01, 0, threads)
+        job = loop.TrainingJob("distill", EntryPoint("bench.py", "student"), build, samples, samples, distillation, settings)
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            _, curve = train.fit(job, Path(folder), lambda *_: None)
+            _, curve = loop.fit(job, Path(folder), lambda *_: None)
         speed = epochs * COUNT / (time.perf_counter() - started)
         found[name] = [loss for line in curve for loss in (line.train_loss, line.validation_loss)] + [speed]
     return found
@@ -57,10 +57,10 @@ def trained(epochs: int, threads: int) -> dict[str, list[float]]:
 
 def main() -> int:
     """Train both ways and print."""
-    if ranks.count() > 1:
+    if distributed.world_size() > 1:
         path, epochs = Path(sys.argv[1]), int(sys.argv[2])
         found = trained(epochs, 1)
-        if ranks.own() == 0:
+        if distributed.rank() == 0:
             path.write_text(json.dumps(found))
         return 0
     epochs = int(sys.argv[1]) if len(sys.argv) > 1 else EPOCHS

@@ -22,9 +22,10 @@ from distill_step import distillation
 from throughput import resnet
 from torch.nn import functional
 
-from edgekd.domain.recipe import Entry
-from edgekd.kd import train, views
+from edgekd.domain.recipe import EntryPoint
+from edgekd.kd import views
 from edgekd.kd.data import Samples
+from edgekd.kd.training import loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,26 +67,28 @@ def main() -> int:
         return run
 
     def view(epoch: int) -> Samples:
-        return Samples(views.view(augment, "train", (images,), epoch), labels, outputs[epoch])
+        return Samples(views.make_view(augment, "train", (images,), epoch), labels, outputs[epoch])
 
     validation = Samples((images[:512],), labels[:512], outputs[0][:512])
-    settings = train.Settings(epochs, BATCH, "adamw", 0.003, 0.01, 0, torch.get_num_threads())
+    settings = loop.TrainingSettings(epochs, BATCH, "adamw", 0.003, 0.01, 0, torch.get_num_threads())
     objective = timed("loss", distillation)
-    job = train.Job("distill", Entry("bench.py", "student"), lambda: resnet(1), view(0), validation, objective, settings, view=view)
-    train.call = timed("forward", train.call)  # of the student
-    train.usercode = type("Timed", (), {"call": staticmethod(timed("backward", train.usercode.call))})  # type: ignore[assignment,misc]  # the calls are what is timed
-    optimizer = train._optimizer  # noqa: SLF001  (its steps are what is timed)
+    job = loop.TrainingJob(
+        "distill", EntryPoint("bench.py", "student"), lambda: resnet(1), view(0), validation, objective, settings, view=view
+    )
+    loop.call = timed("forward", loop.call)  # of the student
+    loop.usercode = type("Timed", (), {"call": staticmethod(timed("backward", loop.usercode.call))})  # type: ignore[assignment,misc]  # the calls are what is timed
+    optimizer = loop._optimizer  # noqa: SLF001  (its steps are what is timed)
 
     def stepping(*arguments: Any) -> torch.optim.Optimizer:
         made = optimizer(*arguments)
         made.step = timed("optimizer", made.step)  # type: ignore[method-assign]
         return made
 
-    train._optimizer = stepping  # noqa: SLF001  (the same)
+    loop._optimizer = stepping  # noqa: SLF001  (the same)
     job = replace(job, view=timed("views", view))
     with tempfile.TemporaryDirectory() as work:
         start = time.perf_counter()
-        train.fit(job, Path(work), lambda *_: None)
+        loop.fit(job, Path(work), lambda *_: None)
         total = time.perf_counter() - start
     share = 1 - sum(spent[name] for name in ("forward", "loss", "backward", "optimizer")) / total
     parts = ", ".join(f"{name} {100 * seconds / total:.1f} %" for name, seconds in spent.most_common())

@@ -29,8 +29,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from edgekd.harness import runner
-from edgekd.kd import probe, ranks, ways
 from edgekd.kd.data import Samples
+from edgekd.kd.training import autotune, distributed, execution
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -145,17 +145,17 @@ def in_torchdistill(batches: Callable[[], Batches], teacher: nn.Module) -> Calla
 
 def together(block: Callable[[], None]) -> Callable[[], None]:
     """Return a block that all ranks run; those that are not the first run it as often as the first asks, and end the program."""
-    if ranks.own():
-        for _ in ranks.orders():
-            ranks.ready()
+    if distributed.rank():
+        for _ in distributed.receive():
+            distributed.barrier()
             block()
         sys.exit(0)
 
     def asked() -> None:
-        ranks.order("a block")
+        distributed.broadcast("a block")
         block()
 
-    return asked if ranks.count() > 1 else block
+    return asked if distributed.world_size() > 1 else block
 
 
 def main() -> int:
@@ -171,13 +171,13 @@ def main() -> int:
         return ((images[rows], labels[rows]) for rows in torch.split(torch.randperm(count), BATCH))
 
     samples = Samples((images,), labels, torch.randn(count, 10))
-    has_bfloat16 = bool(ways.INSTRUCTIONS & set(runner.facts()["features"]))
-    open_ways = [ways.USUAL, *([ways.Way(ways.BFLOAT16)] if has_bfloat16 else [])]
-    threads = max(1, cores // ranks.count())
-    loops = {way: ours(lambda: resnet(1), samples, distillation, "sgd", way=way, threads=threads) for way in open_ways}
-    way = open_ways[ranks.agreed(open_ways.index(probe.best(probe.raced(loops))))]
+    has_bfloat16 = bool(execution.BFLOAT16_FEATURES & set(runner.facts()["features"]))
+    open_ways = [execution.DEFAULT, *([execution.ExecutionMode(execution.BFLOAT16)] if has_bfloat16 else [])]
+    threads = max(1, cores // distributed.world_size())
+    loops = {mode: ours(lambda: resnet(1), samples, distillation, "sgd", mode=mode, threads=threads) for mode in open_ways}
+    mode = open_ways[distributed.broadcast_number(open_ways.index(autotune.fastest(autotune.time_interleaved(loops))))]
     blocks = {
-        "distil": together(loops[way]),
+        "distil": together(loops[mode]),
         "alone": by_hand(in_memory),
         "loader": by_hand(lambda: iter(loader)),
         "online": by_hand(in_memory, resnet(9).eval()),
@@ -186,11 +186,13 @@ def main() -> int:
         print("torchdistill is not installed, and not compared")
     else:
         blocks["torchdistill"] = in_torchdistill(in_memory, resnet(9).eval())
-    print(f"distil in {way} (the processor has {'' if has_bfloat16 else 'no '}instructions for bfloat16), in {ranks.count()} process(es)")
+    print(
+        f"distil in {mode} (the processor has {'' if has_bfloat16 else 'no '}instructions for bfloat16), in {distributed.world_size()} process(es)"
+    )
     bars = {name: bar for name, bar in BARS.items() if name in blocks} | ({"alone": BAR_BFLOAT16} if has_bfloat16 else {})
     missed = compared(blocks, count, rounds, bars)
-    if ranks.count() > 1:
-        ranks.order(None)
+    if distributed.world_size() > 1:
+        distributed.broadcast(None)
     return missed
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgekd import build
-from edgekd.cache import cache_folder
-from edgekd.report import terminal
+from edgekd.build import run
+from edgekd.report import text
+from edgekd.store.cache import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ def build_recipe(
     cache: Path | None = None,
     remeasure: bool = False,
     inconclusive_ok: bool = False,
-) -> list[build.Result]:
+) -> list[run.Result]:
     """Build a recipe for its targets, and judge what came out; progress goes to stderr.
 
     Args:
@@ -39,7 +39,7 @@ def build_recipe(
     Raises:
         EdgekdError: of the class that its exit code asks for.
     """
-    request = build.Request(
+    request = run.Request(
         recipe=recipe,
         targets=tuple(targets),
         out=out or recipe.parent / "build",
@@ -47,5 +47,5 @@ def build_recipe(
         remeasure=remeasure,
         inconclusive_ok=inconclusive_ok,
     )
-    with terminal.teller() as teller:
-        return build.build(request, teller)
+    with text.reporter() as reporter:
+        return run.build(request, reporter)

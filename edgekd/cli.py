@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 EXIT_ORDER = (5, 3, 1, 4)  # of several targets, the first that is present
-UNTIL = ("inspect", "teach", "supervise", "distill", "export", "quantize", "evaluate")
+UNTIL = ("inspect", "teach", "soft_targets", "distill", "export", "quantize", "evaluate")
 
 recipe_option = click.option(
     "--recipe", "-r", "recipe", type=click.Path(path_type=Path), default=Path("edgekd.toml"), show_default=True, help="The recipe."
@@ -98,20 +98,20 @@ def init(folder: Path) -> None:
 @json_option
 def build(recipe: Path, out: Path | None, cache: Path | None, *, as_json: bool, **options: Any) -> int:
     """Build the recipe for its targets, and judge what came out."""
-    from edgekd import build as building
-    from edgekd.cache import cache_folder
-    from edgekd.report import terminal
+    from edgekd.build import run as building
+    from edgekd.report import text
+    from edgekd.store.cache import cache_folder
 
     request = building.Request(recipe=recipe, out=out or recipe.parent / "build", cache=cache_folder(cache), **options)
-    with terminal.teller() as teller:
-        results = building.build(request, teller)
+    with text.reporter() as reporter:
+        results = building.build(request, reporter)
     if not results:  # a rank that helped
         return 0
     if as_json:
         click.echo(json.dumps([result.document for result in results], indent=1, sort_keys=True))
     else:
         for result in results:
-            click.echo(terminal.verdict(result.document, standing=result.standing), nl=False)
+            click.echo(text.render_verdict(result.document, standing=result.standing), nl=False)
     codes = {result.exit_code for result in results}
     return next((code for code in EXIT_ORDER if code in codes), 0)
 
@@ -124,8 +124,8 @@ def build(recipe: Path, out: Path | None, cache: Path | None, *, as_json: bool, 
 @json_option
 def plan(recipe: Path, targets: tuple[str, ...], cache: Path | None, *, explain: bool, as_json: bool) -> None:
     """Show what a build would do; runs nothing."""
-    from edgekd import build as building
-    from edgekd.cache import cache_folder
+    from edgekd.build import run as building
+    from edgekd.store.cache import cache_folder
 
     shown = building.show_plan(recipe, targets, cache_folder(cache), explain=explain)
     if as_json:
@@ -167,15 +167,15 @@ def targets(name: str | None, *, as_json: bool) -> None:
 @json_option
 def measure(models: tuple[Path, ...], target: str, threads: tuple[int, ...], *, as_json: bool) -> None:
     """Measure model files (.tflite, .onnx) on this machine, interleaved; the first is the reference."""
-    from edgekd import build as building
-    from edgekd.report import terminal
+    from edgekd.build import run as building
+    from edgekd.report import text
 
-    with terminal.teller() as teller:
-        rows = building.measure_files(models, target, threads, teller)
+    with text.reporter() as reporter:
+        rows = building.measure_files(models, target, threads, reporter)
     if as_json:
         click.echo(json.dumps(rows, indent=1, sort_keys=True))
     else:
-        click.echo(terminal.measurements(rows), nl=False)
+        click.echo(text.render_measurements(rows), nl=False)
 
 
 @main.command()
@@ -183,13 +183,13 @@ def measure(models: tuple[Path, ...], target: str, threads: tuple[int, ...], *, 
 @click.option("--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
 def report(folder: Path, form: str) -> int:
     """Tell the verdict of an earlier build again (FOLDER is build/TARGET); the exit code is the verdict's."""
-    from edgekd.report import document, markdown, terminal
+    from edgekd.report import document, markdown, text
 
     found = document.read(folder)
     if form == "json":
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:
-        click.echo(markdown.render(found) if form == "markdown" else terminal.verdict(found, standing=True), nl=False)
+        click.echo(markdown.render(found) if form == "markdown" else text.render_verdict(found, standing=True), nl=False)
     return document.exit_code(found)
 
 
@@ -203,7 +203,7 @@ def cache() -> None:
 @json_option
 def cache_list(cache: Path | None, *, as_json: bool) -> None:
     """List the stored steps."""
-    from edgekd.cache import cache_folder
+    from edgekd.store.cache import cache_folder
 
     rows = [
         {
@@ -255,7 +255,7 @@ def cache_prune(cache: Path | None, max_gib: float | None, older_than_days: floa
 def doctor(*, deep: bool, as_json: bool) -> int:
     """Say what of the environment is missing, and the command that mends it."""
     from edgekd import doctor as diagnosis
-    from edgekd.cache import cache_folder
+    from edgekd.store.cache import cache_folder
 
     findings = diagnosis.check(cache_folder(None), deep=deep)
     click.echo(diagnosis.as_json(findings) if as_json else diagnosis.as_text(findings), nl=False)
@@ -263,7 +263,7 @@ def doctor(*, deep: bool, as_json: bool) -> int:
 
 
 def _cache(folder: Path | None) -> Any:
-    from edgekd.cache import Cache, cache_folder
+    from edgekd.store.cache import Cache, cache_folder
 
     store = Cache(cache_folder(folder), lambda text: click.echo(text, err=True))
     store.prepare()
@@ -271,8 +271,8 @@ def _cache(folder: Path | None) -> Any:
 
 
 def _tell_error(error: EdgekdError) -> None:
-    from edgekd.kd import ranks
+    from edgekd.kd.training import distributed
 
-    who = f"rank {ranks.own()}: " if ranks.own() else ""
+    who = f"rank {distributed.rank()}: " if distributed.rank() else ""
     for line in str(error).splitlines() or [type(error).__name__]:
         click.echo(f"edgekd: {who}{line}", err=True)

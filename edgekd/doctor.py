@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekd.digests import tool_version
 from edgekd.errors import UnavailableError
 from edgekd.harness import runner
-from edgekd.kd import ways
+from edgekd.kd.training import execution
+from edgekd.store.digests import tool_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,7 +145,7 @@ def _folder(name: str, folder: Path, least_bytes: int, mend: str) -> Finding:
 def _machine() -> list[Finding]:
     facts = runner.facts()
     found = [Finding("processor", ok=True, found=f"{facts['cpu_model']}, {facts['cores']} cores, {facts['instruction_set']}", needed=False)]
-    here = ", ".join(f"{kind} ({name})" for kind, name in ways.accelerators().items())
+    here = ", ".join(f"{kind} ({name})" for kind, name in execution.accelerators().items())
     found.append(Finding("accelerator", ok=True, found=here or "none that the installed torch can use", needed=False))
     quiet = (facts["load"] or 0) < facts["cores"] / 2
     found.append(Finding("load", quiet, f"{facts['load']}", needed=False, mend="end other work before you measure"))

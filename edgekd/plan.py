@@ -64,7 +64,7 @@ def candidates(recipe: Recipe, target: Target) -> tuple[Candidate, ...]:
     Raises:
         RecipeError: if that is nothing, or the recipe names a scheme or runtime that the target does not have.
     """
-    wanted = recipe.for_target(target.name).quantize
+    wanted = recipe.overrides_for(target.name).quantize
     where = f"target {target.name}: quantize.schemes"
     schemes = _with_edges(wanted, _chosen(wanted.schemes, target.schemes, where), where)
     runtimes = _chosen(wanted.runtimes, [entry.name for entry in target.runtimes], f"target {target.name}: quantize.runtimes")

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     import numpy as np
 
-    from edgekd.domain.artifact import Artifact, Json
+    from edgekd.domain.artifact import Artifact, CacheEntry, Json
     from edgekd.domain.recipe import Recipe, TensorSpec
     from edgekd.domain.target import Target
 
@@ -33,6 +34,15 @@ class Step:
     params: Mapping[str, Json]
     inputs: Mapping[str, str] = field(default_factory=dict)
     tools: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CompletedStep:
+    """A step that is finished: its entry, and whether it came from the cache."""
+
+    step: Step
+    entry: CacheEntry
+    hit: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,18 @@ class StageResult:
     record: Record | None = None
 
 
+class Reporter(Protocol):
+    """Where progress and remarks go while a build works: the terminal, or plain lines."""
+
+    def log(self, text: str) -> None:
+        """Tell one line."""
+        ...
+
+    def step(self, name: str) -> AbstractContextManager[Progress]:
+        """Tell of a step that runs, and give it a way to tell how far it is."""
+        ...
+
+
 class Stage(Protocol):
     """One cached step of the pipeline: a module.
 
@@ -85,7 +107,7 @@ class Stage(Protocol):
     """
 
     NAME: str
-    VERSION: int  # raise it when the same inputs may give different bytes
+    CODE: tuple[str, ...]  # the modules and packages of edgekd that compute its bytes, as paths without suffix; part of its keys
 
     def steps(self, recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         """Return the steps of this stage, without importing anything heavy; the same step for two targets once."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgekd.errors import RecipeError, expected_one_of
@@ -43,14 +44,27 @@ def device(kind: str) -> Device:
     return cast("Device", _load("devices", kind))
 
 
+def source_folder(kind: str, name: str) -> Path:
+    """Return the folder of the module that implements one, without importing it.
+
+    Raises:
+        RecipeError: if there is none of that name.
+    """
+    module = f"edgekd.{kind}.{name}" if _is_built_in(kind, name) else _entry_point(kind, name).module
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None  # noqa: S101  (both kinds of name were just looked up)
+    return Path(spec.origin).parent
+
+
 def _load(kind: str, name: str) -> Any:
-    if _is_built_in(kind, name):
-        return importlib.import_module(f"edgekd.{kind}.{name}")
+    return importlib.import_module(f"edgekd.{kind}.{name}") if _is_built_in(kind, name) else _entry_point(kind, name).load()
+
+
+def _entry_point(kind: str, name: str) -> Any:
     offered = _entry_points(kind)
-    if name in offered:
-        return offered[name].load()
-    message = f"'{name}' is not one of edgekd's {kind}; {expected_one_of(name, names(kind))}"
-    raise RecipeError(message)
+    if name not in offered:
+        raise RecipeError(f"'{name}' is not one of edgekd's {kind}; {expected_one_of(name, names(kind))}")
+    return offered[name]
 
 
 def _is_built_in(kind: str, name: str) -> bool:

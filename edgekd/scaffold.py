@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from edgekd.digests import write_atomically
 from edgekd.errors import UsageError
+from edgekd.store.digests import write_atomically
 
 FILES = ("edgekd.toml", "data.py", "models.py")
 TEMPLATES = Path(__file__).parent / "templates"

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from edgekd.domain.losses import Loss
-from edgekd.domain.recipe import Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.recipe import Data, Distill, EntryPoint, Recipe, Student, Teacher, TensorSpec
 
 KL = Loss("kl", 0.9, temperature=2.0)
 CE = Loss("ce", 0.1)
 
 
 def entry(function):
-    return Entry("distill_user.py", function)
+    return EntryPoint("distill_user.py", function)
 
 
 def recipe(function="student", **changes):

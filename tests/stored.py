@@ -5,22 +5,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgekd.digests import digest
-from edgekd.kd import answers
+from edgekd.kd.soft_targets import storage
+from edgekd.store.digests import digest
 
 
 def store(path, logits, split="train", slots=None, inputs=1):
-    """Write logits (V, n, C) as ``supervise`` does, for a split with so many inputs, whose artifacts have no digests."""
+    """Write logits (V, n, C) as ``soft_targets`` does, for a split with so many inputs, whose artifacts have no digests."""
     data = digest({f"{split}.inputs.{index}": "" for index in range(inputs)})
-    header = answers.plan(split, logits.shape, teacher="", augment="", data=data, slots=slots)
+    header = storage.make_header(split, logits.shape, teacher="", augment="", data=data, slots=slots)
     part = path.with_name(f"{path.name}.part")
-    done = answers.begin(part, header)
+    done = storage.begin(part, header)
     for view in logits if header.samples else ():
-        done = answers.append(part, header, done, view)
-    answers.finish(part, header, path)
+        done = storage.append(part, header, done, view)
+    storage.finish(part, header, path)
 
 
 def stored(path):
     """Return what a file holds, as logits (V, n, C) in float32."""
-    kept = answers.opened(path)
+    kept = storage.open_soft_targets(path)
     return np.stack([kept.read(view, range(kept.header.samples)) for view in range(kept.header.views)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003  (a field's type)
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,3 +39,15 @@ class Candidate:
     evaluate_step: str
     settings: tuple[int, ...]
     quantize: Mapping[str, Json]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """A stored step. ``material`` is what its key was computed from; ``seconds`` is how long the stage ran."""
+
+    key: str
+    material: Mapping[str, Any]
+    artifacts: Mapping[str, Artifact]
+    metrics: Mapping[str, Json]
+    notes: tuple[str, ...]
+    seconds: float

@@ -26,12 +26,12 @@ LOSSES: Mapping[str, Mapping[str, float | bool | str]] = {
     "relation": {"distance_weight": 1.0, "angle_weight": 2.0},
     "squared": {},
 }
-OF_NUMBERS = ("mse", "squared")  # losses that need no classes
+REGRESSION_LOSSES = ("mse", "squared")  # losses that need no classes
 TAPPED = ("attention", "block", "hidden", "hint", "relation")  # losses of tensors inside the networks; the others are of answers
 FROZEN: Final = "frozen"
-AVERAGE, PREVIOUS = "average", "previous"
+EMA, LAST_EPOCH = "ema", "last_epoch"
 AUTO: Final = "auto"  # what is left to be chosen
-TEACHERS = (FROZEN, AVERAGE, PREVIOUS)  # whose answers a loss follows: the given teachers', or the student's own earlier ones
+TEACHERS = (FROZEN, EMA, LAST_EPOCH)  # whose answers a loss follows: the given teachers', or the student's own earlier ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +85,8 @@ class Loss:
         """Return whether something is left to be chosen."""
         return AUTO in (self.weight, *self.given.values())
 
-    @property
-    def told(self) -> dict[str, Any]:
-        """Return it as plain JSON, options spelled out; :func:`untold` reads it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON, options spelled out; :meth:`from_dict` reads it."""
         more: dict[str, Any] = {} if self.epochs is None else {"epochs": list(self.epochs)}
         more |= {"taps": [asdict(tap) for tap in self.taps]} if self.taps else {}
         more |= {"teacher": self.teacher} if self.teacher != FROZEN else {}
@@ -95,10 +94,10 @@ class Loss:
 
     def counts_in(self, epoch: int) -> bool:
         """Return whether the term counts in an epoch, from 0; in the first there is no previous self to follow."""
-        return (self.epochs is None or self.epochs[0] <= epoch + 1 <= self.epochs[1]) and (epoch > 0 or self.teacher != PREVIOUS)
+        return (self.epochs is None or self.epochs[0] <= epoch + 1 <= self.epochs[1]) and (epoch > 0 or self.teacher != LAST_EPOCH)
 
-
-def untold(told: Mapping[str, Any]) -> Loss:
-    """Return the loss that ``Loss.told`` gave."""
-    epochs = tuple(told["epochs"]) if "epochs" in told else None
-    return Loss(**{**told, "epochs": epochs, "taps": tuple(Tap(**tap) for tap in told.get("taps", ()))})
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Loss:
+        """Return the loss that :meth:`to_dict` wrote."""
+        epochs = tuple(values["epochs"]) if "epochs" in values else None
+        return cls(**{**values, "epochs": epochs, "taps": tuple(Tap(**tap) for tap in values.get("taps", ()))})

@@ -14,8 +14,8 @@ from edgekd.domain.scheme import SCHEMES
 Positive = Between(0, above=True)
 DTYPES = ("float32", "int32", "int64")
 DISTILLED = "distilled"
-TWINS = {"alone": 0.0, "smoothed": 0.1}  # students that are trained alike without a teacher, and their label smoothing
-PSEUDO = "pseudo"  # the twin that follows the answers of the one that was trained alone
+BASELINES = {"no_teacher": 0.0, "label_smoothing": 0.1}  # students that are trained alike without a teacher, and their label smoothing
+PSEUDO_LABELS = "pseudo_labels"  # the twin that follows the answers of the one that was trained alone
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("auto", "float32", "bfloat16")
 NO_ACCELERATOR = "none"
@@ -23,7 +23,7 @@ ACCELERATORS = ("auto", NO_ACCELERATOR, "cuda", "mps")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class EntryPoint:
     """User code, written ``file.py:function``; the file is found from the recipe's folder."""
 
     file: str
@@ -34,7 +34,7 @@ class Entry:
         return f"{self.file}:{self.function}"
 
     @classmethod
-    def of(cls, text: str) -> Entry:
+    def parse(cls, text: str) -> EntryPoint:
         """Return the entry that is written so."""
         return cls(*text.rsplit(":", 1))
 
@@ -56,7 +56,7 @@ class Data:
     ``max_overlap`` is how many samples of one split may stand, byte for byte, in another.
     """
 
-    splits: Entry
+    splits: EntryPoint
     max_overlap: Annotated[int, Between(0)] = 0
 
 
@@ -74,7 +74,7 @@ class Training:
     learning_rate: Annotated[float, Positive] = 0.003
     weight_decay: Annotated[float, Between(0)] = 0.01
     label_smoothing: Annotated[float, Between(0, 1)] = 0.0
-    augment: Entry | None = None
+    augment: EntryPoint | None = None
     precision: Annotated[str, OneOf("a precision", PRECISIONS)] = "auto"
     accelerator: Annotated[str, OneOf("an accelerator", ACCELERATORS)] = "auto"
     seed: Annotated[int, Between(0)] = 0
@@ -88,12 +88,12 @@ class Teacher:
 
     ``weights`` is ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.
     ``file`` is TorchScript (``.ts``), ``torch.export`` (``.pt2``), ONNX (``.onnx``), or ``.safetensors``: answers that were
-    stored with ``edgekd.store_answers``, of a teacher that is not here.
+    stored with ``edgekd.save_teacher_logits``, of a teacher that is not here.
     ``checkpoints`` are earlier weights of the same module, the earliest first: they teach before it does, in turns of as many
     epochs. ``weight`` is its share where there are several teachers.
     """
 
-    model: Entry | None = None
+    model: EntryPoint | None = None
     weights: str | None = None
     file: str | None = None
     train: Training | None = None
@@ -118,15 +118,15 @@ class Teacher:
 class Assistant:
     """A network between teacher and student in size: it is distilled from the teacher, and the student from it."""
 
-    model: Entry
+    model: EntryPoint
     epochs: Annotated[int, Between(1)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Supervisor:
-    """What answers the samples in a step of ``supervise``: the artifact that holds it, its code, and the entry of its module."""
+class SoftTargetSource:
+    """What answers the samples in a step of ``soft_targets``: the artifact that holds it, its code, and the entry of its module."""
 
-    model: Entry | None
+    model: EntryPoint | None
     artifact: str
     code: str
 
@@ -139,19 +139,19 @@ class Student:
     softmaxes side by side, as of the tokens of a sequence; a sample then has a class for each.
     """
 
-    model: Entry
+    model: EntryPoint
     inputs: Annotated[tuple[TensorSpec, ...], NonEmpty()]
-    answers: Annotated[str, OneOf("a form of answers", ("classes", "labels", "numbers"))] = "classes"
+    task: Annotated[str, OneOf("a task", ("multiclass", "multilabel", "regression"))] = "multiclass"
     heads: tuple[Annotated[int, Between(2)], ...] = ()
 
     @property
     def form(self) -> dict[str, Any]:
         """Return what is not one softmax, as plain JSON; nothing if it is one."""
-        return {"answers": self.answers, "heads": list(self.heads)} if self.heads or self.answers != "classes" else {}
+        return {"task": self.task, "heads": list(self.heads)} if self.heads or self.task != "multiclass" else {}
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
+class Baselines:
     """Twins: the same student, trained alike without a teacher, from as many seeds; they say whether distillation helps.
 
     With ``pseudo_labels``, one more learns from the labels and from what the student alone says of the unlabelled samples.
@@ -170,9 +170,9 @@ class Distill:
     ``augment`` is as the teacher's; of each sample ``views`` augmented ones are made, the teacher answers each once, and the
     epochs take them in turns. ``teachers`` are further ones beside the reference: the student follows the mean of all their
     answers, by their weights, or for each sample by their ``confidence`` too. ``assistants`` make a chain.
-    ``answers_kept``: of more than 256 classes, a sample of each of the teacher's answers is kept, unless it is ``dense``.
+    ``soft_target_storage``: of more than 256 classes, a sample of each of the teacher's answers is kept, unless it is ``dense``.
     ``search_share``: how many epochs may be spent on choosing what losses leave to ``auto``, as a share of ``epochs``.
-    ``paid_back_within``: training ends after as many epochs as so many inferences on the device win back, by an estimate.
+    ``break_even_inferences``: training ends after as many epochs as so many inferences on the device win back, by an estimate.
     ``sizes`` are students of other widths or depths: they are distilled alike, and the report says which would be large enough.
     """
 
@@ -184,18 +184,18 @@ class Distill:
     weight_decay: Annotated[float, Between(0)] = 0.01
     seed: Annotated[int, Between(0)] = 0
     threads: Annotated[int, Between(1)] | None = None
-    augment: Entry | None = None
+    augment: EntryPoint | None = None
     views: Annotated[int, Between(1)] | None = None
     teachers: tuple[Teacher, ...] = ()
-    mixing: Annotated[str, OneOf("a way to mix teachers", ("weights", "confidence"))] = "weights"
+    teacher_weighting: Annotated[str, OneOf("a teacher weighting", ("fixed", "confidence"))] = "fixed"
     assistants: tuple[Assistant, ...] = ()
     search_share: Annotated[float, Positive] = 1.0
-    paid_back_within: Annotated[int, Between(1)] | None = None
-    sizes: tuple[Entry, ...] = ()
+    break_even_inferences: Annotated[int, Between(1)] | None = None
+    sizes: tuple[EntryPoint, ...] = ()
     precision: Annotated[str, OneOf("a precision", PRECISIONS)] = "auto"
     accelerator: Annotated[str, OneOf("an accelerator", ACCELERATORS)] = "auto"
-    answers_kept: Annotated[str, OneOf("a way to keep answers", ("auto", "dense"))] = "auto"
-    control: Control | None = None
+    soft_target_storage: Annotated[str, OneOf("a storage", ("auto", "dense"))] = "auto"
+    baselines: Baselines | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +220,8 @@ class Evaluate:
     ``metric(outputs, labels) -> float`` scores the whole set and is judged by a bootstrap.
     """
 
-    metric: str | Entry = "top1"
-    score: Entry | None = None
+    metric: str | EntryPoint = "top1"
+    score: EntryPoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,7 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class ForTarget:
+class TargetOverrides:
     """What one target changes, key by key, in ``[target.NAME.budget]`` and ``[target.NAME.quantize]``."""
 
     budget: Budget = Budget()
@@ -260,28 +260,28 @@ class Recipe:
     quantize: Quantize = Quantize()
     evaluate: Evaluate = Evaluate()
     budget: Budget = Budget()
-    target: Mapping[str, ForTarget] = field(default_factory=dict)
+    target: Mapping[str, TargetOverrides] = field(default_factory=dict)
 
     @property
-    def supervisors(self) -> dict[str, Supervisor]:
+    def soft_target_sources(self) -> dict[str, SoftTargetSource]:
         """Return what answers the samples, by its step: the reference first, then further teachers, checkpoints, assistants."""
-        found = {"supervise": Supervisor(self.teacher.model, self.teacher.artifact, "inspect:teacher.code.json")}
+        found = {"soft_targets": SoftTargetSource(self.teacher.model, self.teacher.artifact, "inspect:teacher.code.json")}
         for number, teacher in enumerate(self.distill.teachers):
             kept, code = f"inspect:teacher.{number}.{teacher.suffix}", f"inspect:teacher.{number}.code.json"
-            found[f"supervise/teacher/{number}"] = Supervisor(teacher.model, kept, code)
+            found[f"soft_targets/teacher/{number}"] = SoftTargetSource(teacher.model, kept, code)
         for number in range(self.checkpoints):
             kept = f"{'teach' if self.teacher.train else 'inspect'}:checkpoint.{number}.safetensors"
-            found[f"supervise/checkpoint/{number}"] = Supervisor(self.teacher.model, kept, "inspect:teacher.code.json")
+            found[f"soft_targets/checkpoint/{number}"] = SoftTargetSource(self.teacher.model, kept, "inspect:teacher.code.json")
         for number, assistant in enumerate(self.distill.assistants):
             kept, code = f"distill/assistant/{number}:student.safetensors", f"inspect:assistant.{number}.code.json"
-            found[f"supervise/assistant/{number}"] = Supervisor(assistant.model, kept, code)
-        for number, name in enumerate(self.arms.get(PSEUDO, ())):
-            kept = f"{self.arms['alone'][number]}:student.safetensors"
-            found[f"supervise/{name.removeprefix('distill/')}"] = Supervisor(self.student.model, kept, "inspect:student.code.json")
+            found[f"soft_targets/assistant/{number}"] = SoftTargetSource(assistant.model, kept, code)
+        for number, name in enumerate(self.arms.get(PSEUDO_LABELS, ())):
+            kept = f"{self.arms['no_teacher'][number]}:student.safetensors"
+            found[f"soft_targets/{name.removeprefix('distill/')}"] = SoftTargetSource(self.student.model, kept, "inspect:student.code.json")
         return found
 
     @property
-    def sizes(self) -> dict[str, Entry]:
+    def sizes(self) -> dict[str, EntryPoint]:
         """Return the students of other sizes, by the steps that train them."""
         return {f"distill/size/{number}": entry for number, entry in enumerate(self.distill.sizes)}
 
@@ -293,13 +293,13 @@ class Recipe:
     @property
     def arms(self) -> dict[str, tuple[str, ...]]:
         """Return the steps that train each arm of the control, seed by seed; the student that ships is the first of its arm."""
-        if self.distill.control is None:
+        if self.distill.baselines is None:
             return {}
-        numbers = range(self.distill.control.seeds)
-        names = (DISTILLED, *TWINS, *([PSEUDO] if self.distill.control.pseudo_labels else []))
+        numbers = range(self.distill.baselines.seeds)
+        names = (DISTILLED, *BASELINES, *([PSEUDO_LABELS] if self.distill.baselines.pseudo_labels else []))
         arms = {arm: tuple(f"distill/{arm}/{number}" for number in numbers) for arm in names}
         return {**arms, DISTILLED: ("distill", *arms[DISTILLED][1:])}
 
-    def for_target(self, name: str) -> ForTarget:
+    def overrides_for(self, name: str) -> TargetOverrides:
         """Return the budget and quantization that hold for a target."""
-        return self.target.get(name, ForTarget(self.budget, self.quantize))
+        return self.target.get(name, TargetOverrides(self.budget, self.quantize))

@@ -7,12 +7,13 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgekd.digests import digest
 from edgekd.errors import RecipeError
-from edgekd.kd import answers, forms, views
-from edgekd.kd.forms import PLAIN, Form
+from edgekd.kd import output_spec, views
 from edgekd.kd.losses import UNLABELLED
-from edgekd.kd.mixing import mixed
+from edgekd.kd.output_spec import MULTICLASS_OUTPUT, OutputSpec
+from edgekd.kd.soft_targets import storage
+from edgekd.kd.teachers.ensemble import ensemble_logits
+from edgekd.store.digests import digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
 
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
-    from edgekd.kd.answers import Answers
+    from edgekd.kd.soft_targets.storage import SoftTargets
     from edgekd.kd.views import Augment
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class SampledSoftTargets:
     """Answers that stay in their files until a batch asks for them, of one view each: (file, view). Reads as a tensor (n, C) would."""
 
-    parts: tuple[tuple[Answers, int], ...]
+    parts: tuple[tuple[SoftTargets, int], ...]
     temperature: float
 
     @property
@@ -45,10 +46,10 @@ class Sampled:
 
         found = torch.empty(len(rows), self.shape[1])
         first = 0
-        for kept, view in self.parts:
+        for kept, make_view in self.parts:
             own = (rows >= first) & (rows < first + kept.header.samples)
             if bool(own.any()):
-                found[own] = torch.from_numpy(kept.read(view, (rows[own] - first).numpy(), self.temperature))
+                found[own] = torch.from_numpy(kept.read(make_view, (rows[own] - first).numpy(), self.temperature))
             first += kept.header.samples
         return found
 
@@ -64,7 +65,7 @@ class Samples:
 
     inputs: tuple[Tensor, ...]
     labels: Tensor
-    outputs: Tensor | Sampled | None = None
+    outputs: Tensor | SampledSoftTargets | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,7 +76,7 @@ class Samples:
         return Samples(tuple(item[rows] for item in self.inputs), self.labels[rows], outputs)
 
 
-def references(recipe: Recipe, split: str, *, labels: bool = False) -> dict[str, str]:
+def split_references(recipe: Recipe, split: str, *, labels: bool = False) -> dict[str, str]:
     """Return the inputs of a step that reads a split: the step's own name -> artifact."""
     found = {f"{split}.inputs.{index}": f"inspect:{split}.inputs.{index}.npy" for index in range(len(recipe.student.inputs))}
     if labels:
@@ -83,29 +84,29 @@ def references(recipe: Recipe, split: str, *, labels: bool = False) -> dict[str,
     return found
 
 
-def arrays(artifacts: Mapping[str, Artifact], split: str) -> list[np.ndarray]:
+def load_arrays(artifacts: Mapping[str, Artifact], split: str) -> list[np.ndarray]:
     """Return the inputs of a split, one array (n, ...) for each input of the student."""
     count = sum(name.startswith(f"{split}.inputs.") for name in artifacts)
     return [_array(artifacts[f"{split}.inputs.{index}"].path) for index in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
-class Mixing:
+class Ensemble:
     """How the answers of several teachers become one: their weights, the reference's first, and ``weights`` or ``confidence``."""
 
     weights: tuple[float, ...]
-    by: str
+    weighting: str
 
 
-def samples(
+def load_split(
     artifacts: Mapping[str, Artifact],
     split: str,
     *,
     augment: Augment | None = None,
     number: int = 0,
-    mixing: Mixing | None = None,
+    ensemble: Ensemble | None = None,
     checkpoint: int | None = None,
-    form: Form = PLAIN,
+    form: OutputSpec = MULTICLASS_OUTPUT,
     temperature: float = 1.0,
 ) -> Samples:
     """Return a split, or a view of it, with what the step has of it; labels that are no classes count as none.
@@ -119,18 +120,18 @@ def samples(
     import numpy as np
     import torch
 
-    inputs = tuple(map(torch.from_numpy, arrays(artifacts, split)))
+    inputs = tuple(map(torch.from_numpy, load_arrays(artifacts, split)))
     classes = torch.full((len(inputs[0]),), UNLABELLED)
     if (found := artifacts.get(f"{split}.labels")) is not None:
-        labels = forms.read(form, np.load(found.path, allow_pickle=False))
+        labels = output_spec.parse_labels(form, np.load(found.path, allow_pickle=False))
         classes = classes if labels is None else labels
     outputs = None
     if f"{split}.outputs" in artifacts:
         first = f"{split}.outputs" if checkpoint is None else f"{split}.outputs.checkpoint.{checkpoint}"
-        names = [first, *(f"{split}.outputs.teacher.{index}" for index in range(0 if mixing is None else len(mixing.weights) - 1))]
-        kept = [answers.opened(artifacts[name].path, data=digest_of(artifacts, f"{split}.inputs.")) for name in names]
-        outputs = _outputs(kept, number, classes, mixing, temperature)
-    return Samples(inputs if augment is None else views.view(augment, split, inputs, number), classes, outputs)
+        names = [first, *(f"{split}.outputs.teacher.{index}" for index in range(0 if ensemble is None else len(ensemble.weights) - 1))]
+        kept = [storage.open_soft_targets(artifacts[name].path, data=digest_of(artifacts, f"{split}.inputs.")) for name in names]
+        outputs = _outputs(kept, number, classes, ensemble, temperature)
+    return Samples(inputs if augment is None else views.make_view(augment, split, inputs, number), classes, outputs)
 
 
 def digest_of(artifacts: Mapping[str, Artifact], start: str) -> str:
@@ -138,32 +139,36 @@ def digest_of(artifacts: Mapping[str, Artifact], start: str) -> str:
     return digest({name: item.digest for name, item in artifacts.items() if name.startswith(start)})
 
 
-def _outputs(kept: Sequence[Answers], number: int, classes: Tensor, mixing: Mixing | None, temperature: float) -> Tensor | Sampled:
+def _outputs(
+    kept: Sequence[SoftTargets], number: int, classes: Tensor, ensemble: Ensemble | None, temperature: float
+) -> Tensor | SampledSoftTargets:
     """Return the answers of a view, several teachers' as one."""
     import torch
 
     if kept[0].header.slots:
-        if mixing is not None:
+        if ensemble is not None:
             found = f"several teachers of {kept[0].header.classes} classes, whose answers are kept as samples"
-            raise RecipeError(f'distill.teachers: {found}; expected distill.answers_kept = "dense"')
-        return Sampled(((kept[0], number),), temperature)
+            raise RecipeError(f'distill.teachers: {found}; expected distill.soft_target_storage = "dense"')
+        return SampledSoftTargets(((kept[0], number),), temperature)
     logits = [torch.from_numpy(one.read(number, range(one.header.samples))) for one in kept]
-    return logits[0] if mixing is None else mixed(logits, mixing.weights, classes, mixing.by)
+    return logits[0] if ensemble is None else ensemble_logits(logits, ensemble.weights, classes, ensemble.weighting)
 
 
-def view(augment: Augment, split: str, inputs: list[np.ndarray], number: int) -> list[np.ndarray]:
+def make_view(augment: Augment, split: str, inputs: list[np.ndarray], number: int) -> list[np.ndarray]:
     """Return one view of the inputs of a split, as arrays."""
     import torch
 
-    return [item.numpy() for item in views.view(augment, split, tuple(map(torch.from_numpy, inputs)), number)]
+    return [item.numpy() for item in views.make_view(augment, split, tuple(map(torch.from_numpy, inputs)), number)]
 
 
-def joined(first: Samples, second: Samples) -> Samples:
+def concatenate(first: Samples, second: Samples) -> Samples:
     """Return two splits as one, the second without labels where it has none of the first's form."""
     import torch
 
-    if isinstance(first.outputs, Sampled) and isinstance(second.outputs, Sampled):
-        outputs: Tensor | Sampled | None = Sampled((*first.outputs.parts, *second.outputs.parts), first.outputs.temperature)
+    if isinstance(first.outputs, SampledSoftTargets) and isinstance(second.outputs, SampledSoftTargets):
+        outputs: Tensor | SampledSoftTargets | None = SampledSoftTargets(
+            (*first.outputs.parts, *second.outputs.parts), first.outputs.temperature
+        )
     else:
         both = [item for item in (first.outputs, second.outputs) if isinstance(item, torch.Tensor)]
         outputs = torch.cat(both) if len(both) == 2 else None  # noqa: PLR2004  (one would not be enough)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgekd.distill_rules import problems_of
-from edgekd.domain.losses import FROZEN, TAPPED, Loss, untold
-from edgekd.domain.recipe import Entry
+from edgekd.config.distill_rules import problems_of
+from edgekd.domain.losses import FROZEN, TAPPED, Loss
+from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError
 from edgekd.kd import losses as formulas
-from edgekd.kd import taps
+from edgekd.kd.losses import taps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,14 +65,14 @@ class Distiller(nn.Module):
         self._held: tuple[nn.Module, ...] = (
             () if teacher is None else (teacher.eval().requires_grad_(requires_grad=False),)
         )  # in a tuple: no part of this module
-        self._tapped: taps.Tapped | None = None
+        self._tapped: taps.TappedNetworks | None = None
         self.adapters = nn.ModuleDict()
         tapped = [term for term in self._terms if term.kind in TAPPED]
         if tapped:
             if teacher is None or example is None:
                 raise RecipeError(f"losses: '{tapped[0].kind}' has taps: expected the teacher, and example: a batch to check them on")
-            networks = [taps.Network(role, one, Entry(role, "forward")) for role, one in (("student", student), ("teacher", teacher))]
-            self._tapped = taps.attach(networks[0], networks[1], tapped, _parts(example)[0], seed)
+            networks = [taps.Network(role, one, EntryPoint(role, "forward")) for role, one in (("student", student), ("teacher", teacher))]
+            self._tapped = taps.attach_taps(networks[0], networks[1], tapped, _parts(example)[0], seed)
             self.adapters = self._tapped.adapters
 
     def forward(self, batch: Any, student_outputs: Any, *, teacher_outputs: Tensor | None = None) -> Tensor:
@@ -93,7 +93,7 @@ class Distiller(nn.Module):
         inputs, labels, stored = _parts(batch)
         logits, answers = _logits(student_outputs), stored if teacher_outputs is None else teacher_outputs
         active = [term for term in self._terms if term.counts_in(self.epoch)]
-        wanted = {name for term in active for name in formulas.needs(term.kind)}
+        wanted = {name for term in active for name in formulas.loss_inputs(term.kind)}
         tapped = self._tapped if self._tapped is not None and self._tapped.counts_in(self.epoch) else None
         if tapped is not None:
             asked = tapped.ask(inputs)
@@ -112,7 +112,7 @@ class Distiller(nn.Module):
             if labels is None
             else labels.clamp(min=formulas.UNLABELLED)
         )
-        loss = formulas.total(self._terms, logits, {FROZEN: answers}, known, self.epoch)
+        loss = formulas.total_loss(self._terms, logits, {FROZEN: answers}, known, self.epoch)
         return loss if tapped is None else loss + tapped.loss(self.epoch)
 
     def _ask(self, inputs: Any) -> Any:
@@ -123,7 +123,7 @@ class Distiller(nn.Module):
 
 def _read(index: int, given: Mapping[str, Any]) -> Loss:
     try:
-        return untold(given)
+        return Loss.from_dict(given)
     except TypeError as error:
         raise RecipeError(f"losses[{index}]: {str(error).removeprefix('Loss.__init__() ')}; expected the keys of distill.losses") from error
 

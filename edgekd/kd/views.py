@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgekd import usercode
 from edgekd.errors import RecipeError
-from edgekd.kd.repeatable import derive
+from edgekd.kd.reproducible import derive_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from edgekd.domain.recipe import Entry
+    from edgekd.domain.recipe import EntryPoint
 
     Augment = Callable[[tuple[Tensor, ...], torch.Generator], tuple[Tensor, ...]]
 
 CHUNK = 256  # samples that are augmented at once, from a seed of their own
 
 
-def load(recipe_dir: Path, entry: Entry) -> Augment:
+def load_augmentation(recipe_dir: Path, entry: EntryPoint) -> Augment:
     """Return the user's augmentation, its answers checked.
 
     Raises:
@@ -31,11 +31,11 @@ def load(recipe_dir: Path, entry: Entry) -> Augment:
     """
     import torch
 
-    function = usercode.load(recipe_dir, entry)
+    function = usercode.load_function(recipe_dir, entry)
 
     def augment(inputs: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         given = inputs[0] if len(inputs) == 1 else inputs
-        made = usercode.call(function, entry, given, generator)
+        made = usercode.call_user_code(function, entry, given, generator)
         found = (made,) if isinstance(made, torch.Tensor) else made
         alike = isinstance(found, tuple | list) and [_kind(item) for item in found] == [_kind(item) for item in inputs]
         if not alike:
@@ -45,7 +45,7 @@ def load(recipe_dir: Path, entry: Entry) -> Augment:
     return augment
 
 
-def view(augment: Augment, split: str, inputs: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
+def make_view(augment: Augment, split: str, inputs: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
     """Return one view of all samples of a split.
 
     Shapes:
@@ -55,7 +55,7 @@ def view(augment: Augment, split: str, inputs: tuple[Tensor, ...], number: int) 
 
     made = tuple(torch.empty_like(item) for item in inputs)
     for start in range(0, len(inputs[0]), CHUNK):
-        generator = torch.Generator().manual_seed(derive("view", split, number, start))
+        generator = torch.Generator().manual_seed(derive_seed("view", split, number, start))
         found = augment(tuple(item[start : start + CHUNK].clone() for item in inputs), generator)
         for whole, part in zip(made, found, strict=True):
             whole[start : start + CHUNK] = part

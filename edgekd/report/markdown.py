@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from edgekd.report import words
+from edgekd.report import text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +19,10 @@ def render(document: Mapping[str, Any]) -> str:
     target = document["target"]
     parts = [
         f"# {document['recipe']} on {target['name']}: {document['outcome']}\n",
-        f"{words.shipped_line(document)}.\n",
-        f"**{words.EXCUSED[0].upper()}{words.EXCUSED[1:]}**\n" if words.is_excused(document) else "",
-        f"{words.teacher_line(document)}.\n",
-        _table(("check", "value", "95 % interval", "limit", "outcome"), (words.check_cells(check) for check in document["checks"])),
+        f"{text.shipped_line(document)}.\n",
+        f"**{text.INCONCLUSIVE_OK_NOTE[0].upper()}{text.INCONCLUSIVE_OK_NOTE[1:]}**\n" if text.is_inconclusive_ok(document) else "",
+        f"{text.teacher_line(document)}.\n",
+        _table(("check", "value", "95 % interval", "limit", "outcome"), (text.check_cells(check) for check in document["checks"])),
         _reasons(document["checks"]),
         "## Loss of accuracy by stage\n",
         _table(("stage", "points", "95 % interval", "p"), (_charge(row) for row in document["charges"])),
@@ -66,14 +66,14 @@ def _reasons(checks: Iterable[Mapping[str, Any]]) -> str:
 
 def _charge(row: Mapping[str, Any]) -> tuple[str, ...]:
     p = "" if row["p"] is None else f"{row['p']:.2g}"
-    return row["stage"], f"{row['pp']:+.2f}", words.interval(row["interval_pp"]), p
+    return row["stage"], f"{row['pp']:+.2f}", text.interval(row["interval_pp"]), p
 
 
 def _distillation(document: Mapping[str, Any]) -> str:
     found = document["distillation"]
     if found is None:
         return ""
-    gains = {row["against"]: f"{row['pp']:+.2f} {words.interval(row['interval_pp'])}" for row in found["gains"]}
+    gains = {row["against"]: f"{row['pp']:+.2f} {text.interval(row['interval_pp'])}" for row in found["gains"]}
     rows = (
         (
             row["arm"],
@@ -88,21 +88,21 @@ def _distillation(document: Mapping[str, Any]) -> str:
     )
     head = ("arm", "accuracy %", "between seeds", "distilled gains pp", "calibration error %", "log loss", "seconds")
     flags = "".join(f"- {flag}\n" for flag in found["flags"])
-    line = words.distillation_line(document)
+    line = text.distillation_line(document)
     return f"## Did distillation help?\n\n{line}.\n\n{_table(head, rows)}" + (f"\n{flags}" if flags else "")
 
 
 def _candidate(row: Mapping[str, Any], chosen: str) -> tuple[str, ...]:
     best = min(row["latency"], key=lambda item: item["p50"]["ms"], default=None)
-    speed = f"{words.number(best['speedup']['x'], 'x')} {words.interval(best['speedup']['interval'])}" if best and best["speedup"] else ""
+    speed = f"{text.number(best['speedup']['x'], 'x')} {text.interval(best['speedup']['interval'])}" if best and best["speedup"] else ""
     return (
         row["id"],
         f"{row['size_bytes'] / 1024:.1f}",
         str(row["float_ops"]),
         f"{100 * row['accuracy']:.2f}",
-        f"{row['drop']['pp']:+.2f} {words.interval(row['drop']['interval_pp'])}",
+        f"{row['drop']['pp']:+.2f} {text.interval(row['drop']['interval_pp'])}",
         "" if row["agreement"] is None else f"{100 * row['agreement']:.2f}",
-        words.number(best["p50"]["ms"]) if best else "",
+        text.number(best["p50"]["ms"]) if best else "",
         speed,
         row["why_not"] or chosen,
     )
@@ -123,9 +123,9 @@ def _latencies(document: Mapping[str, Any]) -> str:
             name,
             item["runtime"],
             str(item["threads"]),
-            *(words.percentile(item[key]) for key in ("p50", "p95", "p99")),
+            *(text.percentile(item[key]) for key in ("p50", "p95", "p99")),
             str(item["runs"]),
-            words.number(item["peak_rss_mib"]),
+            text.number(item["peak_rss_mib"]),
         )
         for name, item in rows
     )
@@ -146,7 +146,7 @@ def _classes(classes: Mapping[str, Mapping[str, Any]], whose: str) -> str:
             str(r["samples"]),
             f"{100 * r['teacher']:.1f}",
             f"{100 * r['accuracy']:.1f}",
-            f"{100 * r['drop']:+.1f} {words.interval([100 * x for x in r['interval']])}",
+            f"{100 * r['drop']:+.1f} {text.interval([100 * x for x in r['interval']])}",
         )
         for name, r in worst
     )
@@ -154,7 +154,7 @@ def _classes(classes: Mapping[str, Mapping[str, Any]], whose: str) -> str:
 
 
 def _environment(document: Mapping[str, Any]) -> str:
-    inherited, target = document["inherited"], document["target"]
+    inherited, target = document["shared_errors"], document["target"]
     flag = " --inconclusive-ok" if document["inconclusive_ok"] else ""
     lines = [
         f"- again: `edgekd build --target {target['name']}{flag}`, in the recipe's folder; equal keys are equal bytes",
@@ -191,12 +191,12 @@ def _cost(cost: Mapping[str, Any]) -> str:
 
 def _paid_back(cost: Mapping[str, Any]) -> str:
     seconds = sum(row["seconds"] for row in cost["parts"])
-    back = cost["paid_back_after"]
+    back = cost["break_even_inferences"]
     return f"- training took {seconds:.0f} s" + (
         "" if back is None else f"; won back after {back:,} inferences here, against the teacher's"
     )
 
 
 def _machine(facts: Mapping[str, Any]) -> str:
-    state = f"governor {facts['governor']}, load {words.number(facts['load'])}"
+    state = f"governor {facts['governor']}, load {text.number(facts['load'])}"
     return f"- measured on {facts['cpu_model']}, {facts['cores']} cores, {facts['instruction_set']}, Linux {facts['kernel']}; {state}"

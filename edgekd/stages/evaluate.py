@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry, usercode
-from edgekd.domain.recipe import Entry
+from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError, StageError
 from edgekd.harness import runner
 from edgekd.plan import quantized, runtimes_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgekd.domain.target import Target
 
 NAME = "evaluate"
-VERSION = 2
+CODE: tuple[str, ...] = ("stages/evaluate", "kd/modules", "kd/reproducible", "kd/teachers", "stats/intervals", "usercode")
 BATCH = 256  # of models in PyTorch; model files run one sample at a time
 RESAMPLES = 1000
 SEED = 0
@@ -101,13 +101,13 @@ def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageRe
 def _in_torch(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context, arrays: Sequence[np.ndarray]) -> np.ndarray:
     import numpy as np
 
-    from edgekd.kd import models
-    from edgekd.kd.repeatable import repeatable
+    from edgekd.kd.reproducible import deterministic
+    from edgekd.kd.teachers.load import load_teacher
 
-    entry = None if params["model"] is None else Entry.of(params["model"])
+    entry = None if params["model"] is None else EntryPoint.parse(params["model"])
     rows, total = [], len(arrays[0])
-    with repeatable(params["threads"]):
-        answer = models.load_teacher(context.recipe_dir, entry, inputs["model"].path)
+    with deterministic(params["threads"]):
+        answer = load_teacher(context.recipe_dir, entry, inputs["model"].path)
         for start in range(0, total, params["batch"]):
             rows.append(answer([np.array(array[start : start + params["batch"]]) for array in arrays]))
             context.progress(min(1.0, (start + params["batch"]) / total), f"{total} samples")
@@ -156,7 +156,7 @@ def _scores(params: Mapping[str, Any], context: Context, outputs: np.ndarray, la
         right: np.ndarray = (outputs.argmax(1) == labels).astype(np.float64)
         return right
     function, entry = _function(params["score"], context)
-    found = np.asarray(usercode.call(function, entry, outputs, labels), dtype=np.float64)
+    found = np.asarray(usercode.call_user_code(function, entry, outputs, labels), dtype=np.float64)
     if found.shape != labels.shape[:1] or not np.isfinite(found).all() or found.min() < 0 or found.max() > 1:
         raise RecipeError(f"{entry}: returned scores of shape {list(found.shape)}; expected {len(labels)} finite numbers from 0 to 1")
     return found
@@ -167,12 +167,12 @@ def _whole_set(
 ) -> tuple[np.ndarray, float]:
     import numpy as np
 
-    from edgekd.stats import bootstrap_groups
+    from edgekd.stats.intervals import bootstrap_groups
 
     function, entry = _function(params["metric"], context)
 
     def metric(rows: np.ndarray | slice) -> float:
-        found = usercode.call(function, entry, outputs[rows], labels[rows])
+        found = usercode.call_user_code(function, entry, outputs[rows], labels[rows])
         if not np.isfinite(found):
             raise RecipeError(f"{entry}: returned {found} on a resample of the evaluation set; expected a finite number")
         return float(found)
@@ -187,6 +187,6 @@ def _whole_set(
     return np.array(values), metric(slice(None))
 
 
-def _function(text: str, context: Context) -> tuple[Callable[..., Any], Entry]:
-    entry = Entry.of(text)
-    return usercode.load(context.recipe_dir, entry), entry
+def _function(text: str, context: Context) -> tuple[Callable[..., Any], EntryPoint]:
+    entry = EntryPoint.parse(text)
+    return usercode.load_function(context.recipe_dir, entry), entry

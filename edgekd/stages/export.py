@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry, usercode
-from edgekd.domain.recipe import Entry, TensorSpec
+from edgekd.domain.recipe import EntryPoint, TensorSpec
 from edgekd.errors import StageError
 from edgekd.harness import runner
 from edgekd.plan import runtimes_of
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from edgekd.ports import Runtime
 
 NAME = "export"
-VERSION = 1
+CODE: tuple[str, ...] = ("stages/export", "kd/modules", "kd/reproducible", "kd/teachers", "usercode")
 TEACHER = "export/teacher/"
 PARITY_SAMPLES = 64
 # Of the outputs' range. Kernels that sum in another order differ by 1e-7 to 5e-7 of it (seven small nets and one of 46
@@ -90,21 +90,22 @@ def _write(
     runtime: Runtime, params: Mapping[str, Any], weights: Path, path: Path, context: Context
 ) -> Callable[[list[np.ndarray]], np.ndarray]:
     """Write the model file and return what answers for it in its original form."""
-    from edgekd.kd import models
+    from edgekd.kd import modules
+    from edgekd.kd.teachers.load import load_exported_module, load_teacher
 
-    entry = Entry.of(params["model"]) if params["model"] else None
+    entry = EntryPoint.parse(params["model"]) if params["model"] else None
     specs = [TensorSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in params["inputs"]]
     if entry is not None:
-        runtime.export(models.load_teacher_module(context.recipe_dir, entry, weights), specs, path)
+        runtime.export(modules.load_frozen_module(context.recipe_dir, entry, weights), specs, path)
     elif weights.suffix == ".safetensors":
         raise StageError("stored answers are no model")
     elif weights.suffix != ".onnx":
-        runtime.export(models.load_exported_module(weights), specs, path)
+        runtime.export(load_exported_module(weights), specs, path)
     elif runtime.FORMAT == "onnx":
         shutil.copyfile(weights, path)
     else:
         raise StageError(f"an ONNX file cannot become {runtime.FORMAT}")
-    return models.load_teacher(context.recipe_dir, entry, weights)
+    return load_teacher(context.recipe_dir, entry, weights)
 
 
 def _place(error: BaseException) -> str:
@@ -112,7 +113,7 @@ def _place(error: BaseException) -> str:
     cause: BaseException | None = error
     found = ""
     while cause is not None:
-        frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if usercode.is_users(frame.filename)]
+        frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if usercode.is_user_file(frame.filename)]
         found = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else found
         cause = cause.__cause__
     return found
@@ -123,13 +124,13 @@ def _parity(
 ) -> dict[str, Any]:
     import numpy as np
 
-    from edgekd.kd.repeatable import repeatable
+    from edgekd.kd.reproducible import deterministic
 
     count = params["parity_samples"]
     arrays = [
         np.array(np.load(inputs[f"inputs.{i}"].path, mmap_mode="r", allow_pickle=False)[:count]) for i in range(len(params["inputs"]))
     ]
-    with repeatable(1):
+    with deterministic(1):
         wanted = reference(arrays)
     session = runtime.open(path, 1)
     found = np.concatenate([session.run([array[row : row + 1] for array in arrays])[0] for row in range(len(arrays[0]))])

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgekd import stats
 from edgekd.domain.units import bytes_to_kib, bytes_to_mib, ns_to_ms
 from edgekd.domain.verdict import Check, Interval, Outcome, Verdict
+from edgekd.stats import intervals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgekd.domain.measurement import Measurement
     from edgekd.domain.recipe import Budget
     from edgekd.domain.target import Limits
-    from edgekd.scores import Difference
+    from edgekd.stats.scores import Difference
 
 PERCENTILES = {"max_latency_p50_ms": 0.50, "max_latency_p95_ms": 0.95, "max_latency_p99_ms": 0.99}
 
@@ -135,9 +135,9 @@ def _latency(name: str, quantile: float, limit: float, evidence: Evidence) -> Ch
     if measured is None:
         return Check(name, Outcome.INCONCLUSIVE, limit, "ms", reason=f"latency is unknown: {evidence.unmeasured}", advice=evidence.advice)
     samples = measured.samples_ns()
-    value, interval = stats.quantile_interval(samples, quantile)
+    value, interval = intervals.quantile_interval(samples, quantile)
     if interval is None:
-        reason = f"{len(samples)} runs cannot carry a p{quantile * 100:g}; it needs {stats.runs_needed(quantile)}"
+        reason = f"{len(samples)} runs cannot carry a p{quantile * 100:g}; it needs {intervals.runs_needed(quantile)}"
         return Check(name, Outcome.INCONCLUSIVE, limit, "ms", reason=reason, advice="raise protocol.min_runs in the profile")
     scaled = Interval(ns_to_ms(interval.low), ns_to_ms(interval.high), interval.level)
     return at_most(name, ns_to_ms(value), scaled, limit, "ms", f"latency p{quantile * 100:g}", "measure longer: protocol.min_seconds")
@@ -147,7 +147,7 @@ def _speedup(limit: float, evidence: Evidence) -> Check:
     if evidence.measurement is None or evidence.teacher is None:
         missing = evidence.unmeasured if evidence.measurement is None else "the teacher has no model on this runtime"
         return Check("min_speedup_x", Outcome.INCONCLUSIVE, limit, "x", reason=f"speed-up is unknown: {missing}", advice=evidence.advice)
-    value, interval = stats.ratio_of_medians(evidence.teacher.blocks_ns, evidence.measurement.blocks_ns)
+    value, interval = intervals.ratio_of_medians(evidence.teacher.blocks_ns, evidence.measurement.blocks_ns)
     return at_least("min_speedup_x", value, interval, limit, "x", "speed-up", "measure longer: protocol.min_seconds")
 
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgekd import locks, registry
-from edgekd.digests import file_digest
+from edgekd import registry
 from edgekd.domain.measurement import Measurement
 from edgekd.errors import UsageError
+from edgekd.store import locks
+from edgekd.store.digests import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

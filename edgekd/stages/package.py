@@ -15,8 +15,8 @@ import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from edgekd.digests import file_digest, write_atomically
 from edgekd.errors import StorageError, UsageError
+from edgekd.store.digests import file_digest, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgekd.domain.target import Target
 
 NAME = "quantize"
-VERSION = 2
+CODE: tuple[str, ...] = ("stages/quantize", "domain/scheme")
 MAX_SAMPLES = 512  # evenly spaced ones of a larger calibration set, so that one that is sorted by class loses none
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgekd import stats
 from edgekd.domain.units import bytes_to_kib, ns_to_ms
 from edgekd.domain.verdict import Outcome
+from edgekd.stats import intervals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,9 +98,9 @@ def _by_measurement(pool: Sequence[Option], why_not: dict[str, str]) -> Choice:
 
 
 def _is_as_fast(measurement: Measurement, fastest: Measurement) -> bool:
-    interval = stats.ratio_of_medians(measurement.blocks_ns, fastest.blocks_ns)[1]
+    interval = intervals.ratio_of_medians(measurement.blocks_ns, fastest.blocks_ns)[1]
     return measurement.runtime == fastest.runtime and interval.low <= 1.0
 
 
 def _median_ns(measurement: Measurement) -> float:
-    return stats.median(measurement.samples_ns())
+    return intervals.median(measurement.samples_ns())

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from edgekd import registry
-from edgekd.digests import file_digest
 from edgekd.domain.recipe import TensorSpec
 from edgekd.domain.scheme import DYNAMIC_INT8, STATIC_INT8
 from edgekd.errors import StageError, UnavailableError
+from edgekd.store.digests import file_digest
 
 RUNTIMES = registry.names("runtimes")
 MAKE = """

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from edgekd import pipeline
+from edgekd.build import pipeline
 from edgekd.domain import losses
 from edgekd.domain import recipe as words
 from edgekd.domain import target as profile
-from edgekd.kd import ways
+from edgekd.kd.training import execution
 from edgekd.plan import resolve
 
 GOLDEN = Path(__file__).parent / "key_sensitivity.txt"
@@ -25,16 +25,16 @@ GOLDEN = Path(__file__).parent / "key_sensitivity.txt"
 RECIPE = words.Recipe(
     schema=1,
     name="toy",
-    data=words.Data(words.Entry("data.py", "splits")),
+    data=words.Data(words.EntryPoint("data.py", "splits")),
     teacher=words.Teacher(
-        words.Entry("models.py", "teacher"), train=words.Training(epochs=2, augment=words.Entry("data.py", "augment"), threads=1)
+        words.EntryPoint("models.py", "teacher"), train=words.Training(epochs=2, augment=words.EntryPoint("data.py", "augment"), threads=1)
     ),
-    student=words.Student(words.Entry("models.py", "student"), (words.TensorSpec("image", (1, 1, 8, 8)),)),
+    student=words.Student(words.EntryPoint("models.py", "student"), (words.TensorSpec("image", (1, 1, 8, 8)),)),
     distill=words.Distill(
         3,
         (losses.Loss("kl", 0.9, temperature=4.0, standardize=False), losses.Loss("ce", 0.1, label_smoothing=0.0)),
         threads=1,
-        augment=words.Entry("data.py", "augment"),
+        augment=words.EntryPoint("data.py", "augment"),
         views=4,
     ),
     budget=words.Budget(
@@ -65,28 +65,28 @@ OTHER = {
     "quantize.schemes": ("static_wi8_ai8",),
     "quantize.runtimes": ("litert",),
     "quantize.io": "int8",
-    "evaluate.metric": words.Entry("metrics.py", "f1"),
-    "evaluate.score": words.Entry("metrics.py", "score"),
+    "evaluate.metric": words.EntryPoint("metrics.py", "f1"),
+    "evaluate.score": words.EntryPoint("metrics.py", "score"),
     "teacher.weights": "teacher.safetensors",
     "teacher.file": "teacher.onnx",
     "teacher.train.optimizer": "sgd",
     "distill.optimizer": "sgd",
     "distill.losses": (losses.Loss("ce"),),
     "distill.losses[0].standardize": True,
-    "distill.control": words.Control(seeds=2, pseudo_labels=True),
+    "distill.baselines": words.Baselines(seeds=2, pseudo_labels=True),
     "distill.losses[0].epochs": (1, 2),
     "distill.losses[1].epochs": (1, 2),
-    "distill.losses[0].teacher": "average",
-    "distill.losses[1].teacher": "average",
-    "distill.teachers": (words.Teacher(words.Entry("models.py", "other"), "other.safetensors"),),
-    "distill.assistants": (words.Assistant(words.Entry("models.py", "middle")),),
+    "distill.losses[0].teacher": "ema",
+    "distill.losses[1].teacher": "ema",
+    "distill.teachers": (words.Teacher(words.EntryPoint("models.py", "other"), "other.safetensors"),),
+    "distill.assistants": (words.Assistant(words.EntryPoint("models.py", "middle")),),
     "distill.precision": "bfloat16",  # on any processor another than "auto"
     "teacher.train.precision": "bfloat16",
     "distill.accelerator": "none",
-    "distill.paid_back_within": 1_000_000,
+    "distill.break_even_inferences": 1_000_000,
     "teacher.train.accelerator": "none",
-    "distill.sizes": (words.Entry("models.py", "wide"),),
-    "distill.mixing": "confidence",
+    "distill.sizes": (words.EntryPoint("models.py", "wide"),),
+    "distill.teacher_weighting": "confidence",
     "teacher.checkpoints": ("early.safetensors",),
     "teacher.train.checkpoints": 1,
     "cpu.isa": "x86-64",
@@ -102,7 +102,7 @@ OTHER = {
     "protocol.max_temp_c": 75,
     "schemes": ("float32",),
     "runtimes": (profile.RuntimeEntry("litert", "ai-edge-litert", (1, 4)),),
-    "target": {"board": words.ForTarget(words.Budget(max_size_kib=1.0), words.Quantize())},
+    "target": {"board": words.TargetOverrides(words.Budget(max_size_kib=1.0), words.Quantize())},
 }
 # one value only, or not without another field: another runtime, another loss is another list; an option of another kind of loss
 SKIPPED = {"schema", "runtimes[0].name", "runtimes[1].name", "distill.losses[0].kind", "distill.losses[1].kind"} | {
@@ -115,7 +115,7 @@ SKIPPED = {"schema", "runtimes[0].name", "runtimes[1].name", "distill.losses[0].
 
 def _leaves(value, path=""):
     """Yield (path, value) for every field, down to those that are not dataclasses."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, words.Entry):
+    if dataclasses.is_dataclass(value) and not isinstance(value, words.EntryPoint):
         for field in dataclasses.fields(value):
             yield from _leaves(getattr(value, field.name), f"{path}.{field.name}" if path else field.name)
     elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
@@ -142,8 +142,8 @@ def _replace(value, path, new):
 def _another(path, old):
     if path in OTHER:
         return OTHER[path]
-    if isinstance(old, words.Entry):
-        return words.Entry("other.py", old.function)
+    if isinstance(old, words.EntryPoint):
+        return words.EntryPoint("other.py", old.function)
     if isinstance(old, bool) or old is None:
         raise AssertionError(f"{path} needs a value in OTHER")
     if isinstance(old, int | float):
@@ -188,7 +188,7 @@ def _table():
 @pytest.fixture(autouse=True)
 def _accelerated(monkeypatch):
     """A machine with an accelerator, whatever this one has."""
-    monkeypatch.setattr(ways, "accelerators", lambda: {"cuda": "NVIDIA T1"})
+    monkeypatch.setattr(execution, "accelerators", lambda: {"cuda": "NVIDIA T1"})
 
 
 def test_the_stages_that_a_field_moves_are_those_of_the_golden_table():
@@ -208,4 +208,4 @@ def test_no_budget_and_no_limit_moves_a_stage():
 def test_the_teacher_is_not_asked_again_for_another_distillation(path):
     row = next(row for row in _table().splitlines() if row.split()[1] == path)
     assert row.split()[2] == "distill"
-    assert "supervise" not in row
+    assert "soft_targets" not in row

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from edgekd.domain.verdict import Check, Interval, Outcome, Verdict
-from edgekd.report import document, markdown, terminal
+from edgekd.report import document, markdown, text
 from edgekd.stages import package
 
 FOLDER = Path(__file__).parent
@@ -30,15 +30,15 @@ MACHINE = {
 DISTILLATION = {
     "outcome": "HELPS",
     "seeds": 3,
-    "against": "smoothed",
+    "against": "label_smoothing",
     "arms": [
         {"arm": "distilled", "accuracies": [0.917, 0.92, 0.914], "ece": 0.031, "nll": 0.25, "seconds": 180.4},
-        {"arm": "alone", "accuracies": [0.9, 0.903, 0.897], "ece": 0.021, "nll": 0.275, "seconds": 150.2},
-        {"arm": "smoothed", "accuracies": [0.905, 0.9, 0.907], "ece": 0.05, "nll": 0.31, "seconds": 151.0},
+        {"arm": "no_teacher", "accuracies": [0.9, 0.903, 0.897], "ece": 0.021, "nll": 0.275, "seconds": 150.2},
+        {"arm": "label_smoothing", "accuracies": [0.905, 0.9, 0.907], "ece": 0.05, "nll": 0.31, "seconds": 151.0},
     ],
     "gains": [
-        {"against": "alone", "pp": 1.7, "interval_pp": [0.6, 2.8]},
-        {"against": "smoothed", "pp": 1.3, "interval_pp": [0.2, 2.4]},
+        {"against": "no_teacher", "pp": 1.7, "interval_pp": [0.6, 2.8]},
+        {"against": "label_smoothing", "pp": 1.3, "interval_pp": [0.2, 2.4]},
     ],
     "gap_closed": 0.68,
     "flags": ["the student has reached its teacher (91.70 % of 92.50 %): a better student needs a better teacher"],
@@ -98,7 +98,7 @@ CLASSES = {
 
 
 COST = [
-    {"part": "supervise", "seconds": 12.5, "samples": 60_000, "bytes": 1_200_000},
+    {"part": "soft_targets", "seconds": 12.5, "samples": 60_000, "bytes": 1_200_000},
     {"part": "distill", "seconds": 61.04, "samples": 550_000, "bytes": 131_072},
 ]
 
@@ -141,9 +141,9 @@ def _parts(*, measured):
             {"stage": "in all", "pp": 0.8, "interval_pp": [0.4, 1.2], "p": 0.031},
         ],
         "distillation": DISTILLATION if measured else None,
-        "cost": {"parts": COST, "paid_back_after": 19_611 if measured else None},
+        "cost": {"parts": COST, "break_even_inferences": 19_611 if measured else None},
         "classes": CLASSES,
-        "inherited": {"teacher_errors": 75, "also_wrong": 0.8, "same_answer": 0.72},
+        "shared_errors": {"teacher_errors": 75, "also_wrong": 0.8, "same_answer": 0.72},
         "instruction_set": "x86-64-v3",
         "environment": {"before": MACHINE, "after": MACHINE, "seconds": 21.5} if measured else None,
         "steps": [
@@ -204,7 +204,7 @@ def test_the_markdown_is_that_of_the_golden_file(outcome):
 
 
 def test_the_plain_terminal_shows_what_the_golden_file_holds(outcome):
-    _is_golden(f"report_{outcome}.txt", terminal.verdict(_document(outcome), standing=False))
+    _is_golden(f"report_{outcome}.txt", text.render_verdict(_document(outcome), standing=False))
 
 
 def test_the_documents_follow_the_schema(outcome):
@@ -240,4 +240,4 @@ def test_a_report_read_back_renders_the_same(outcome, tmp_path):
     (tmp_path / "report.json").write_bytes(package.as_json(told))
     found = document.read(tmp_path / "report.json")
     assert markdown.render(found) == markdown.render(told)
-    assert terminal.verdict(found, standing=False) == terminal.verdict(told, standing=False)
+    assert text.render_verdict(found, standing=False) == text.render_verdict(told, standing=False)

@@ -39,7 +39,10 @@ def test_light_commands_import_nothing_heavy(arguments):
     assert _imported(f"from edgekd import cli; assert cli.run({arguments!r}) == 0") == []
 
 
-@pytest.mark.parametrize("module", ["api", "pipeline", "plan", "config", "cache", "build", "usercode", "stats", "harness.runner"])
+@pytest.mark.parametrize(
+    "module",
+    ["api", "build.run", "build.pipeline", "build.judge", "plan", "config", "store.cache", "usercode", "stats.intervals", "harness.runner"],
+)
 def test_modules_import_nothing_heavy(module):
     assert _imported(f"import edgekd.{module}") == []
 

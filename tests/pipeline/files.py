@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgekd.cache import Cache
+    from edgekd.store.cache import Cache
 
 
 def cached_files(cache: Cache) -> dict[tuple[str, str], dict[str, str]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from edgekd.cache import Cache
-from edgekd.digests import file_digest
+from edgekd.store.cache import Cache
+from edgekd.store.digests import file_digest
 from tests.pipeline.files import cached_files
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +166,7 @@ def test_a_line_in_the_students_code_runs_what_reads_it(site):
     assert ran == {
         "inspect",
         "teach",
-        "supervise",
+        "soft_targets",
         "distill",
         "export",
         "evaluate",
@@ -269,19 +269,19 @@ def test_what_init_writes_builds_and_passes(site):
 
 
 def test_twins_say_whether_distillation_helped(site):
-    site.recipe("[distill]", "[distill]\ncontrol = { seeds = 2 }")
+    site.recipe("[distill]", "[distill]\nbaselines = { seeds = 2 }")
     done = site.build("--target", "host")
     assert done.returncode == 0, done.stderr
     ran = _ran(done)
     assert {step for step in ran if step.startswith("distill")} == {
         "distill/distilled/1",
-        "distill/alone/0",
-        "distill/alone/1",
-        "distill/smoothed/0",
-        "distill/smoothed/1",
+        "distill/no_teacher/0",
+        "distill/no_teacher/1",
+        "distill/label_smoothing/0",
+        "distill/label_smoothing/1",
     }  # the student that ships is not trained again
     found = site.report()["distillation"]
-    assert [row["arm"] for row in found["arms"]] == ["distilled", "alone", "smoothed"]
+    assert [row["arm"] for row in found["arms"]] == ["distilled", "no_teacher", "label_smoothing"]
     assert all(len(row["accuracies"]) == 2 and row["ece"] > 0 for row in found["arms"])
     assert f"distillation {found['outcome']}: " in done.stdout
     assert "## Did distillation help?" in (site.out() / "report.md").read_text()

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from edgekd.cache import Cache
-from edgekd.digests import file_digest
+from edgekd.store.cache import Cache
+from edgekd.store.digests import file_digest
 from tests.pipeline.files import cached_files
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"

@@ -17,10 +17,10 @@ from click.testing import CliRunner
 
 from edgekd.cli import main
 from edgekd.domain.losses import LOSSES
-from edgekd.domain.recipe import Entry
+from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import EdgekdError
-from edgekd.kd import models as kd_models
-from edgekd.kd.stored import store_answers
+from edgekd.kd import modules as kd_models
+from edgekd.kd.teachers.stored import save_teacher_logits
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"
 MORE_MODELS = '''
@@ -128,10 +128,10 @@ def near(outputs, labels):
 '''
 # answers that are not one softmax: data, score, width, lines of [student], losses, and what is reached
 FORMS = {
-    "labels": ("bits", "right_bits", 4, 'answers = "labels"', '{ kind = "ce" }, { kind = "kl", weight = 0.05 }'),
+    "labels": ("bits", "right_bits", 4, 'task = "multilabel"', '{ kind = "ce" }, { kind = "kl", weight = 0.05 }'),
     "heads": ("parity_and_digit", "right_digit", 12, "heads = [2, 10]", '{ kind = "ce" }, { kind = "kl", weight = 0.05 }'),
     "tokens": ("tokens", "right_tokens", 8, "heads = [2, 2, 2, 2]", '{ kind = "ce" }, { kind = "dkd", weight = 0.05 }'),
-    "numbers": ("value", "near", 1, 'answers = "numbers"', '{ kind = "squared" }, { kind = "mse", weight = 0.01 }'),
+    "numbers": ("value", "near", 1, 'task = "regression"', '{ kind = "squared" }, { kind = "mse", weight = 0.01 }'),
 }
 TAPS = 'taps = [{ student = "6", teacher = "5" }]'
 ROWS = ("teacher = large_rows", "student = small_rows")
@@ -152,17 +152,17 @@ METHODS = {
     "block beside kl": (f'{BLOCK} }}, {{ kind = "kl" }}', "", BLOCKS),
     "block, then kl": (f'{BLOCK}, epochs = [1, 3] }}, {{ kind = "kl", epochs = [4, 8] }}', "", BLOCKS),
     "many classes": ('{ kind = "kl", temperature = 1.0 }, { kind = "ce" }', "", ("teacher = large_of_many", "student = small_of_many")),
-    "average": ('{ kind = "ce" }, { kind = "kl", teacher = "average" }', "", ()),
-    "previous": ('{ kind = "ce" }, { kind = "kl", teacher = "previous", temperature = 1.0 }', "", ()),
-    "teacher and average": ('{ kind = "kl" }, { kind = "kl", teacher = "average", weight = 0.5 }', "", ()),
+    "average": ('{ kind = "ce" }, { kind = "kl", teacher = "ema" }', "", ()),
+    "previous": ('{ kind = "ce" }, { kind = "kl", teacher = "last_epoch", temperature = 1.0 }', "", ()),
+    "teacher and average": ('{ kind = "kl" }, { kind = "kl", teacher = "ema", weight = 0.5 }', "", ()),
     "several teachers": ('{ kind = "kl" }', 'teachers = [{ model = "models.py:middle", weights = "middle.safetensors" }, OTHERS]', ()),
     "several teachers by confidence": (
-        '{ kind = "kl" }', 'mixing = "confidence"\nteachers = [{ model = "models.py:middle", weights = "middle.safetensors" }]', ()
+        '{ kind = "kl" }', 'teacher_weighting = "confidence"\nteachers = [{ model = "models.py:middle", weights = "middle.safetensors" }]', ()
     ),
     "assistants": ('{ kind = "kl" }', 'assistants = [{ model = "models.py:middle", epochs = 4 }, { model = "models.py:student" }]', ()),
     "search": ('{ kind = "kl", temperature = "auto", standardize = "auto" }, { kind = "ce", weight = "auto" }', "search_share = 0.5", ()),
     "checkpoints": ('{ kind = "kl" }', "", ("checkpoints",)),
-    "paid back": ('{ kind = "kl", temperature = "auto" }', "paid_back_within = 1000000000\nsearch_share = 0.5", ()),
+    "paid back": ('{ kind = "kl", temperature = "auto" }', "break_even_inferences = 1000000000\nsearch_share = 0.5", ()),
 }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def site(tmp_path_factory):
         text.replace("[distill]", "[distill]\nthreads = 1").replace("epochs = 4", "epochs = 4\nthreads = 1")
     )
     torch.manual_seed(0)
-    middle = kd_models.student(folder, Entry("models.py", "middle"))
+    middle = kd_models.build_module(folder, EntryPoint("models.py", "middle"))
     kd_models.save_weights(middle, folder / "middle.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
@@ -239,7 +239,7 @@ def test_a_student_of_other_answers_learns(site, monkeypatch, name):
     )
     (site / "models.py").write_text((EXAMPLE / "models.py").read_text() + MORE_MODELS + functions)
     torch.manual_seed(0)
-    kd_models.save_weights(kd_models.student(site, Entry("models.py", f"teacher_{width}")), site / "wide.safetensors")
+    kd_models.save_weights(kd_models.build_module(site, EntryPoint("models.py", f"teacher_{width}")), site / "wide.safetensors")
     text = recipe(site, losses, "", (f"teacher = teacher_{width}", f"student = student_{width}"))
     start, end = text.index("[teacher.train]"), text.index("[student]")
     text = text[:start] + 'weights = "wide.safetensors"\n' + text[end:].replace("[student]", f"[student]\n{line}")
@@ -260,7 +260,7 @@ def test_stored_answers_teach_and_are_the_reference_without_a_model(site, monkey
     teacher = recipe(site, '{ kind = "kl" }')
     told, code = build(site, monkeypatch, teacher, until="teach")
     assert code == 0, told
-    module = kd_models.load_student(site, Entry("models.py", "teacher"), site / "build" / "until-teach" / "teacher.safetensors")
+    module = kd_models.load_module(site, EntryPoint("models.py", "teacher"), site / "build" / "until-teach" / "teacher.safetensors")
     sys.path.insert(0, str(site))
     try:
         from data import splits  # the example's own
@@ -268,7 +268,7 @@ def test_stored_answers_teach_and_are_the_reference_without_a_model(site, monkey
         sys.path.remove(str(site))
     images = torch.cat([torch.stack([sample[0] for sample in split]) for name, split in splits().items() if name != "calibration"])
     with torch.no_grad():
-        store_answers(site / "answers.safetensors", [images.numpy()], module(images).numpy())
+        save_teacher_logits(site / "answers.safetensors", [images.numpy()], module(images).numpy())
     start, end = teacher.index("[teacher]"), teacher.index("[student]")
     stored = teacher[:start] + '[teacher]\nfile = "answers.safetensors"\n' + teacher[end:]
     told, code = build(site, monkeypatch, stored, until="evaluate")
@@ -280,7 +280,7 @@ def test_stored_answers_teach_and_are_the_reference_without_a_model(site, monkey
 
 def test_stored_answers_to_other_samples_are_refused_before_anything_is_trained(site, monkeypatch):
     monkeypatch.chdir(site)
-    store_answers(site / "few.safetensors", [np.zeros((3, 1, 8, 8), np.float32)], np.zeros((3, 10), np.float32))
+    save_teacher_logits(site / "few.safetensors", [np.zeros((3, 1, 8, 8), np.float32)], np.zeros((3, 10), np.float32))
     text = recipe(site, '{ kind = "kl" }', 'teachers = [{ file = "few.safetensors" }]')
     told, code = build(site, monkeypatch, text)
     assert code == 2
@@ -325,7 +325,7 @@ def test_what_is_wrong_is_told_before_the_first_epoch(site, monkeypatch, losses,
         (EXAMPLE / "models.py").read_text() + MORE_MODELS + "\n\ndef three():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))\n"
     )
     broken = kd_models.read_weights(site / "middle.safetensors")
-    (site / "nan.safetensors").write_bytes(kd_models.pack({name: value * float("nan") for name, value in broken.items()}))
+    (site / "nan.safetensors").write_bytes(kd_models.serialize_weights({name: value * float("nan") for name, value in broken.items()}))
     told, code = build(site, monkeypatch, recipe(site, losses, lines))
     assert code == 2, told
     assert message in told

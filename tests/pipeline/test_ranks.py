@@ -28,7 +28,7 @@ def broken():
 """
 LOSSES = """
 losses = [
-  { kind = "kl", temperature = "auto" }, { kind = "ce", weight = 0.5 }, { kind = "dist" }, { kind = "mse", teacher = "average" },
+  { kind = "kl", temperature = "auto" }, { kind = "ce", weight = 0.5 }, { kind = "dist" }, { kind = "mse", teacher = "ema" },
   { kind = "hint", taps = [{ student = "0", teacher = "0" }] },
 ]
 search_share = 2.0

@@ -90,6 +90,6 @@ def test_a_slow_clock_is_told(tmp_path, monkeypatch, clock, ok):
 
 
 def test_the_accelerator_that_training_would_try_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor.ways, "accelerators", lambda: {"cuda": "NVIDIA T1"})
+    monkeypatch.setattr(doctor.execution, "accelerators", lambda: {"cuda": "NVIDIA T1"})
     (found,) = [item for item in doctor.check(tmp_path, deep=False) if item.name == "accelerator"]
     assert (found.ok, found.found) == (True, "cuda (NVIDIA T1)")

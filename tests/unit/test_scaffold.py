@@ -51,4 +51,4 @@ def test_every_default_that_is_told_is_the_default(tmp_path):
     assert float(told["weight_decay"]) == recipe.Training(1).weight_decay
     assert float(told["learning_rate"]) == recipe.Training(1).learning_rate
     assert int(told["max_float_ops"]) == recipe.Quantize().max_float_ops
-    assert int(told["max_overlap"]) == recipe.Data(recipe.Entry("d.py", "s")).max_overlap
+    assert int(told["max_overlap"]) == recipe.Data(recipe.EntryPoint("d.py", "s")).max_overlap

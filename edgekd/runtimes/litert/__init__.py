@@ -57,11 +57,11 @@ def open(path: Path, threads: int) -> Session:  # noqa: A001  (the protocol's wo
         UnavailableError: if no LiteRT is installed.
         StageError: if it cannot load the file.
     """
+    from edgekd.capture import capture_output
     from edgekd.harness import runner
-    from edgekd.quiet import quiet
 
     try:
-        with quiet():  # its XNNPACK delegate says that it was made
+        with capture_output():  # its XNNPACK delegate says that it was made
             return runner.open_session(NAME, path, threads)  # type: ignore[no-any-return]  # the harness has no types
     except ImportError as error:
         raise UnavailableError("LiteRT is not installed; run: pip install 'edgekd[litert]'") from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgekd.capture import capture_output
 from edgekd.errors import StageError
-from edgekd.quiet import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +26,7 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise StageError("litert-torch reads no TorchScript; save the model with torch.export.save, or as weights")
     samples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
-    with quiet() as said:
+    with capture_output() as said:
         import litert_torch
 
         try:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from edgekd.capture import capture_output
 from edgekd.domain.scheme import DYNAMIC_INT8
 from edgekd.errors import StageError
 from edgekd.harness import runner
-from edgekd.quiet import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,7 +67,7 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
     scheme, dynamic, integer_edges = str(params["scheme"]), params["scheme"] == DYNAMIC_INT8, params["io"] == "int8"
     if dynamic and integer_edges:
         raise StageError(f'{scheme} has float inputs and outputs; io = "int8" needs a static scheme')
-    with quiet():
+    with capture_output():
         try:
             _quantized(source, path, params, calibration)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError) as error:

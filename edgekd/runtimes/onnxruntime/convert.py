@@ -6,8 +6,8 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+from edgekd.capture import capture_output
 from edgekd.errors import RecipeError, StageError
-from edgekd.quiet import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
             f"student.inputs[{names.index(OUTPUT)}].name: '{OUTPUT}' is what an ONNX model's output is called; expected another"
         )
     samples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
-    with quiet():
+    with capture_output():
         try:
             proto = _traced(model, samples, names)
         except (

@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.capture import capture_output
 from edgekd.domain.scheme import DYNAMIC_INT8
 from edgekd.errors import StageError
-from edgekd.quiet import quiet
 from edgekd.runtimes.onnxruntime import kernels
 from edgekd.runtimes.onnxruntime.convert import stripped
 
@@ -41,7 +41,7 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
     dynamic, integer_edges = params["scheme"] == DYNAMIC_INT8, params["io"] == "int8"
     if dynamic and integer_edges:
         raise StageError(f'{params["scheme"]} has float inputs and outputs; io = "int8" needs a static scheme')
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, capture_output():
         made = Path(folder) / "made.onnx"
         try:
             _quantized(source, made, params, calibration)

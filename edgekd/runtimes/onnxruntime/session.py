@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.capture import capture_output
 from edgekd.errors import StageError
 from edgekd.harness import runner
-from edgekd.quiet import quiet
 
 if TYPE_CHECKING:
     from edgekd.ports import Session
@@ -44,7 +44,7 @@ def load(path: Path, threads: int) -> Session:
         errors.NotImplemented,
         errors.RuntimeException,
     )
-    with quiet():
+    with capture_output():
         try:
             return _opened(path, threads)
         except refusals as error:

@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from edgekd.domain.target import Target
 
 NAME = "inspect"
-VERSION = 4
+CODE: tuple[str, ...] = (
+    "stages/inspect",
+    "usercode",
+    "kd/losses",
+    "kd/modules",
+    "kd/output_spec",
+    "kd/reproducible",
+    "kd/teachers",
+    "domain/losses",
+)
 _LAST_LINES = 3
 _LINGER_SECONDS = 10.0  # how long the user's threads may go on when all is done
 
@@ -51,9 +60,9 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
         ],
         "assistants": [str(assistant.model) for assistant in recipe.distill.assistants],
         "sizes": [str(entry) for entry in recipe.distill.sizes],
-        "pseudo_labels": recipe.distill.control is not None and recipe.distill.control.pseudo_labels,
+        "pseudo_labels": recipe.distill.baselines is not None and recipe.distill.baselines.pseudo_labels,
         **recipe.student.form,
-        "taps": [loss.told for loss in recipe.distill.losses if loss.taps],
+        "taps": [loss.to_dict() for loss in recipe.distill.losses if loss.taps],
         "student": str(recipe.student.model),
         "metric": None if isinstance(evaluate.metric, str) else str(evaluate.metric),
         "score": None if evaluate.score is None else str(evaluate.score),
@@ -166,6 +175,6 @@ def _frame(line: str, recipe_dir: Path) -> str | None:
     """Return ``file:line`` of a line of a fault's traceback, ``File "data.py", line 3 in splits``, if the file is the user's."""
     parts = line.split('"')
     expected = 3
-    if not line.startswith('File "') or len(parts) != expected or not usercode.is_users(parts[1]):
+    if not line.startswith('File "') or len(parts) != expected or not usercode.is_user_file(parts[1]):
         return None
     return f"{os.path.relpath(parts[1], recipe_dir)}:{parts[2].removeprefix(', line ').partition(' ')[0]}"

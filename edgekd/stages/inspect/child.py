@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
-from edgekd.digests import file_digest
-from edgekd.domain.recipe import Entry
+from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import EdgekdError, RecipeError
-from edgekd.kd.forms import CLASSES, Form, problem
+from edgekd.kd.output_spec import MULTICLASS, OutputSpec, label_problem
 from edgekd.stages.inspect import networks, splits
-from edgekd.stages.inspect.watch import Watcher, code, union
+from edgekd.store.digests import file_digest
+from edgekd.usercode.watch import Watcher, code, union
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -101,7 +101,7 @@ class Inspection:
         self._write(f"{name}.code.json", found)
 
     def _data(self) -> None:
-        from edgekd.kd.repeatable import seed_all
+        from edgekd.kd.reproducible import seed_all
 
         entry = self.bench.entry("splits")
         reader = splits.Reader(
@@ -112,10 +112,10 @@ class Inspection:
             lambda share, text: self.tell(share=share * _DATA_SHARE, text=text),
         )
         seed_all(0)  # splits that are drawn without a seed of their own are the same in each run
-        found = splits.named(usercode.call(usercode.load(self.recipe_dir, entry), entry), entry)
+        found = splits.named(usercode.call_user_code(usercode.load_function(self.recipe_dir, entry), entry), entry)
         kept = splits.read(found, reader)
         if self.params["pseudo_labels"] and not kept["unlabelled"].digests:
-            what = "distill.control.pseudo_labels needs samples without labels, and the split 'unlabelled' has none"
+            what = "distill.baselines.pseudo_labels needs samples without labels, and the split 'unlabelled' has none"
             raise RecipeError(f"{entry}: {what}; return some, or leave pseudo_labels out")
         shared = splits.overlaps(kept, self.params["max_overlap"], entry)
         self.labels = {name: split.labels for name, split in kept.items()}
@@ -156,10 +156,10 @@ class Inspection:
         self._beside[given["teacher"] or given["file"]] = networks.teacher(self.bench, given, f"teacher.{number}")
 
     def _assistant(self, model: str) -> None:
-        self._beside[model] = networks.fresh(self.bench, Entry.of(model), "assistant")
+        self._beside[model] = networks.fresh(self.bench, EntryPoint.parse(model), "assistant")
 
     def _size(self, model: str) -> None:
-        self._beside[model] = networks.fresh(self.bench, Entry.of(model), "student")
+        self._beside[model] = networks.fresh(self.bench, EntryPoint.parse(model), "student")
         self.summary.setdefault("sizes", {})[model] = self._beside[model]["parameters"]
 
     def _student(self) -> None:
@@ -177,9 +177,9 @@ class Inspection:
                 what = f"it has {other['outputs'][0]} classes, teacher and student have {student}"
                 raise RecipeError(f"{name}: gives other outputs than teacher and student: {what}; expected the same")
         self.summary["classes"] = student
-        form = Form(self.params.get("answers", CLASSES), tuple(self.params.get("heads", ())))
+        form = OutputSpec(self.params.get("task", MULTICLASS), tuple(self.params.get("heads", ())))
         for name in splits.LABELLED:
-            if (why := problem(form, self.labels[name], student)) is not None:
+            if (why := label_problem(form, self.labels[name], student)) is not None:
                 raise RecipeError(f"{self.params['splits']}: {name}: {why}")
         if not self._has_classes():
             return

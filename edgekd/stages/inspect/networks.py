@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
-from edgekd.domain.losses import untold
-from edgekd.domain.recipe import Entry
+from edgekd.domain.losses import Loss
+from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ class Bench:
     recipe_dir: Path
     out: Path
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> EntryPoint:
         """Return an entry that the recipe names."""
-        return Entry.of(self.params[name])
+        return EntryPoint.parse(self.params[name])
 
     def samples(self, rows: Sequence[int], split: str = "evaluation") -> list[np.ndarray]:
         """Return inputs of a split, one array (n, ...) for each input of the student."""
@@ -64,25 +64,27 @@ def teacher(bench: Bench, given: Mapping[str, Any], name: str = "teacher") -> di
     Raises:
         RecipeError: if it cannot be loaded or run.
     """
-    from edgekd.kd import models, teachers
+    from edgekd.kd import modules
+    from edgekd.kd.teachers import load
+    from edgekd.kd.teachers.load import load_teacher
 
     batch, key = bench.probe(), "teacher" if name == "teacher" else "distill.teachers"
     if given["file"] is not None:
         path = _given(bench.recipe_dir, given["file"], f"{key}.file")
-        logits = models.load_teacher(bench.recipe_dir, None, path)(batch)
+        logits = load_teacher(bench.recipe_dir, None, path)(batch)
         shutil.copyfile(path, bench.out / f"{name}.{given['file'].rpartition('.')[2]}")
         return {"parameters": None, "outputs": _checked(logits, given["file"])}
-    entry = Entry.of(given["teacher"])
+    entry = EntryPoint.parse(given["teacher"])
     if given.get("taught"):
         module = _fresh(bench, entry)
-        count = models.parameter_count(module)
+        count = modules.parameter_count(module)
         _check_learns(module, entry, batch, "teacher")
     else:
         weights = _given(bench.recipe_dir, given["weights"], f"{key}.weights")
-        module = models.load_teacher_module(bench.recipe_dir, entry, weights)
-        count = models.parameter_count(module)
-        models.save_weights(module, bench.out / f"{name}.safetensors")
-    return {"parameters": count, "outputs": _checked(teachers.of_module(module, entry)(batch), str(entry))}
+        module = modules.load_frozen_module(bench.recipe_dir, entry, weights)
+        count = modules.parameter_count(module)
+        modules.save_weights(module, bench.out / f"{name}.safetensors")
+    return {"parameters": count, "outputs": _checked(load.teacher_from_module(module, entry)(batch), str(entry))}
 
 
 def student(bench: Bench, scored: Sequence[int]) -> tuple[dict[str, Any], np.ndarray]:
@@ -96,7 +98,7 @@ def student(bench: Bench, scored: Sequence[int]) -> tuple[dict[str, Any], np.nda
     return told, answers
 
 
-def fresh(bench: Bench, entry: Entry, role: str) -> dict[str, Any]:
+def fresh(bench: Bench, entry: EntryPoint, role: str) -> dict[str, Any]:
     """Try a further network that is trained here, with fresh weights; return its size and outputs.
 
     Raises:
@@ -113,17 +115,17 @@ def taps(bench: Bench) -> str | None:
     """
     import torch
 
-    from edgekd.kd.taps import Network, attach
+    from edgekd.kd.losses.taps import Network, attach_taps
 
     made = [Network(role, _fresh(bench, bench.entry(role)), bench.entry(role)) for role in ("student", "teacher")]
-    terms = [untold(told) for told in bench.params["taps"]]
-    attach(made[0], made[1], terms, [torch.tensor(array) for array in bench.probe()], 0)
+    terms = [Loss.from_dict(told) for told in bench.params["taps"]]
+    attach_taps(made[0], made[1], terms, [torch.tensor(array) for array in bench.probe()], 0)
     harmful = sorted({term.kind for term in terms} & {"attention", "hint"})
     if not harmful or not _is_mobile(made[0].module) or _is_mobile(made[1].module):
         return None
     return (
         f"{' and '.join(harmful)} from a plain convolutional teacher into a depthwise (mobile) student did harm in published results: "
-        "MobileNetV2 on CIFAR-100 ended 0.5 to 6 points below the student alone; see with distill.control whether it helps here"
+        "MobileNetV2 on CIFAR-100 ended 0.5 to 6 points below the student alone; see with distill.baselines whether it helps here"
     )
 
 
@@ -134,11 +136,11 @@ def _is_mobile(module: nn.Module) -> bool:
     return any(isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in module.modules())
 
 
-def _tried(bench: Bench, entry: Entry, role: str) -> tuple[nn.Module, dict[str, Any]]:
+def _tried(bench: Bench, entry: EntryPoint, role: str) -> tuple[nn.Module, dict[str, Any]]:
     """Return a module with fresh weights that was found fit to be trained, and its size and outputs."""
     import numpy as np
 
-    from edgekd.kd import models
+    from edgekd.kd import modules
 
     batch = bench.probe()
     module = _fresh(bench, entry).eval()
@@ -156,7 +158,7 @@ def _tried(bench: Bench, entry: Entry, role: str) -> tuple[nn.Module, dict[str, 
             "(an operation over axis 0, which is the batch?)"
         )
     _check_learns(module, entry, batch, role)
-    return module, {"parameters": models.parameter_count(module), "outputs": outputs}
+    return module, {"parameters": modules.parameter_count(module), "outputs": outputs}
 
 
 def metric(bench: Bench, outputs: np.ndarray, labels: np.ndarray) -> None:
@@ -169,14 +171,14 @@ def metric(bench: Bench, outputs: np.ndarray, labels: np.ndarray) -> None:
 
     if bench.params["score"] is not None:
         entry = bench.entry("score")
-        found = usercode.call(usercode.load(bench.recipe_dir, entry), entry, outputs.copy(), labels.copy())
-        array = usercode.call(np.asarray, entry, found, what="what score returned")
+        found = usercode.call_user_code(usercode.load_function(bench.recipe_dir, entry), entry, outputs.copy(), labels.copy())
+        array = usercode.call_user_code(np.asarray, entry, found, what="what score returned")
         if array.shape != labels.shape[:1] or array.dtype.kind not in "biuf" or not _is_share(array.astype(np.float64)):
             raise RecipeError(f"{entry}: returned {_told(found)} for {len(labels)} samples; expected {len(labels)} scores from 0 to 1")
     if bench.params["metric"] is not None:
         entry = bench.entry("metric")
-        found = usercode.call(usercode.load(bench.recipe_dir, entry), entry, outputs.copy(), labels.copy())
-        array = usercode.call(np.asarray, entry, found, what="what metric returned")
+        found = usercode.call_user_code(usercode.load_function(bench.recipe_dir, entry), entry, outputs.copy(), labels.copy())
+        array = usercode.call_user_code(np.asarray, entry, found, what="what metric returned")
         if array.ndim != 0 or array.dtype.kind not in "biuf" or not np.isfinite(array.astype(np.float64)) or array > 1:
             raise RecipeError(f"{entry}: returned {_told(found)}; expected one finite number for the whole set, 1 at most (0.93, not 93)")
 
@@ -190,14 +192,14 @@ def augment(bench: Bench, name: str) -> None:
     import torch
 
     entry = bench.entry(name)
-    function = usercode.load(bench.recipe_dir, entry)
+    function = usercode.load_function(bench.recipe_dir, entry)
     arrays = bench.samples([0, 0], "train")
     wanted = [(list(array.shape), array.dtype.name) for array in arrays]
 
     def made() -> list[torch.Tensor]:
         tensors = [torch.tensor(array) for array in arrays]
         given = tensors[0] if len(tensors) == 1 else tuple(tensors)
-        found = usercode.call(function, entry, given, torch.Generator().manual_seed(0))
+        found = usercode.call_user_code(function, entry, given, torch.Generator().manual_seed(0))
         parts = list(found) if isinstance(found, tuple | list) else [found]
         kinds = [(list(part.shape), str(part.dtype)[6:]) if isinstance(part, torch.Tensor) else None for part in parts]
         if kinds != wanted:
@@ -222,12 +224,12 @@ def scored_rows(labels: np.ndarray) -> list[int]:
     return sorted(int(row) for rows in members for row in rows[:each])
 
 
-def _fresh(bench: Bench, entry: Entry) -> nn.Module:
-    from edgekd.kd import models
-    from edgekd.kd.repeatable import seed_all
+def _fresh(bench: Bench, entry: EntryPoint) -> nn.Module:
+    from edgekd.kd import modules
+    from edgekd.kd.reproducible import seed_all
 
     seed_all(0)
-    return models.student(bench.recipe_dir, entry)
+    return modules.build_module(bench.recipe_dir, entry)
 
 
 def _given(recipe_dir: Path, name: str, key: str) -> Path:
@@ -240,7 +242,7 @@ def _given(recipe_dir: Path, name: str, key: str) -> Path:
     raise RecipeError(f"{key}: {name}: no such file in {recipe_dir}{did_you_mean(Path(name).name, beside)}")
 
 
-def _answer(module: nn.Module, entry: Entry, batch: list[np.ndarray]) -> np.ndarray:
+def _answer(module: nn.Module, entry: EntryPoint, batch: list[np.ndarray]) -> np.ndarray:
     """Return a module's answer, as it is, in float32."""
     import torch
 
@@ -250,10 +252,12 @@ def _answer(module: nn.Module, entry: Entry, batch: list[np.ndarray]) -> np.ndar
     return answer
 
 
-def _forward(module: nn.Module, entry: Entry, batch: list[np.ndarray]) -> Any:
+def _forward(module: nn.Module, entry: EntryPoint, batch: list[np.ndarray]) -> Any:
     import torch
 
-    found = usercode.call(module, entry, *[torch.tensor(array) for array in batch], what=f"forward() of what {entry.function}() made")
+    found = usercode.call_user_code(
+        module, entry, *[torch.tensor(array) for array in batch], what=f"forward() of what {entry.function}() made"
+    )
     count = len(batch[0])
     if not isinstance(found, torch.Tensor):
         raise RecipeError(f"{entry}: forward() returned {type(found).__name__}; expected one tensor of logits [{count}, classes]")
@@ -263,7 +267,7 @@ def _forward(module: nn.Module, entry: Entry, batch: list[np.ndarray]) -> Any:
     return found
 
 
-def _check_learns(module: nn.Module, entry: Entry, batch: list[np.ndarray], name: str) -> None:
+def _check_learns(module: nn.Module, entry: EntryPoint, batch: list[np.ndarray], name: str) -> None:
     import torch
 
     with torch.enable_grad():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from edgekd.domain.recipe import Entry
+    from edgekd.domain.recipe import EntryPoint
 
 LABELLED = ("train", "validation", "evaluation")
 NEEDED = ("train", "validation", "calibration", "evaluation")
@@ -45,14 +45,14 @@ class Reader:
     ``classes``: labels must be class ids. ``tell`` hears the share done and a few words.
     """
 
-    entry: Entry
+    entry: EntryPoint
     specs: Sequence[Mapping[str, Any]]
     classes: bool
     out: Path
     tell: Callable[[float, str], None]
 
 
-def named(found: object, entry: Entry) -> dict[str, Any]:
+def named(found: object, entry: EntryPoint) -> dict[str, Any]:
     """Return the splits by name.
 
     Raises:
@@ -71,7 +71,7 @@ def named(found: object, entry: Entry) -> dict[str, Any]:
             problems.append(
                 f"{entry}: split '{name}' is {type(data).__name__}; expected a map-style torch data set, with __len__ and __getitem__"
             )
-        elif usercode.call(len, entry, data, what=f"the length of split '{name}'") == 0:
+        elif usercode.call_user_code(len, entry, data, what=f"the length of split '{name}'") == 0:
             problems.append(f"{entry}: split '{name}' is empty; expected at least one sample")
     if problems:
         raise RecipeError(*problems)
@@ -96,7 +96,7 @@ def read(found: Mapping[str, Any], reader: Reader) -> dict[str, Kept]:
     return kept
 
 
-def overlaps(kept: Mapping[str, Kept], allowed: int, entry: Entry) -> dict[str, dict[str, int]]:
+def overlaps(kept: Mapping[str, Kept], allowed: int, entry: EntryPoint) -> dict[str, dict[str, int]]:
     """Return, by split, how many of its samples stand, byte for byte, in which other split.
 
     Raises:
@@ -136,7 +136,7 @@ def groups(data: Any, count: int, reader: Reader) -> int:
     import numpy as np
 
     where = f"{reader.entry}: evaluation: its attribute 'groups'"
-    found = usercode.call(getattr, reader.entry, data, "groups", None, what="the attribute 'groups' of evaluation")
+    found = usercode.call_user_code(getattr, reader.entry, data, "groups", None, what="the attribute 'groups' of evaluation")
     if found is None:
         ids = np.arange(count)
     else:
@@ -156,14 +156,14 @@ class _Split:
 
     def __init__(self, name: str, data: Any, reader: Reader) -> None:
         self.name, self.data, self.reader, self.specs = name, data, reader, reader.specs
-        self.count = usercode.call(len, reader.entry, data, what=f"the length of split '{name}'")
+        self.count = usercode.call_user_code(len, reader.entry, data, what=f"the length of split '{name}'")
         self.odd: dict[str, list[int]] = {}  # what is wrong with samples, and with which
         self.labels: list[np.ndarray] | np.ndarray = []
 
     def write(self) -> Kept:
         with Sink(self.reader.out, self.name, self.specs, self.count) as sink:
             if self.count:
-                columns = usercode.call(_columns, self.reader.entry, self.data, what=f"reading {self.name}")
+                columns = usercode.call_user_code(_columns, self.reader.entry, self.data, what=f"reading {self.name}")
                 if columns is None:
                     self._by_sample(sink)
                 else:
@@ -223,7 +223,7 @@ class _Split:
             self._read_again(sink)
 
     def _sample(self, index: int) -> tuple[list[np.ndarray], Any]:
-        item = usercode.call(operator.getitem, self.reader.entry, self.data, index, what=f"reading sample {index} of {self.name}")
+        item = usercode.call_user_code(operator.getitem, self.reader.entry, self.data, index, what=f"reading sample {index} of {self.name}")
         inputs, label = self._parts(item)
         arrays = [input_array(part, spec) for part, spec in zip(inputs, self.specs, strict=True)]
         return arrays, label_array(label) if self.name in LABELLED else None

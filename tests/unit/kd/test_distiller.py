@@ -46,7 +46,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     student, teacher, (x, y) = net(8, 0).eval(), net(16, 1), batch()
     distiller = edgekd.Distiller(student, teacher, [{"kind": "kl", "temperature": 2.0, "weight": 0.7}, {"kind": "ce", "weight": 0.3}])
     found = distiller((x, y), student(x))
-    expected = losses.total([Loss("kl", 0.7, temperature=2.0), Loss("ce", 0.3)], student(x), {"frozen": teacher.eval()(x)}, y)
+    expected = losses.total_loss([Loss("kl", 0.7, temperature=2.0), Loss("ce", 0.3)], student(x), {"frozen": teacher.eval()(x)}, y)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -129,7 +129,7 @@ def test_epochs_are_the_callers():
         ([{"kind": "hard", "temperature": 2.0}], "'hard' has no temperature"),
         ([{"kind": "hint"}], "'hint' matches modules of student and teacher"),
         ([{"kind": "hint", "taps": [{"student": "0", "teacher": "0"}]}], "expected the teacher, and example"),
-        ([{"kind": "kl", "teacher": "average"}], "'average' is a teacher of recipes only"),
+        ([{"kind": "kl", "teacher": "ema"}], "'ema' is a teacher of recipes only"),
     ],
 )
 def test_wrong_losses_are_told(terms, message):
@@ -148,7 +148,7 @@ def test_what_a_batch_lacks_is_told():
 
 
 def test_edgekd_names_what_it_offers():
-    assert set(edgekd.__all__) == {"Distiller", "__version__", "build_recipe", "store_answers"}
+    assert set(edgekd.__all__) == {"Distiller", "__version__", "build_recipe", "save_teacher_logits"}
     assert all(callable(getattr(edgekd, name)) for name in edgekd.__all__ if name != "__version__")
     with pytest.raises(AttributeError, match="has no attribute 'Destiller'"):
         edgekd.Destiller  # noqa: B018  (the name is what is tried)

@@ -49,7 +49,12 @@ def test_a_model_that_ships_without_having_passed_is_told_above_the_table(told):
 def test_what_is_not_known_leaves_no_empty_chapter(told):
     told["teacher"] |= {"latency": [], "parameters": None}
     told["choice"] |= {"speedup": None}
-    told |= {"classes": {}, "environment": None, "notes": [], "inherited": {"teacher_errors": 0, "also_wrong": None, "same_answer": None}}
+    told |= {
+        "classes": {},
+        "environment": None,
+        "notes": [],
+        "shared_errors": {"teacher_errors": 0, "also_wrong": None, "same_answer": None},
+    }
     for row in told["candidates"]:
         row |= {"latency": [], "notes": []}
     text = markdown.render(told)

@@ -11,9 +11,10 @@ import torch
 
 from edgekd.domain.artifact import Artifact
 from edgekd.domain.losses import Loss
-from edgekd.domain.recipe import Control, Teacher
+from edgekd.domain.recipe import Baselines, Teacher
 from edgekd.errors import RecipeError
-from edgekd.kd import calibrate, data, lessons, models, train
+from edgekd.kd import data, modules
+from edgekd.kd.training import calibrate, jobs, loop
 from edgekd.ports import Context
 from edgekd.stages import distill
 from tests.distilling import CE, KL, entry, recipe
@@ -83,7 +84,7 @@ def test_epochs_take_the_views_in_turns(folder, monkeypatch):
         raise KeyboardInterrupt
 
     [step] = distill.steps(recipe(augment=entry("noisy"), views=3), [])
-    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(loop, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
         distill.run(step, inputs, Context(folder, folder, folder, lambda *_: None))
     assert [int(np.rint((item.outputs.numpy() - answers[0]).mean())) for item in seen] == [0, 1, 2, 0, 1]
@@ -116,8 +117,10 @@ def test_checkpoints_teach_in_turns_and_the_teacher_last(folder, monkeypatch):
 
     given = replace(recipe(), teacher=Teacher(entry("teacher"), "w.safetensors", checkpoints=("a.pt", "b.pt", "c.pt")))
     [step] = distill.steps(given, [])
-    assert [name for name in given.supervisors if "checkpoint" in name] == [f"supervise/checkpoint/{number}" for number in range(3)]
-    monkeypatch.setattr(train, "fit", fit)
+    assert [name for name in given.soft_target_sources if "checkpoint" in name] == [
+        f"soft_targets/checkpoint/{number}" for number in range(3)
+    ]
+    monkeypatch.setattr(loop, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
         distill.run(step, inputs, Context(folder, folder, folder, lambda *_: None))
     assert seen == [1, 1, 2, 2, 3, 3, 0, 0]
@@ -125,7 +128,7 @@ def test_checkpoints_teach_in_turns_and_the_teacher_last(folder, monkeypatch):
 
 def test_a_twin_needs_no_teacher(folder):
     inputs = {name: item for name, item in artifacts(folder).items() if "outputs" not in name}
-    *_, step = distill.steps(recipe(control=Control(seeds=2)), [])
+    *_, step = distill.steps(recipe(baselines=Baselines(seeds=2)), [])
     for name in ("out", "work"):
         (folder / name).mkdir()
     result = distill.run(step, inputs, Context(folder, folder / "out", folder / "work", lambda *_: None))
@@ -134,8 +137,8 @@ def test_a_twin_needs_no_teacher(folder):
 
 def test_a_twin_takes_as_many_steps_as_the_student_that_learns_from_unlabelled_samples_too(folder):
     inputs = artifacts(folder, unlabelled=200)
-    taught = lessons.training_set(inputs, [KL, CE], "distill.losses")
-    alone = lessons.training_set({name: item for name, item in inputs.items() if "outputs" not in name}, [CE], "distill.control")
+    taught = jobs.training_set(inputs, [KL, CE], "distill.losses")
+    alone = jobs.training_set({name: item for name, item in inputs.items() if "outputs" not in name}, [CE], "distill.baselines")
     assert len(alone) == len(taught) == 260
     assert torch.equal(alone.inputs[0][60:120], taught.inputs[0][:60])
     assert alone.labels.min() >= 0
@@ -147,10 +150,10 @@ def test_answers_are_calibrated_whatever_the_loss_leaves_of_their_scale(folder, 
     result, _ = run(folder, recipe(losses=(loss,)), inputs)
     (note,) = result.notes
     assert "is folded into the last layer" in note
-    module = models.load_student(folder, entry("student"), folder / "out" / "student.safetensors")
-    validation = data.samples(inputs, "validation")
+    module = modules.load_module(folder, entry("student"), folder / "out" / "student.safetensors")
+    validation = data.load_split(inputs, "validation")
     with torch.no_grad():
-        assert calibrate.temperature(module(*validation.inputs), validation.labels) == pytest.approx(1, abs=0.02)
+        assert calibrate.fit_temperature(module(*validation.inputs), validation.labels) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("kind", ["dist", "dkd", "hard", "mse"])
@@ -165,7 +168,7 @@ def test_a_student_is_distilled_and_comes_back(folder):
     curve = json.loads(files["curve.json"])
     assert result.metrics == {**curve["epochs"][curve["best_epoch"] - 1], "samples": 8 * 60}
     assert result.metrics["validation_accuracy"] > 0.6
-    module = models.load_student(folder, entry("student"), folder / "out" / "student.safetensors")
+    module = modules.load_module(folder, entry("student"), folder / "out" / "student.safetensors")
     with torch.no_grad():
         found = module(torch.from_numpy(np.load(folder / "validation.inputs.0.npy"))).argmax(1).numpy()
     assert (found == np.load(folder / "validation.labels.npy")).mean() == pytest.approx(result.metrics["validation_accuracy"])
@@ -192,9 +195,9 @@ def test_ce_without_classes_is_refused(folder):
 
 def test_unlabelled_samples_are_learnt_from_through_kl_only(folder):
     inputs = artifacts(folder, unlabelled=200)
-    assert len(lessons.training_set(inputs, [KL, CE], "distill.losses")) == 260
-    assert lessons.training_set(inputs, [KL, CE], "distill.losses").labels[60:].unique().tolist() == [-1]
-    assert len(lessons.training_set(inputs, [CE], "distill.losses")) == 60
+    assert len(jobs.training_set(inputs, [KL, CE], "distill.losses")) == 260
+    assert jobs.training_set(inputs, [KL, CE], "distill.losses").labels[60:].unique().tolist() == [-1]
+    assert len(jobs.training_set(inputs, [CE], "distill.losses")) == 60
     with_more = run(folder, recipe(), inputs)[1]
     assert run(folder, recipe(), artifacts(folder))[1] != with_more
 

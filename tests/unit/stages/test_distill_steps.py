@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 
 from edgekd.domain.losses import Loss
-from edgekd.domain.recipe import Assistant, Control, Teacher
+from edgekd.domain.recipe import Assistant, Baselines, Teacher
 from edgekd.stages import distill
 from tests.distilling import CE, KL, entry, recipe
 
@@ -24,12 +24,12 @@ def test_the_step_names_all_that_changes_the_student():
     assert step.inputs == {
         "train.inputs.0": "inspect:train.inputs.0.npy",
         "train.labels": "inspect:train.labels.npy",
-        "train.outputs": "supervise:train.outputs.safetensors",
+        "train.outputs": "soft_targets:train.outputs.safetensors",
         "validation.inputs.0": "inspect:validation.inputs.0.npy",
         "validation.labels": "inspect:validation.labels.npy",
-        "validation.outputs": "supervise:validation.outputs.safetensors",
+        "validation.outputs": "soft_targets:validation.outputs.safetensors",
         "unlabelled.inputs.0": "inspect:unlabelled.inputs.0.npy",
-        "unlabelled.outputs": "supervise:unlabelled.outputs.safetensors",
+        "unlabelled.outputs": "soft_targets:unlabelled.outputs.safetensors",
         "code": "inspect:student.code.json",
         "views.code": "inspect:views.code.json",
     }
@@ -41,31 +41,31 @@ def test_no_split_but_train_validation_and_unlabelled_is_seen():
 
 
 def test_twins_are_trained_alike_but_for_the_teacher_and_the_seed():
-    plain, *others = distill.steps(recipe(control=Control(seeds=2), seed=7), [])
+    plain, *others = distill.steps(recipe(baselines=Baselines(seeds=2), seed=7), [])
     assert [step.id for step in others] == [
         "distill/distilled/1",
-        "distill/alone/0",
-        "distill/alone/1",
-        "distill/smoothed/0",
-        "distill/smoothed/1",
+        "distill/no_teacher/0",
+        "distill/no_teacher/1",
+        "distill/label_smoothing/0",
+        "distill/label_smoothing/1",
     ]
     assert [step.params["seed"] for step in others] == [8, 7, 8, 7, 8]
     for step in others:
         same = plain.params.keys() - ({"seed"} if "distilled" in step.id else {"seed", "losses"})
         assert all(step.params[name] == plain.params[name] for name in same)
-        reads_teacher = any(reference.startswith("supervise:") for reference in step.inputs.values())
+        reads_teacher = any(reference.startswith("soft_targets:") for reference in step.inputs.values())
         assert reads_teacher == ("distilled" in step.id)
     assert others[-1].params["losses"] == [{"kind": "ce", "weight": 1.0, "label_smoothing": 0.1}]
 
 
 def test_a_twin_by_pseudo_labels_follows_the_student_that_was_trained_alone():
-    given = recipe(control=Control(seeds=2, pseudo_labels=True), teachers=(Teacher(entry("other"), "o.safetensors"),))
+    given = recipe(baselines=Baselines(seeds=2, pseudo_labels=True), teachers=(Teacher(entry("other"), "o.safetensors"),))
     last = distill.steps(given, [])[-1]
-    assert last.id == "distill/pseudo/1"
+    assert last.id == "distill/pseudo_labels/1"
     assert [loss["kind"] for loss in last.params["losses"]] == ["ce", "hard"]
-    assert {reference.partition(":")[0] for name, reference in last.inputs.items() if "outputs" in name} == {"supervise/pseudo/1"}
-    assert given.supervisors["supervise/pseudo/1"].artifact == "distill/alone/1:student.safetensors"
-    assert not {"mixing", "checkpoints", "teacher"} & last.params.keys()
+    assert {reference.partition(":")[0] for name, reference in last.inputs.items() if "outputs" in name} == {"soft_targets/pseudo_labels/1"}
+    assert given.soft_target_sources["soft_targets/pseudo_labels/1"].artifact == "distill/no_teacher/1:student.safetensors"
+    assert not {"ensemble", "checkpoints", "teacher"} & last.params.keys()
 
 
 def test_each_link_of_a_chain_is_taught_by_the_one_before():
@@ -74,12 +74,12 @@ def test_each_link_of_a_chain_is_taught_by_the_one_before():
     first, second, last = distill.steps(given, [])
     assert [step.id for step in (first, second, last)] == ["distill/assistant/0", "distill/assistant/1", "distill"]
     assert [step.params["epochs"] for step in (first, second, last)] == [8, 3, 8]
-    assert first.params["mixing"] == {"weights": [1.0, 0.5], "by": "weights"}
-    assert "mixing" not in second.params.keys() | last.params.keys()
+    assert first.params["ensemble"] == {"weights": [1.0, 0.5], "weighting": "fixed"}
+    assert "ensemble" not in second.params.keys() | last.params.keys()
     taught = [
         {reference.partition(":")[0] for name, reference in step.inputs.items() if "outputs" in name} for step in (first, second, last)
     ]
-    assert taught == [{"supervise", "supervise/teacher/0"}, {"supervise/assistant/0"}, {"supervise/assistant/1"}]
+    assert taught == [{"soft_targets", "soft_targets/teacher/0"}, {"soft_targets/assistant/0"}, {"soft_targets/assistant/1"}]
     assert first.inputs["code"] == "inspect:assistant.0.code.json"
 
 
@@ -95,43 +95,43 @@ def test_all_that_is_distilled_is_in_the_precision_that_was_tried_once(monkeypat
     facts = distill.runner.facts()
     monkeypatch.setattr(distill.runner, "facts", lambda: {**facts, "features": ["avx512_bf16"]})
     given = recipe(
-        precision="auto", sizes=(entry("wide"),), assistants=(Assistant(entry("middle")),), control=Control(seeds=2, pseudo_labels=True)
+        precision="auto", sizes=(entry("wide"),), assistants=(Assistant(entry("middle")),), baselines=Baselines(seeds=2, pseudo_labels=True)
     )
     trial, *others = distill.steps(given, [])
-    assert trial.id == "distill/way"
-    assert [step.inputs["way"] for step in others] == ["distill/way:way.json"] * 10
+    assert trial.id == "distill/autotune"
+    assert [step.inputs["execution_mode"] for step in others] == ["distill/autotune:execution_mode.json"] * 10
     monkeypatch.setattr(distill.runner, "facts", lambda: {**facts, "features": ["avx2"]})
-    assert all("way" not in step.inputs.keys() | step.params.keys() for step in distill.steps(given, []))
+    assert all("execution_mode" not in step.inputs.keys() | step.params.keys() for step in distill.steps(given, []))
     asked = distill.steps(replace(given, distill=replace(given.distill, precision="bfloat16")), [])
     assert {step.params["precision"] for step in asked} == {"bfloat16"}
 
 
 def test_what_is_left_open_is_searched_once_for_all_seeds_and_for_the_twins_too():
-    given = recipe(losses=(Loss("kl", temperature="auto"), CE), control=Control(seeds=2, pseudo_labels=True), search_share=0.5)
+    given = recipe(losses=(Loss("kl", temperature="auto"), CE), baselines=Baselines(seeds=2, pseudo_labels=True), search_share=0.5)
     steps = distill.steps(given, [])
     assert [step.id for step in steps] == [
         "distill/search",
         "distill",
         "distill/distilled/1",
-        "distill/alone/0",
-        "distill/alone/1",
-        "distill/search/smoothed/0",
-        "distill/smoothed/0",
-        "distill/smoothed/1",
-        "distill/search/pseudo/0",
-        "distill/pseudo/0",
-        "distill/pseudo/1",
+        "distill/no_teacher/0",
+        "distill/no_teacher/1",
+        "distill/search/label_smoothing/0",
+        "distill/label_smoothing/0",
+        "distill/label_smoothing/1",
+        "distill/search/pseudo_labels/0",
+        "distill/pseudo_labels/0",
+        "distill/pseudo_labels/1",
     ]
     assert {step.id: step.inputs["chosen"] for step in steps if "chosen" in step.inputs} == {
         "distill": "distill/search:chosen.json",
         "distill/distilled/1": "distill/search:chosen.json",
-        "distill/smoothed/0": "distill/search/smoothed/0:chosen.json",
-        "distill/smoothed/1": "distill/search/smoothed/0:chosen.json",
-        "distill/pseudo/0": "distill/search/pseudo/0:chosen.json",
-        "distill/pseudo/1": "distill/search/pseudo/0:chosen.json",
+        "distill/label_smoothing/0": "distill/search/label_smoothing/0:chosen.json",
+        "distill/label_smoothing/1": "distill/search/label_smoothing/0:chosen.json",
+        "distill/pseudo_labels/0": "distill/search/pseudo_labels/0:chosen.json",
+        "distill/pseudo_labels/1": "distill/search/pseudo_labels/0:chosen.json",
     }
     searching = [step for step in steps if "search_share" in step.params]
-    assert [step.id for step in searching] == ["distill/search", "distill/search/smoothed/0", "distill/search/pseudo/0"]
+    assert [step.id for step in searching] == ["distill/search", "distill/search/label_smoothing/0", "distill/search/pseudo_labels/0"]
     assert [loss for loss in searching[2].params["losses"] if "auto" in loss.values()] == [{"kind": "hard", "weight": "auto"}]
     assert {step.params["search_share"] for step in searching} == {0.5}
     assert all("optuna" in step.tools for step in searching)
@@ -139,5 +139,5 @@ def test_what_is_left_open_is_searched_once_for_all_seeds_and_for_the_twins_too(
 
 def test_a_twin_of_a_student_that_learns_from_labels_only_reads_no_unlabelled_samples():
     for losses, reads in (((KL, CE), True), ((Loss("dkd"), CE), False)):
-        twin = distill.steps(recipe(losses=losses, control=Control(seeds=2)), [])[-1]
+        twin = distill.steps(recipe(losses=losses, baselines=Baselines(seeds=2)), [])[-1]
         assert any(name.startswith("unlabelled") for name in twin.inputs) == reads

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from edgekd import registry
-from edgekd.digests import file_digest
 from edgekd.domain.artifact import Artifact
-from edgekd.domain.recipe import Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.recipe import Data, Distill, EntryPoint, Recipe, Student, Teacher, TensorSpec
 from edgekd.domain.target import Cpu, DeviceEntry, Limits, Protocol, RuntimeEntry, Target
 from edgekd.errors import StageError
-from edgekd.kd import models
+from edgekd.kd import modules
 from edgekd.ports import Context
 from edgekd.stages import export
+from edgekd.store.digests import file_digest
 
 CODE = """
 import torch
@@ -45,7 +45,7 @@ SAMPLES = np.random.default_rng(0).standard_normal((80, 2, 9)).astype(np.float32
 
 
 def entry(function):
-    return Entry("export_user.py", function)
+    return EntryPoint("export_user.py", function)
 
 
 def recipe(student="student", **teacher):
@@ -83,10 +83,10 @@ def folder(tmp_path):
 
 def weights(folder, function="student"):
     torch.manual_seed(0)
-    module = models.student(folder, entry(function))
+    module = modules.build_module(folder, entry(function))
     with torch.no_grad():
         module(torch.from_numpy(SAMPLES))  # so that batch norm has seen something
-    models.save_weights(module, folder / f"{function}.safetensors")
+    modules.save_weights(module, folder / f"{function}.safetensors")
     return folder / f"{function}.safetensors"
 
 
@@ -160,7 +160,7 @@ def test_a_teacher_that_cannot_be_exported_says_why_not(folder):
 
 def whole(folder, suffix):
     """Return a file that is a whole model: the student's."""
-    module = models.load_student(folder, entry("student"), weights(folder))
+    module = modules.load_module(folder, entry("student"), weights(folder))
     path, sample = folder / f"teacher{suffix}", torch.zeros(1, 2, 9)
     if suffix == ".ts":
         torch.jit.trace(module, sample).save(path)

@@ -9,8 +9,8 @@ from edgekd.domain.measurement import Measurement
 from edgekd.domain.recipe import Budget
 from edgekd.domain.target import Limits
 from edgekd.domain.verdict import Interval, Outcome
-from edgekd.scores import Difference
 from edgekd.stages import gate
+from edgekd.stats.scores import Difference
 
 LIMITS = Limits(memory_mib=64, storage_mib=1)
 PARITY = {"ok": True, "max_abs_error": 1e-6, "tolerance": 1e-3}

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from edgekd import config
-from edgekd.digests import changed, listing_digest
 from edgekd.ports import Context
 from edgekd.stages import inspect
+from edgekd.store.digests import changed, listing_digest
 from tests import toy
 
 RECIPE = toy.RECIPE.replace("[teacher.train]\nepochs = 1", 'weights = "teacher.safetensors"') + '[evaluate]\nscore = "metrics.py:score"\n'

@@ -28,7 +28,7 @@ def bench(tmp_path):
         np.save(tmp_path / "out" / f"{split}.inputs.0.npy", torch.randn(20, 4, generator=made).numpy())
     np.save(tmp_path / "out" / "evaluation.labels.npy", np.arange(20) % 3)
     yield lambda code="", **params: _bench(tmp_path, code, params)
-    usercode.forget()
+    usercode.forget_modules()
 
 
 def _bench(folder, code, params):

@@ -51,10 +51,10 @@ def test_every_way_to_hold_the_same_samples_gives_the_same_bytes(tmp_path, rows,
         [(x[i].numpy().astype(">f4"), y[i]) for i in range(30)],
     ]
     told = set()
-    for number, way in enumerate(ways):
+    for number, mode in enumerate(ways):
         out = tmp_path / str(number)
         out.mkdir()
-        read(out, good(train=way))
+        read(out, good(train=mode))
         told.add((out / "train.inputs.0.npy").read_bytes() + (out / "train.labels.npy").read_bytes())
     assert len(told) == 1
 

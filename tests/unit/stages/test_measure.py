@@ -12,10 +12,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgekd import config
-from edgekd.digests import file_digest
 from edgekd.domain.target import Protocol
 from edgekd.errors import StageError, UsageError
 from edgekd.stages import measure
+from edgekd.store.digests import file_digest
 
 PROTOCOL = Protocol(warmup_runs=20, min_runs=4, min_seconds=2.0)
 QUIET = {
@@ -42,7 +42,7 @@ class Scripted:
 
 
 def _shared_waits():
-    program = "import os; from edgekd import locks\nwith locks.machine_shared(lambda: os._exit(7)): pass"
+    program = "import os; from edgekd.store import locks\nwith locks.machine_shared(lambda: os._exit(7)): pass"
     return subprocess.run([sys.executable, "-c", program], check=False).returncode == 7
 
 
@@ -91,7 +91,7 @@ def test_the_machine_is_held_alone_while_it_is_measured_and_no_longer(model):
 
 
 def test_one_that_waits_for_the_machine_is_told(model):
-    program = "from edgekd import locks\nwith locks.machine_shared(): print(flush=True); input()"
+    program = "from edgekd.store import locks\nwith locks.machine_shared(): print(flush=True); input()"
     child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     child.stdout.readline()
     told = []

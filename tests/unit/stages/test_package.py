@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edgekd.digests import file_digest
 from edgekd.errors import UsageError
 from edgekd.stages import package
+from edgekd.store.digests import file_digest
 
 REPORT = {"schema": 1, "outcome": "PASS", "shipped": "toy.tflite"}
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from edgekd import registry
 from edgekd.domain.artifact import Artifact
-from edgekd.domain.recipe import Data, Distill, Entry, Quantize, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.recipe import Data, Distill, EntryPoint, Quantize, Recipe, Student, Teacher, TensorSpec
 from edgekd.domain.target import Cpu, DeviceEntry, Limits, Protocol, RuntimeEntry, Target
 from edgekd.errors import RecipeError, StageError
 from edgekd.ports import Context
@@ -23,9 +23,9 @@ def recipe(**changes):
     return Recipe(
         schema=1,
         name="t",
-        data=Data(Entry("d.py", "splits")),
-        teacher=Teacher(Entry("m.py", "teacher"), "w.safetensors"),
-        student=Student(Entry("m.py", "student"), SPECS),
+        data=Data(EntryPoint("d.py", "splits")),
+        teacher=Teacher(EntryPoint("m.py", "teacher"), "w.safetensors"),
+        student=Student(EntryPoint("m.py", "student"), SPECS),
         distill=Distill(epochs=1),
         quantize=Quantize(**changes),
     )

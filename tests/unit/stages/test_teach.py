@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from edgekd.domain.artifact import Artifact
-from edgekd.domain.recipe import Data, Distill, Entry, Recipe, Student, Teacher, TensorSpec, Training
+from edgekd.domain.recipe import Data, Distill, EntryPoint, Recipe, Student, Teacher, TensorSpec, Training
 from edgekd.errors import RecipeError
-from edgekd.kd import models
+from edgekd.kd.teachers.load import load_teacher
 from edgekd.ports import Context
 from edgekd.stages import teach
 
@@ -35,7 +35,7 @@ def raising(x, generator):
 
 
 def entry(function):
-    return Entry("teach_user.py", function)
+    return EntryPoint("teach_user.py", function)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_teacher_is_taught_and_comes_back(folder):
     assert result.metrics == {**curve["epochs"][curve["best_epoch"] - 1], "samples": 8 * 120}
     assert result.metrics["validation_accuracy"] > 0.7
     assert told[-1][0] == 1.0
-    teacher = models.load_teacher(folder, entry("teacher"), folder / "out" / "teacher.safetensors")
+    teacher = load_teacher(folder, entry("teacher"), folder / "out" / "teacher.safetensors")
     labels = np.load(folder / "validation.labels.npy")
     found = teacher([np.load(folder / "validation.inputs.0.npy")])
     assert (found.argmax(1) == labels).mean() == pytest.approx(result.metrics["validation_accuracy"])

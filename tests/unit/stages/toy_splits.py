@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from edgekd.domain.recipe import Entry
+from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError
 from edgekd.stages.inspect import splits
 
-ENTRY = Entry("data.py", "splits")
+ENTRY = EntryPoint("data.py", "splits")
 ONE = [{"name": "x", "shape": [1, 4], "dtype": "float32"}]
 TWO = [*ONE, {"name": "mask", "shape": [1, 2, 3], "dtype": "int64"}]
 

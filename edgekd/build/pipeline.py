@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline: the tuple of cached stages, and the loop that runs their steps."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.build import keys
+from edgekd.errors import StageError, UnavailableError
+from edgekd.kd.training import distributed
+from edgekd.ports import CompletedStep, Context
+from edgekd.stages import distill, evaluate, export, inspect, quantize, soft_targets, teach
+from edgekd.store import locks
+from edgekd.store.cache import storage_error
+from edgekd.store.digests import digest, file_digest, tool_version
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from edgekd.domain.artifact import Artifact, CacheEntry
+    from edgekd.plan import Plan
+    from edgekd.ports import Reporter, Stage, Step
+    from edgekd.store.cache import Cache
+
+PIPELINE: tuple[Stage, ...] = (inspect, teach, soft_targets, distill, export, quantize, evaluate)
+STAGES = {stage.NAME: stage for stage in PIPELINE}
+DISTRIBUTED = ("teach", "soft_targets", "distill")  # the long stages: all ranks share their work, and warnings come before them
+RANK_SUFFIX = ".rank."  # between a step's name and a random part, in the name of the scratch folder of another rank
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """Where steps run. ``before_step`` is called before a step that must run, with all completed steps: the place for warnings."""
+
+    cache: Cache
+    recipe_dir: Path
+    reporter: Reporter
+    before_step: Callable[[Step, Mapping[str, CompletedStep]], None]
+
+
+def run(plan: Plan, build: BuildContext, until: str | None = None) -> dict[str, CompletedStep]:
+    """Run the steps of a plan, or take them from the cache, up to and including the stage ``until``.
+
+    Raises:
+        EdgekdError: what the stage raised.
+    """
+    completed: dict[str, CompletedStep] = {}
+    for step in steps_until(plan, until):
+        completed[step.id] = _run_step(step, completed, build)
+    if distributed.world_size() > 1:
+        distributed.broadcast(None)
+    return completed
+
+
+def steps_until(plan: Plan, until: str | None) -> Iterator[Step]:
+    """Yield the steps of a plan up to and including a stage, except those that need a later one (an assistant's soft targets)."""
+    names = list(STAGES)
+    last = len(names) if until is None else names.index(until)
+    reached: set[str] = set()
+    for step in plan.steps:
+        if names.index(step.stage) <= last and producers(step) <= reached:
+            reached.add(step.id)
+            yield step
+
+
+def producers(step: Step) -> set[str]:
+    """Return the ids of the steps whose artifacts a step reads."""
+    return {reference.partition(":")[0] for reference in step.inputs.values()}
+
+
+def run_rank() -> None:
+    """Share the work of the steps that rank 0 runs, until it has finished.
+
+    Input files are read in place. All output goes to a temporary folder; partial work is resumed as rank 0 has it.
+
+    Raises:
+        EdgekdError: what the stage raised, in this rank and in rank 0.
+    """
+    for step, inputs, recipe_dir, work in distributed.receive():
+        with tempfile.TemporaryDirectory(prefix=f"{work.name}{RANK_SUFFIX}", dir=work.parent) as scratch:
+            own_work, out = Path(scratch) / "work", Path(scratch) / "out"
+            shutil.copytree(work, own_work, copy_function=os.link)  # files are replaced, never changed, so links are safe
+            out.mkdir()
+            distributed.barrier()
+            STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, own_work, lambda _share, _text: None))
+
+
+def _run_step(step: Step, completed: Mapping[str, CompletedStep], build: BuildContext) -> CompletedStep:
+    """Return a step's cache entry; run the stage if there is none."""
+    cache, recipe_dir = build.cache, build.recipe_dir
+    material = keys.key_material(STAGES[step.stage], step, completed)
+    entry = cache.get(keys.find_key(cache, material, recipe_dir))
+    is_hit = entry is not None
+    if entry is None:
+        _check_tools(step)
+        _repair_inputs(step, completed, build)
+        build.before_step(step, completed)
+        with cache.lock(digest(material)):
+            entry = cache.get(keys.find_key(cache, material, recipe_dir))  # another build may have stored it meanwhile
+            is_hit = entry is not None
+            if entry is None:
+                build.reporter.log(f"{step.id}: {keys.why_miss(step, material, cache, recipe_dir)}")
+                entry = _execute(step, completed, build, material)
+    if is_hit:
+        cache.touch(entry.key)
+    cache.remember(keys.last_run_name(step, recipe_dir), material)
+    return CompletedStep(step, entry, is_hit)
+
+
+def _execute(step: Step, completed: Mapping[str, CompletedStep], build: BuildContext, material: Mapping[str, Any]) -> CacheEntry:
+    cache, base = build.cache, digest(material)
+    started = time.monotonic()
+    try:
+        out, work = cache.fresh_out(base), cache.work(base)
+        with build.reporter.step(step.id) as progress, locks.machine_shared():
+            started = time.monotonic()
+            inputs = keys.input_artifacts(step, completed)
+            if distributed.world_size() > 1 and step.stage in DISTRIBUTED:
+                for leftover in work.parent.glob(f"{work.name}{RANK_SUFFIX}*"):  # of ranks that were killed
+                    shutil.rmtree(leftover)
+                distributed.broadcast((step, inputs, build.recipe_dir, work))
+            result = STAGES[step.stage].run(step, inputs, Context(build.recipe_dir, out, work, progress))
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+            raise
+        raise storage_error(f"{step.id} cannot write", cache.root, error) from error
+    seconds = time.monotonic() - started
+    key = base if result.record is None else cache.add_record(base, result.record)
+    entry = cache.put(out, key, material, result, seconds)
+    build.reporter.log(f"{step.id}: done in {seconds:.1f} s")
+    for note in result.notes:
+        if note.startswith("warning: "):  # the user should see it before paying for the stages that follow
+            build.reporter.log(note)
+    return entry
+
+
+def _check_tools(step: Step) -> None:
+    missing = [tool for tool in step.tools if tool_version(tool) is None]
+    if missing:
+        raise UnavailableError(f"{step.id} needs {', '.join(missing)}, which is not installed; run: pip install 'edgekd[build]'")
+
+
+def _repair_inputs(step: Step, completed: Mapping[str, CompletedStep], build: BuildContext) -> None:
+    """Read every byte of a step's inputs; run the producers of damaged ones again."""
+    for producer in producers(step):
+        entry = completed[producer].entry
+        names = [reference.partition(":")[2] for reference in step.inputs.values() if reference.startswith(f"{producer}:")]
+        if all(_is_intact(entry.artifacts[name]) for name in names):
+            continue
+        build.cache.discard(entry.key)
+        if _run_step(completed[producer].step, completed, build).entry.artifacts != entry.artifacts:
+            raise StageError(f"{producer}: its cached files were damaged, and running it again gave other bytes; build again")
+
+
+def _is_intact(artifact: Artifact) -> bool:
+    return artifact.path.is_file() and file_digest(artifact.path) == artifact.digest

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes and target profiles: TOML to domain objects, all errors at once."""
+
+from __future__ import annotations
+
+from edgekd.config.profiles import find_target, is_this_machine, load_target, target_names, why_not_this_machine
+from edgekd.config.recipe import load_recipe
+
+__all__ = ["find_target", "is_this_machine", "load_recipe", "load_target", "target_names", "why_not_this_machine"]

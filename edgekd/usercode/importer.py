@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The user's own code: found, imported and called, with every mistake in it told in one line.
+
+Files of the user are always compiled from their source: no bytecode is written beside them, and none that lies there is
+believed (it is judged by size and seconds, so a quick edit would go unseen).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import sys
+import traceback
+from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, ModuleSpec, SourceFileLoader
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.errors import EdgekdError, RecipeError, expected_one_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import CodeType, ModuleType
+
+    from edgekd.domain.recipe import EntryPoint
+
+# modules that no file of the user may stand for: other code in this process imports them when it needs them
+_NEEDED = frozenset(
+    [
+        "ai_edge_litert",
+        "ai_edge_quantizer",
+        "edgekd",
+        "litert_torch",
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "onnxsim",
+        "optuna",
+        "safetensors",
+        "scipy",
+        "torch",
+    ]
+)
+_entered: list[Path] = []  # the recipe's folder whose code is loaded in this process, and the folders of its entries
+
+
+def load_function(recipe_dir: Path, entry: EntryPoint) -> Callable[..., Any]:
+    """Return the function that an entry names; its file is imported under its stem, the recipe's folder first on the path.
+
+    Raises:
+        RecipeError: if the file cannot be imported or has no such function.
+    """
+    recipe_dir = recipe_dir.absolute()
+    path = Path(os.path.normpath(recipe_dir / entry.file))
+    if path.suffix != ".py" or not path.is_file():
+        _refuse_file(recipe_dir, path, entry)
+    _enter(recipe_dir, path.parent)
+    module = _module(path, entry)
+    function = getattr(module, entry.function, None)
+    if function is None:
+        raise RecipeError(f"{entry.file}: has no function '{entry.function}'; {_what_there_is(module, entry.function)}")
+    if not callable(function):
+        raise RecipeError(f"{entry.file}: '{entry.function}' is {_a(function)}; expected a function; {_what_there_is(module, '')}")
+    return function  # type: ignore[no-any-return]  # checked to be callable
+
+
+def call_user_code(function: Callable[..., Any], entry: EntryPoint, *arguments: Any, what: str | None = None) -> Any:
+    """Call user code, with the recipe's folder as the current one; ``what`` names it in the error, by default ``function()``.
+
+    Raises:
+        RecipeError: if it raises anything but an interrupt, or wants to end the process.
+    """
+    with _told(entry, what or f"{entry.function}()"), _inside():
+        return function(*arguments)
+
+
+def forget_modules() -> None:
+    """Remove all modules of the user from this process, so that they are imported anew."""
+    for name in [name for name, module in list(sys.modules.items()) if is_user_module(module)]:
+        del sys.modules[name]
+    for path in list(sys.path_importer_cache):
+        if is_user_file(path):
+            del sys.path_importer_cache[path]
+
+
+def is_user_file(path: str) -> bool:
+    """Return whether a file is the user's: neither Python's, nor an installed package's, nor edgekd's."""
+    return not f"{path}{os.sep}".startswith(("<", *_foreign()))
+
+
+def is_user_module(module: object) -> bool:
+    """Return whether a module was imported from the user's files."""
+    spec = getattr(module, "__spec__", None)
+    if isinstance(getattr(spec, "loader", None), _Source | _Extension):
+        return True
+    places = getattr(spec, "submodule_search_locations", None) if getattr(spec, "origin", None) is None else None
+    return places is not None and any(Path(place).is_relative_to(folder) for place in places for folder in _entered)  # no __init__.py
+
+
+class _Source(SourceFileLoader):
+    """Imports a file from its source, and remembers the source."""
+
+    source: bytes | None = None
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        self.source = self.get_data(path)
+        code: CodeType = self.source_to_code(self.source, path)
+        return code
+
+    def is_current(self) -> bool:
+        try:
+            return self.source is None or Path(self.path).read_bytes() == self.source
+        except OSError:
+            return False
+
+
+class _Extension(ExtensionFileLoader):
+    """Imports a compiled module of the user."""
+
+
+class _Finder(FileFinder):
+    """Finds the user's modules in one folder; in a recipe's, not those that would stand for Python's own or the runtimes'."""
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+        return None if _is_reserved(fullname) and Path(self.path) in _entered else super().find_spec(fullname, target)
+
+
+def _finder(path: str) -> _Finder:
+    if not is_user_file(path) or not Path(path).is_dir():
+        raise ImportError(path)  # the next hook is asked
+    return _Finder(path, (_Extension, EXTENSION_SUFFIXES), (_Source, SOURCE_SUFFIXES))
+
+
+def _is_reserved(name: str) -> bool:
+    return name in sys.stdlib_module_names or name in _NEEDED
+
+
+def _enter(recipe_dir: Path, folder: Path) -> None:
+    """Make a folder of a recipe the place where imports look first, and drop modules that are another folder's or out of date."""
+    if _finder not in sys.path_hooks:
+        sys.path_hooks.insert(0, _finder)
+    if _entered[:1] != [recipe_dir]:
+        _leave()
+        _entered.append(recipe_dir)
+    loaded = [(name, module) for name, module in list(sys.modules.items()) if is_user_module(module)]
+    if any(isinstance(loader, _Source) and not loader.is_current() for loader in (module.__loader__ for _, module in loaded)):
+        forget_modules()
+    rest = [item for item in _entered[1:] if item not in {recipe_dir, folder}]
+    folders = list(dict.fromkeys([recipe_dir, folder, *rest]))
+    sys.path[:] = [*map(str, folders), *(item for item in sys.path if Path(item) not in folders)]
+    _entered[:] = folders
+    for place in map(str, folders):
+        sys.path_importer_cache.pop(place, None)  # files may be new since it was listed
+    for name, module in loaded:
+        if _is_shadowed(name.partition(".")[0], sys.modules.get(name.partition(".")[0], module), folders[:2]):
+            sys.modules.pop(name, None)
+
+
+def _leave() -> None:
+    """Forget the recipe whose code was loaded so far."""
+    forget_modules()
+    sys.path[:] = [item for item in sys.path if Path(item) not in _entered]
+    _entered.clear()
+
+
+def _is_shadowed(name: str, module: ModuleType, folders: list[Path]) -> bool:
+    """Return whether an import of this name would now find another file than the one it was imported from."""
+    found = next((path for folder in folders for path in (folder / name / "__init__.py", folder / f"{name}.py") if path.is_file()), None)
+    return found is not None and module.__spec__ is not None and module.__spec__.origin != str(found)
+
+
+def _module(path: Path, entry: EntryPoint) -> ModuleType:
+    name = path.stem
+    known = sys.modules.get(name)
+    if is_user_module(known) and known is not None and known.__spec__ is not None and known.__spec__.origin == str(path):
+        return known
+    if _is_reserved(name) or (known is not None and not is_user_module(known)):
+        raise RecipeError(f"{entry.file}: has the name of '{name}', a module of Python's or an installed package's; rename the file")
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{entry.file}: cannot be imported; expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with _told(entry, "importing it"), _inside():
+            spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
+
+
+@contextlib.contextmanager
+def _told(entry: EntryPoint, what: str) -> Iterator[None]:
+    """Tell whatever the user's code raises in one line."""
+    try:
+        yield
+    except (KeyboardInterrupt, EdgekdError):
+        raise
+    except BaseException as error:  # the boundary to the user's code, which may raise anything
+        raise RecipeError(f"{_place(error, entry)}: {_problem(error, what)}") from error
+
+
+def _inside() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which the recipe's folder is the current one, so that relative paths mean the same in every stage."""
+    return contextlib.chdir(_entered[0]) if _entered else contextlib.nullcontext()
+
+
+def _place(error: BaseException, entry: EntryPoint) -> str:
+    """Return ``file:line`` of the deepest frame in the user's own files, the file as it lies from the recipe's folder."""
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__) if is_user_file(frame.filename)]
+    if isinstance(error, SyntaxError) and error.filename and is_user_file(error.filename):
+        frames.append((error.filename, error.lineno))
+    if not frames:
+        return entry.file
+    file, line = frames[-1]
+    folder = _entered[0] if _entered else Path.cwd()
+    return f"{os.path.relpath(file, folder)}:{line}"
+
+
+def _problem(error: BaseException, what: str) -> str:
+    lines = str(error).strip().splitlines()
+    text = f": {lines[0]}" if lines else ""
+    if isinstance(error, SystemExit):
+        return f"{what} wants to end the process (SystemExit{text}); it must return"
+    if isinstance(error, SyntaxError):
+        return f"is not valid Python ({error.msg})"
+    hint = f"; install '{error.name}' where edgekd is installed, or correct the name" if isinstance(error, ModuleNotFoundError) else ""
+    return f"{what} raised {type(error).__name__}{text}{hint}"
+
+
+def _refuse_file(recipe_dir: Path, path: Path, entry: EntryPoint) -> None:
+    if path.is_file():
+        raise RecipeError(f"{entry.file}: is not a Python file; expected file.py:{entry.function}")
+    beside = sorted(found.name for found in path.parent.glob("*.py")) if path.parent.is_dir() else []
+    hint = f"; {expected_one_of(path.name, beside)}" if beside else "; the folder has no Python file"
+    raise RecipeError(f"{entry.file}: no such file in {recipe_dir}{hint}")
+
+
+def _what_there_is(module: ModuleType, wanted: str) -> str:
+    public = [
+        name
+        for name, value in vars(module).items()
+        if callable(value) and not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    ]
+    return expected_one_of(wanted, public) if public else "it defines none"
+
+
+def _a(value: object) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+@functools.cache
+def _foreign() -> tuple[str, ...]:
+    """Return the folders of files that are not the user's: Python's, the installed packages', edgekd's."""
+    import site
+    import sysconfig
+
+    paths = sysconfig.get_paths()
+    found = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    found |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[1])}
+    found |= {path for path in sys.path if path.endswith((".zip", "-packages"))}
+    return tuple(sorted({f"{form}{os.sep}" for path in found for form in (path, os.path.realpath(path))}))

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses of a recipe as they are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edgekd import config
+from edgekd.domain.losses import LOSSES, TAPPED, Loss
+from edgekd.errors import RecipeError
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "digits"
+TAPS = {"taps": [{"student": "0", "teacher": "1"}]}
+
+
+def _toml(value):
+    """Write a value as TOML; an array of tables as inline tables."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_toml(item)}" for name, item in value.items()) + " }"
+    return "[" + ", ".join(map(_toml, value)) + "]" if isinstance(value, list) else json.dumps(value)
+
+
+def _losses(folder, kind, options):
+    """Read the digits' recipe with one loss, written as TOML."""
+    shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("build", "__pycache__"))
+    recipe = folder / "edgekd.toml"
+    written = ", ".join(f"{name} = {_toml(value)}" for name, value in {"kind": kind, **options}.items())
+    lines = [f"losses = [{{ {written} }}]" if line.startswith("losses = ") else line for line in recipe.read_text().splitlines()]
+    text = "\n".join(lines)
+    if kind == "squared":  # the one that has no meaning for classes
+        train = text[text.index("[teacher.train]") : text.index("[student]")]
+        text = text.replace(train, 'weights = "w.safetensors"\n').replace("[student]", '[student]\ntask = "regression"')
+        text += '\n[evaluate]\nscore = "data.py:score"\n'
+        (folder / "w.safetensors").write_bytes(b"")
+    recipe.write_text(text)
+    return config.load_recipe(recipe).distill.losses
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_each_kind_of_loss_takes_its_options_and_no_other(tmp_path, kind):
+    options = {name: 0.5 if isinstance(value, float) and not isinstance(value, bool) else value for name, value in LOSSES[kind].items()}
+    taps = TAPS if kind in TAPPED else {}
+    (loss,) = _losses(tmp_path, kind, {**options, **taps})
+    assert (loss.given, loss.options) == (options, options)
+    assert Loss.from_dict(json.loads(json.dumps(loss.to_dict()))).to_dict() == loss.to_dict()
+    (plain,) = _losses(tmp_path, kind, taps)
+    assert (plain.given, plain.options) == ({}, LOSSES[kind])
+    for name in {"temperature", "standardize", "label_smoothing", "target_weight", "inter_weight"} - options.keys():
+        with pytest.raises(RecipeError, match=f"'{kind}' has no {name}; expected one of "):
+            _losses(tmp_path, kind, {name: name == "standardize" or 1.0, **taps})
+
+
+def _recipe(folder, *changes):
+    """Read the digits' recipe with lines of ``[distill]`` and ``[teacher]`` put in."""
+    shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("build", "__pycache__"))
+    recipe = folder / "edgekd.toml"
+    text = recipe.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    recipe.write_text(text)
+    (folder / "w.safetensors").write_bytes(b"")
+    return config.load_recipe(recipe)
+
+
+LOSSES_LINE = next(line for line in (EXAMPLE / "edgekd.toml").read_text().splitlines() if line.startswith("losses"))
+MODEL = 'model = "models.py:teacher"'
+
+
+def _with(losses):
+    return LOSSES_LINE, f"losses = [{losses}]"
+
+
+def _more(line):
+    return LOSSES_LINE, f"{LOSSES_LINE}\n{line}"
+
+
+def test_all_of_distillation_can_be_written(tmp_path):
+    found = _recipe(
+        tmp_path,
+        _with(
+            '{ kind = "ce" }, { kind = "kl", epochs = [2, 30] }, { kind = "kl", teacher = "ema" }, '
+            '{ kind = "hint", epochs = [1, 2], taps = [{ student = "0", teacher = "1" }, { student = "2", teacher = "3:1" }] }'
+        ),
+        (MODEL, MODEL + "\nweight = 2.0"),
+        (
+            "[distill]",
+            '[distill]\nteachers = [{ model = "models.py:teacher", weights = "w.safetensors", weight = 0.5 }]\nteacher_weighting = "confidence"',
+        ),
+    )
+    assert [(loss.kind, loss.epochs, loss.teacher, len(loss.taps)) for loss in found.distill.losses] == [
+        ("ce", None, "frozen", 0),
+        ("kl", (2, 30), "frozen", 0),
+        ("kl", None, "ema", 0),
+        ("hint", (1, 2), "frozen", 2),
+    ]
+    assert (found.teacher.weight, found.distill.teachers[0].weight, found.distill.teacher_weighting) == (2.0, 0.5, "confidence")
+    assert list(found.soft_target_sources) == ["soft_targets", "soft_targets/teacher/0"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_with('{ kind = "hint" }'), r"losses\[0\].taps: missing; 'hint' matches modules of student and teacher"),
+        (_with('{ kind = "kl", taps = [{ student = "0", teacher = "0" }] }'), r"'kl' compares answers and has no taps"),
+        (_with('{ kind = "kl" }, { kind = "kl", weight = 2.0 }'), r"losses\[1\].kind: 'kl' is there twice"),
+        (_with('{ kind = "ce", teacher = "ema" }'), "'ema', but 'ce' follows no such teacher"),
+        (_with('{ kind = "kl", teacher = "emma" }'), r"'emma' is not a teacher; .*did you mean 'ema'"),
+        (_with('{ kind = "kl", teacher = "last_epoch" }'), "none counts in epoch 1; expected one at least in each of"),
+        (_with('{ kind = "kl", epochs = [2, 1] }'), r"\[2, 1\]; expected the first and the last epoch in which it counts, from 1 to"),
+        (_with('{ kind = "kl", epochs = [1, 9999] }'), r"\[1, 9999\]; expected the first and the last epoch"),
+        (_with('{ kind = "kl", epochs = [1, 2] }'), "none counts in epoch 3"),
+        (_more('teacher_weighting = "confidence"'), "'confidence', but there is one teacher"),
+        (_more('teacher_weighting = "random"'), "'random' is not a teacher weighting"),
+        (_more('teachers = [{ model = "models.py:teacher" }]'), r"distill.teachers\[0\]: has model; expected model and weights"),
+        (
+            _more('teachers = [{ model = "models.py:teacher", train = { epochs = 1 } }]'),
+            r"teachers\[0\].train: a further teacher is not taught here",
+        ),
+        (
+            _more('teachers = [{ model = "models.py:teacher", weights = "w.safetensors", checkpoints = ["w.safetensors"] }]'),
+            "only the reference has earlier weights",
+        ),
+        (_more('teachers = [{ file = "answers.npz" }]'), r"'answers.npz'; expected a file that ends in .onnx, .pt2, .safetensors, .ts"),
+        ((MODEL, MODEL + '\ncheckpoints = ["w.safetensors"]'), "need model and weights; a teacher that is taught keeps them by"),
+        (("[teacher.train]", "[teacher.train]\ncheckpoints = 500"), "expected fewer than teacher.train.epochs"),
+        (_with('{ kind = "kl", temperature = "auto", epochs = [1, 30] }'), "have epochs, and something is 'auto'"),
+        (
+            (LOSSES_LINE, 'losses = [{ kind = "kl", epochs = [1, 30] }]\nassistants = [{ model = "models.py:teacher", epochs = 5 }]'),
+            "have epochs of their own, and losses count in some of 30",
+        ),
+        (("[student]", "[student]\nheads = [5, 5]"), "top-1 judges one softmax; expected evaluate.score or evaluate.metric"),
+        (("[student]", "[student]\nheads = [10]"), "are several softmaxes; expected two at least"),
+        (
+            ("[student]", '[student]\ntask = "regression"'),
+            "'kl' compares classes, and student.task are numbers; expected one of mse, squared",
+        ),
+        (("[student]", '[student]\ntask = "multilabel"'), "teaches from classes of one softmax; expected a teacher with weights"),
+        (("[student]", '[student]\ntask = "multilabels"'), "'multilabels' is not a task; .*did you mean 'multilabel'"),
+    ],
+)
+def test_what_does_not_fit_together_is_told(tmp_path, change, message):
+    with pytest.raises(RecipeError, match=message):
+        _recipe(tmp_path, change)
+
+
+def test_taps_need_a_module_and_one_teacher(tmp_path):
+    taps = _with('{ kind = "hint", taps = [{ student = "0", teacher = "0" }] }')
+    with pytest.raises(RecipeError, match="name modules of one teacher"):
+        _recipe(tmp_path, (LOSSES_LINE, taps[1] + '\nassistants = [{ model = "models.py:teacher" }]'))
+    with pytest.raises(RecipeError, match="name modules of one student"):
+        _recipe(tmp_path, (LOSSES_LINE, taps[1] + '\nsizes = ["models.py:teacher"]'))
+    lines = (EXAMPLE / "edgekd.toml").read_text().splitlines()
+    start = lines.index(MODEL)
+    train = "\n".join(lines[start : next(i for i in range(start, len(lines)) if lines[i].startswith("[student"))])
+    with pytest.raises(RecipeError, match="need a teacher that is a module"):
+        _recipe(tmp_path, taps, (train, 'file = "w.safetensors"\n'))
+
+
+def test_numbers_have_no_twins_yet(tmp_path):
+    text = (EXAMPLE / "edgekd.toml").read_text()
+    train = text[text.index("[teacher.train]") : text.index("[student]")]
+    changes = (
+        (train, 'weights = "w.safetensors"\n'),
+        ("[student]", '[student]\ntask = "regression"'),
+        ("[budget]", '[evaluate]\nscore = "data.py:score"\n[budget]'),
+        _with('{ kind = "squared" }, { kind = "mse" }'),
+    )
+    assert _recipe(tmp_path / "without", *changes).student.task == "regression"
+    with pytest.raises(RecipeError, match="its twins learn classes, and student.task are numbers"):
+        _recipe(tmp_path / "with", *changes, ("[distill]", "[distill]\nbaselines = { seeds = 2 }"))

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+
+from edgekd.domain.losses import Loss, Tap
+from edgekd.domain.recipe import EntryPoint
+from edgekd.errors import RecipeError
+from edgekd.kd.losses import features, taps
+
+ENTRY = EntryPoint("models.py", "net")
+
+
+def convolutional(width, *, inplace=False, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=inplace),
+        nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(width, 3),
+    )
+
+
+class Attending(nn.Module):
+    """A transformer's block that gives its attention as a second output."""
+
+    def __init__(self, width, heads, tokens=20):
+        super().__init__()
+        self.embed = nn.Embedding(tokens, width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.wrapped = Weights(self.attention)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, tokens):
+        states = self.embed(tokens)
+        mixed, _ = self.wrapped(states)
+        return self.head((states + mixed).mean(1))
+
+
+class Weights(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.inner = attention
+
+    def forward(self, states):
+        return self.inner(states, states, states, need_weights=True, average_attn_weights=False)
+
+
+def term(kind, *pairs, **options):
+    return Loss(kind, taps=tuple(Tap(*pair) for pair in pairs), **options)
+
+
+def networks(student, teacher):
+    return taps.Network("student", student, ENTRY), taps.Network("teacher", teacher, ENTRY)
+
+
+def images(count=6, seed=0):
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def asked(tapped, batch, epoch):
+    tapped.ask([batch])
+    return tapped.loss(epoch)
+
+
+def state_digest(module):
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in module.state_dict().values())).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["attention", "hint", "relation"])
+def test_the_loss_is_that_of_the_tensors_and_trains_the_student_only(kind):
+    student, teacher = convolutional(4).train(), convolutional(6, seed=1)
+    before = state_digest(teacher)
+    tapped = taps.attach_taps(*networks(student, teacher), [term(kind, ("3", "3"), weight=2.0)], [images()], 0)
+    student(images())
+    loss = asked(tapped, images(), 0)
+    loss.backward()
+    assert not any(module.training for module in teacher.modules())
+    assert state_digest(teacher) == before
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert student[0].weight.grad.abs().sum() > 0
+    assert student[7].weight.grad is None
+    assert (len(tapped.adapters) == 1) == (kind == "hint")
+    student.eval()
+    with torch.no_grad():
+        student(images())
+        found = asked(tapped, images(), 0)
+        tensors = [net[:4](images()) for net in (student, teacher)]
+        if kind == "hint":
+            assert tapped.adapters["hint_0"].weight.shape == (6, 4, 1, 1)
+            tensors[0] = tapped.adapters["hint_0"](tensors[0])
+        assert found.item() == pytest.approx(2 * features.FEATURES[kind](*tensors).item(), rel=1e-5)
+
+
+def test_hidden_states_and_attention_of_a_transformer():
+    student, teacher = Attending(8, 2), Attending(16, 4)
+    tokens = torch.randint(0, 20, (5, 7))
+    terms = [term("hidden", ("embed", "embed")), term("attention", ("wrapped:1", "wrapped:1"), over="heads")]
+    tapped = taps.attach_taps(*networks(student, teacher), terms, [tokens], 0)
+    student(tokens)
+    asked(tapped, tokens, 0).backward()
+    assert tapped.adapters["hidden_0"].weight.shape == (16, 8)
+    assert student.attention.in_proj_weight.grad.abs().sum() > 0
+
+
+def test_a_block_is_fed_the_teachers_input_and_trained_alone():
+    student, teacher = convolutional(6).train(), convolutional(6, seed=1)
+    tapped = taps.attach_taps(*networks(student, teacher), [term("block", ("3", "3"))], [images()], 0)
+    student(images())
+    asked(tapped, images(), 0).backward()
+    assert student[3][0].weight.grad.abs().sum() > 0
+    assert student[0].weight.grad is None
+    student.eval()
+    with torch.no_grad():
+        student(images())
+        entered = teacher[:3](images())
+        assert asked(tapped, images(), 0).item() == pytest.approx(
+            ((student[3](entered) - teacher[3](entered)) ** 2).mean().item(), rel=1e-5
+        )
+
+
+def test_a_term_counts_in_its_epochs_only():
+    student, teacher = convolutional(4), convolutional(4, seed=1)
+    tapped = taps.attach_taps(*networks(student, teacher), [term("hint", ("3", "3"), epochs=(2, 3))], [images()], 0)
+    assert [tapped.counts_in(epoch) for epoch in range(4)] == [False, True, True, False]
+    for epoch in (1, 2):
+        student(images())
+        assert asked(tapped, images(), epoch).item() > 0
+
+
+def test_the_student_stays_in_its_mode_and_its_buffers_as_they_were():
+    for mode in (True, False):
+        student = convolutional(4).train(mode)
+        before = state_digest(student)
+        taps.attach_taps(*networks(student, convolutional(4)), [term("hint", ("3", "3"))], [images()], 0)
+        assert student.training == mode
+        assert state_digest(student) == before
+
+
+def test_adapters_have_the_weights_of_their_seed():
+    made = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(made))
+        tapped = taps.attach_taps(*networks(convolutional(4), convolutional(6)), [term("hint", ("3", "3"))], [images()], seed)
+        made.append(tapped.adapters["hint_0"].weight)
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.unused, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(self.layer(x)))
+
+
+class Counting(nn.Module):
+    def forward(self, x):
+        return x.flatten(1).argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("student", "kind", "pair", "message"),
+    [
+        (convolutional(4), "hint", ("33", "3"), r"tap '33' of the student \(models.py:net\): no such module.* it has 0, 1, 2, 3"),
+        (convolutional(4), "hint", ("3", "3.9"), r"tap '3.9' of the teacher .*: no such module"),
+        (convolutional(4), "hint", ("", "3"), "no such module"),
+        (convolutional(4, inplace=True), "hint", ("1", "3"), r"tap '1' of the student: what it gives is changed in place afterwards"),
+        (convolutional(4), "hint", ("7", "3"), r"give \[6, 3\] and \[6, 6, 8, 8\]; expected as many axes"),
+        (convolutional(4), "hidden", ("3", "3"), r"expected \(n, tokens, width\)"),
+        (convolutional(4), "attention", ("5", "5"), r"expected \(n, channels, length\) or"),
+        (convolutional(4), "block", ("3", "3"), "the student's block cannot take the teacher's input of that block"),
+        (convolutional(4), "block", ("0", "0"), "block needs equal shapes"),
+    ],
+)
+def test_wrong_taps_are_told_before_anything_runs(student, kind, pair, message):
+    with pytest.raises(RecipeError, match=message):
+        taps.attach_taps(*networks(student, convolutional(6)), [term(kind, pair)], [images()], 0)
+
+
+def test_all_wrong_taps_are_told_at_once():
+    with pytest.raises(RecipeError) as caught:
+        taps.attach_taps(*networks(convolutional(4), convolutional(6)), [term("hint", ("a", "b"), ("3", "c"))], [images()], 0)
+    assert len(caught.value.problems) == 3
+
+
+def test_a_module_that_is_called_twice_or_never_is_refused():
+    rows = torch.randn(5, 4)
+    for name, told in (("layer", "is called 2 times in one forward pass"), ("unused", "is not called in a forward pass")):
+        with pytest.raises(RecipeError, match=told):
+            taps.attach_taps(*networks(Twice(), Twice()), [term("hint", (name, "head"))], [rows], 0)
+
+
+def test_a_module_with_several_outputs_or_integers_is_refused():
+    tokens = torch.randint(0, 20, (5, 7))
+    with pytest.raises(RecipeError, match=r"the module gives 2 outputs; expected one tensor; name one by its number: 'wrapped:0'"):
+        taps.attach_taps(*networks(Attending(8, 2), Attending(8, 2)), [term("hidden", ("wrapped", "embed"))], [tokens], 0)
+    counted = [nn.Sequential(nn.Conv2d(1, 2, 3), Counting()) for _ in range(2)]
+    with pytest.raises(RecipeError, match="the module gives int64; expected floating point numbers"):
+        taps.attach_taps(*networks(*counted), [term("hint", ("1", "0"))], [images()], 0)
+
+
+def test_other_numbers_of_tokens_are_told():
+    class Shorter(Attending):
+        def forward(self, tokens):
+            return super().forward(tokens[:, 1:])
+
+    tokens = torch.randint(0, 20, (5, 7))
+    for kind, path, more in (("hidden", "embed", {}), ("attention", "wrapped:1", {"over": "heads"})):
+        with pytest.raises(RecipeError, match="are the vocabularies or lengths different"):
+            taps.attach_taps(*networks(Shorter(8, 2), Attending(8, 2)), [term(kind, (path, path), **more)], [tokens], 0)
+
+
+def test_a_module_that_is_left_out_later_is_told_and_nothing_stale_is_used():
+    class Skipping(Attending):
+        skip = False
+
+        def forward(self, tokens):
+            states = self.embed(tokens)
+            return self.head((states if self.skip else states + self.wrapped(states)[0]).mean(1))
+
+    student, tokens = Skipping(8, 2), torch.randint(0, 20, (5, 7))
+    tapped = taps.attach_taps(
+        *networks(student, Attending(8, 2)), [term("attention", ("wrapped:1", "wrapped:1"), over="heads")], [tokens], 0
+    )
+    student.skip = True
+    student(tokens)
+    with pytest.raises(RecipeError, match="tap 'wrapped:1': the module was not called for this batch"):
+        asked(tapped, tokens, 0)
+
+
+def test_what_was_refused_leaves_the_student_as_it_was():
+    student = convolutional(4).train()
+    with pytest.raises(RecipeError):
+        taps.attach_taps(*networks(student, convolutional(6)), [term("hidden", ("3", "3"))], [images()], 0)
+    assert student.training
+    assert not any(module._forward_hooks for module in student.modules())

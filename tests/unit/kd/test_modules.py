@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from edgekd.domain.recipe import EntryPoint
+from edgekd.errors import RecipeError
+from edgekd.kd import modules
+from edgekd.kd.teachers.load import load_teacher
+
+CODE = """
+import torch
+from torch import nn
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+    def forward(self, tokens):
+        return self.head(self.embed(tokens).mean(1))
+
+def net():
+    body = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5)]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+def tied():
+    return Tied()
+
+def number():
+    return 7
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {"seen": 3}
+
+def extra():
+    return Extra(2, 2)
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return x, x
+
+def pair():
+    return Pair(2, 2)
+
+class Wide(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)[:, None]
+
+def wide():
+    return Wide(2, 2)
+"""
+NET = EntryPoint("kd_models_user.py", "net")
+
+
+def entry(function):
+    return EntryPoint("kd_models_user.py", function)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "kd_models_user.py").write_text(CODE)
+    yield tmp_path
+    sys.modules.pop("kd_models_user", None)
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(1).standard_normal((5, 1, 8, 8)).astype(np.float32)
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_a_student_comes_back_from_its_weights_in_eval_mode(folder):
+    torch.manual_seed(1)
+    module = modules.build_module(folder, NET)
+    modules.save_weights(module, folder / "student.safetensors")
+    found = modules.load_module(folder, NET, folder / "student.safetensors")
+    assert not found.training
+    for name, value in module.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+def test_equal_weights_give_equal_bytes_in_any_memory_layout(folder):
+    module = modules.build_module(folder, NET)
+    modules.save_weights(module, folder / "a.safetensors")
+    modules.save_weights(module.to(memory_format=torch.channels_last), folder / "b.safetensors")
+    assert (folder / "a.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
+
+
+def test_tied_weights_are_written_under_each_name_and_stay_tied(folder):
+    module = modules.build_module(folder, entry("tied"))
+    modules.save_weights(module, folder / "tied.safetensors")
+    assert sorted(load_file(folder / "tied.safetensors")) == ["embed.weight", "head.weight"]
+    found = modules.load_module(folder, entry("tied"), folder / "tied.safetensors")
+    assert found.head.weight is found.embed.weight
+    assert torch.equal(found.head.weight, module.head.weight)
+    assert modules.parameter_count(found) == 24
+
+
+def test_state_that_is_no_tensor_is_refused(folder):
+    with pytest.raises(RecipeError, match="_extra_state"):
+        modules.save_weights(modules.build_module(folder, entry("extra")), folder / "x.safetensors")
+
+
+def test_a_function_that_returns_no_module_is_refused(folder):
+    with pytest.raises(RecipeError, match=r"kd_models_user.py:number: returned int; it must return a torch.nn.Module"):
+        modules.build_module(folder, entry("number"))
+
+
+def test_weights_that_do_not_fit_are_named(folder):
+    module = modules.build_module(folder, NET)
+    weights = state(module)
+    weights["extra.bias"] = weights.pop("6.bias")
+    weights["6.weight"] = torch.zeros(9, 4)
+    torch.save(weights, folder / "w.pt")
+    with pytest.raises(RecipeError) as caught:
+        modules.load_module(folder, NET, folder / "w.pt")
+    assert caught.value.problems == (
+        "kd_models_user.py:net with w.pt: the weights lack 6.bias",
+        "kd_models_user.py:net with w.pt: the module has no extra.bias",
+        "kd_models_user.py:net with w.pt: 6.weight has shape [9, 4]; the module's is [3, 4]",
+    )
+
+
+def test_a_teacher_module_is_frozen(folder):
+    modules.save_weights(modules.build_module(folder, NET), folder / "w.safetensors")
+    module = modules.load_frozen_module(folder, NET, folder / "w.safetensors")
+    assert not module.training
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_state_dict_saved_by_torch_is_read(folder):
+    module = modules.build_module(folder, NET)
+    torch.save(module.state_dict(), folder / "w.pt")
+    found = modules.read_weights(folder / "w.pt")
+    assert torch.equal(found["6.weight"], module.state_dict()["6.weight"])
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.bin", "w.safetensors"])
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_a_pickle_with_a_payload_is_refused_and_never_run(tmp_path, name, how):
+    marker, path = tmp_path / "ran", tmp_path / name
+    content = {"weight": torch.zeros(2), "evil": Payload(marker)}
+    if how == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(RecipeError) as caught:
+        modules.read_weights(path)
+    assert len(caught.value.problems) == 1
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)
+    assert not marker.exists()
+    stored = path.read_bytes()
+    assert b"mkdir" in stored  # the call lies in the file,
+    assert str(marker).encode() in stored
+    function, arguments = content["evil"].__reduce__()
+    function(*arguments)
+    assert marker.exists()  # and would have been seen
+
+
+def test_a_pickled_module_is_refused(folder):
+    torch.save(modules.build_module(folder, NET), folder / "w.pt")
+    with pytest.raises(RecipeError, match="holds more than tensors and would run code"):
+        modules.read_weights(folder / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, "epoch, state_dict is not a tensor; save the state dict alone"),
+        ([torch.zeros(1)], "holds list; expected a state dict"),
+        ({1: torch.zeros(1)}, "holds dict; expected a state dict"),
+    ],
+)
+def test_anything_but_named_tensors_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(RecipeError, match=message):
+        modules.read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"no weights at all", b"PK\x03\x04 half a zip", bytes(range(256)) * 8])
+def test_damaged_weights_are_refused_in_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecipeError, match=name) as caught:
+        modules.read_weights(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_truncated_weights_are_refused(folder, name):
+    module = modules.build_module(folder, NET)
+    torch.save(module.state_dict(), folder / "w.pt")
+    modules.save_weights(module, folder / "w.safetensors")
+    content = (folder / name).read_bytes()
+    for share in (0.3, 0.7, 0.99):
+        (folder / name).write_bytes(content[: int(share * len(content))])
+        with pytest.raises(RecipeError, match=name):
+            modules.read_weights(folder / name)
+
+
+def test_a_module_teacher_answers_with_its_logits_and_never_changes(folder, images):
+    modules.save_weights(modules.build_module(folder, NET), folder / "w.safetensors")
+    teacher = load_teacher(folder, NET, folder / "w.safetensors")
+    module = modules.load_module(folder, NET, folder / "w.safetensors")
+    first = teacher([images])
+    with torch.no_grad():
+        np.testing.assert_array_equal(first, module(torch.tensor(images)).numpy())
+    assert first.dtype == np.float32
+    np.testing.assert_array_equal(teacher([images]), first)  # dropout is off, batch norm keeps its statistics
+
+
+@pytest.mark.parametrize(
+    ("function", "message"), [("pair", "answered with tuple; expected one tensor"), ("wide", r"shape \[5, 1, 2\]; expected logits")]
+)
+def test_answers_that_are_no_logits_are_refused(folder, function, message):
+    modules.save_weights(modules.build_module(folder, entry(function)), folder / "w.safetensors")
+    teacher = load_teacher(folder, entry(function), folder / "w.safetensors")
+    with pytest.raises(RecipeError, match=message):
+        teacher([np.zeros((5, 2), np.float32)])
+
+
+def test_a_file_of_an_unknown_kind_is_refused(tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"teacher.file teacher.onx: expected one of .onnx, .pt2, .safetensors, .ts \(did you mean '.onnx'\?\)"
+    ):
+        load_teacher(tmp_path, None, tmp_path / "teacher.onx")

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from edgekd.report import cost
+
+STEPS = {  # seconds, samples, bytes
+    "inspect": ("inspect", 9.0, 0, 900),
+    "teach": ("teach", 8.0, 800, 80),
+    "soft_targets": ("soft_targets", 4.0, 400, 40),
+    "soft_targets/pseudo_labels/0": ("soft_targets", 0.5, 50, 5),
+    "distill/search": ("distill", 2.0, 20, 2),
+    "distill/search/label_smoothing/0": ("distill", 0.25, 30, 3),
+    "distill": ("distill", 1.0, 100, 10),
+    "distill/autotune": ("distill", 0.125, 0, 1),
+    "distill/size/0": ("distill", 3.0, 300, 30),
+    "distill/distilled/1": ("distill", 16.0, 1600, 160),
+    "distill/no_teacher/0": ("distill", 32.0, 3200, 320),
+    "evaluate/distill/no_teacher/0": ("evaluate", 64.0, 0, 640),
+}
+
+
+def _case(limit=None):
+    done = {}
+    for name, (stage, seconds, samples, size) in STEPS.items():
+        entry = SimpleNamespace(
+            seconds=seconds, metrics={"samples": samples} if samples else {}, artifacts={"file": SimpleNamespace(size_bytes=size)}
+        )
+        done[name] = SimpleNamespace(step=SimpleNamespace(stage=stage), entry=entry)
+    recipe = SimpleNamespace(distill=SimpleNamespace(break_even_inferences=limit))
+    return SimpleNamespace(done=done, plan=SimpleNamespace(recipe=recipe))
+
+
+def _measured(subject, ns):
+    return SimpleNamespace(subject=subject, runtime="litert", threads=1, samples_ns=lambda: np.full(9, ns))
+
+
+def test_each_step_is_charged_to_its_part():
+    found = cost.training_cost(_case(), None, [])
+    rows = {row["part"]: (row["seconds"], row["samples"], row["bytes"]) for row in found["parts"]}
+    assert rows == {
+        "teach": (8.0, 800, 80),
+        "soft_targets": (4.0, 400, 40),
+        "search": (2.0, 20, 2),
+        "distill": (1.125, 100, 11),
+        "sizes": (3.0, 300, 30),
+        "twins": (48.75, 4880, 488),
+    }
+    assert found["break_even_inferences"] is None
+
+
+@pytest.mark.parametrize(("student_ns", "expected"), [(1_000_000, 66_875), (2_000_000, None)])
+def test_all_of_it_is_won_back_after_as_many_inferences_as_save_it(student_ns, expected):
+    student = _measured("student", student_ns)
+    assert cost.training_cost(_case(), student, [_measured("teacher", 2_000_000), student])["break_even_inferences"] == expected
+
+
+def test_training_that_costs_more_than_the_recipe_allows_is_remarked():
+    assert cost.break_even_note(_case(), {"break_even_inferences": None}) is None
+    assert cost.break_even_note(_case(1000), {"break_even_inferences": 1000}) is None
+    assert "takes 1,001 inferences as measured; distill.break_even_inferences = 1,000" in cost.break_even_note(
+        _case(1000), {"break_even_inferences": 1001}
+    )
+    assert "is unknown without a latency" in cost.break_even_note(_case(1000), {"break_even_inferences": None})
