@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
 from edgekd.domain.artifact import Candidate
@@ -26,7 +26,7 @@ class Plan:
 
     recipe: Recipe
     targets: tuple[Target, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[Step[Any], ...]
     candidates: Mapping[str, tuple[Candidate, ...]]
 
 
@@ -41,12 +41,12 @@ def resolve(recipe: Recipe, targets: Sequence[Target], pipeline: Sequence[Stage]
     return Plan(recipe, tuple(targets), steps, found)
 
 
-def _ordered(steps: Sequence[Step]) -> tuple[Step, ...]:
+def _ordered(steps: Sequence[Step[Any]]) -> tuple[Step[Any], ...]:
     """Return steps so that inputs come first; else in the order of the pipeline, which a chain of assistants leaves."""
     by_id = {step.id: step for step in steps}
-    found: dict[str, Step] = {}
+    found: dict[str, Step[Any]] = {}
 
-    def add(step: Step) -> None:
+    def add(step: Step[Any]) -> None:
         for needed in dict.fromkeys(reference.partition(":")[0] for reference in step.inputs.values()):
             if needed not in found:
                 add(by_id[needed])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -17,21 +17,22 @@ if TYPE_CHECKING:
     from edgekd.domain.recipe import Recipe, TensorSpec
     from edgekd.domain.target import Target
 
+P = TypeVar("P")  # the frozen dataclass of a step's parameters
 Progress = Callable[[float, str], None]  # (share done in [0, 1], what is being done, in a few words)
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Step(Generic[P]):
     """A cached stage bound to its parameters and inputs.
 
     ``id`` is unique in a plan and starts with the stage's name (``quantize/litert/static_wi8_ai8/ptq``).
-    ``params`` are all values that may change the output. ``inputs`` maps the stage's own names to artifacts of other
+    ``params`` is a frozen dataclass of JSON values: all that may change the output. ``inputs`` maps the stage's own names to artifacts of other
     steps, ``"step id:file name"``. ``tools`` are the distributions whose versions touch the bytes.
     """
 
     id: str
     stage: str
-    params: Mapping[str, Json]
+    params: P
     inputs: Mapping[str, str] = field(default_factory=dict)
     tools: tuple[str, ...] = ()
 
@@ -40,7 +41,7 @@ class Step:
 class CompletedStep:
     """A step that is finished: its entry, and whether it came from the cache."""
 
-    step: Step
+    step: Step[Any]
     entry: CacheEntry
     hit: bool
 
@@ -109,11 +110,11 @@ class Stage(Protocol):
     NAME: str
     CODE: tuple[str, ...]  # the modules and packages of edgekd that compute its bytes, as paths without suffix; part of its keys
 
-    def steps(self, recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
+    def steps(self, recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
         """Return the steps of this stage, without importing anything heavy; the same step for two targets once."""
         ...
 
-    def run(self, step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+    def run(self, step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
         """Do the work.
 
         Raises:

@@ -42,7 +42,7 @@ class BuildContext:
     cache: Cache
     recipe_dir: Path
     reporter: Reporter
-    before_step: Callable[[Step, Mapping[str, CompletedStep]], None]
+    before_step: Callable[[Step[Any], Mapping[str, CompletedStep]], None]
 
 
 def run(plan: Plan, build: BuildContext, until: str | None = None) -> dict[str, CompletedStep]:
@@ -59,7 +59,7 @@ def run(plan: Plan, build: BuildContext, until: str | None = None) -> dict[str, 
     return completed
 
 
-def steps_until(plan: Plan, until: str | None) -> Iterator[Step]:
+def steps_until(plan: Plan, until: str | None) -> Iterator[Step[Any]]:
     """Yield the steps of a plan up to and including a stage, except those that need a later one (an assistant's soft targets)."""
     names = list(STAGES)
     last = len(names) if until is None else names.index(until)
@@ -70,7 +70,7 @@ def steps_until(plan: Plan, until: str | None) -> Iterator[Step]:
             yield step
 
 
-def producers(step: Step) -> set[str]:
+def producers(step: Step[Any]) -> set[str]:
     """Return the ids of the steps whose artifacts a step reads."""
     return {reference.partition(":")[0] for reference in step.inputs.values()}
 
@@ -92,7 +92,7 @@ def run_rank() -> None:
             STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, own_work, lambda _share, _text: None))
 
 
-def _run_step(step: Step, completed: Mapping[str, CompletedStep], build: BuildContext) -> CompletedStep:
+def _run_step(step: Step[Any], completed: Mapping[str, CompletedStep], build: BuildContext) -> CompletedStep:
     """Return a step's cache entry; run the stage if there is none."""
     cache, recipe_dir = build.cache, build.recipe_dir
     material = keys.key_material(STAGES[step.stage], step, completed)
@@ -114,7 +114,7 @@ def _run_step(step: Step, completed: Mapping[str, CompletedStep], build: BuildCo
     return CompletedStep(step, entry, is_hit)
 
 
-def _execute(step: Step, completed: Mapping[str, CompletedStep], build: BuildContext, material: Mapping[str, Any]) -> CacheEntry:
+def _execute(step: Step[Any], completed: Mapping[str, CompletedStep], build: BuildContext, material: Mapping[str, Any]) -> CacheEntry:
     cache, base = build.cache, digest(material)
     started = time.monotonic()
     try:
@@ -141,13 +141,13 @@ def _execute(step: Step, completed: Mapping[str, CompletedStep], build: BuildCon
     return entry
 
 
-def _check_tools(step: Step) -> None:
+def _check_tools(step: Step[Any]) -> None:
     missing = [tool for tool in step.tools if tool_version(tool) is None]
     if missing:
         raise UnavailableError(f"{step.id} needs {', '.join(missing)}, which is not installed; run: pip install 'edgekd[build]'")
 
 
-def _repair_inputs(step: Step, completed: Mapping[str, CompletedStep], build: BuildContext) -> None:
+def _repair_inputs(step: Step[Any], completed: Mapping[str, CompletedStep], build: BuildContext) -> None:
     """Read every byte of a step's inputs; run the producers of damaged ones again."""
     for producer in producers(step):
         entry = completed[producer].entry

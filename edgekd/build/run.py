@@ -159,10 +159,10 @@ def misspelt_targets(plan: Plan) -> list[str]:
     ]
 
 
-def _warner(plan: Plan, reporter: Reporter) -> Callable[[Step, Mapping[str, CompletedStep]], None]:
+def _warner(plan: Plan, reporter: Reporter) -> Callable[[Step[Any], Mapping[str, CompletedStep]], None]:
     told: list[str] = []
 
-    def before(step: Step, done: Mapping[str, CompletedStep]) -> None:
+    def before(step: Step[Any], done: Mapping[str, CompletedStep]) -> None:
         if step.stage in pipeline.DISTRIBUTED and not told:
             told.append(step.id)
             for line in collect.provable_warnings(plan, done):

@@ -30,7 +30,7 @@ TOOLS = ("torch", "numpy", "safetensors")
 TRAINED = ("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "seed", "views")  # as the recipe has them
 
 
-def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
+def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
     """Return the step of the student that ships, after its assistants', and those of students of other sizes and of twins."""
     del targets  # all share one student
     machine = runner.facts()
@@ -47,7 +47,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     code = {"code": "inspect:student.code.json"}
     mode = execution.plan_execution_mode(NAME, distill, machine["features"], params, {**_samples(recipe), **code})
     params |= mode["params"]
-    found: list[Step] = list(mode["steps"])
+    found: list[Step[Any]] = list(mode["steps"])
     for link, assistant in enumerate(assistants):
         own = {**params, **_lessons(recipe, link), "model": str(assistant.model), "epochs": assistant.epochs or distill.epochs}
         taught = {**_taught(recipe, link), "code": f"inspect:assistant.{link}.code.json", **mode["inputs"]}
@@ -69,7 +69,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     return [*found, *_twins(recipe, student)]
 
 
-def _worth(recipe: Recipe, step: Step) -> Step:
+def _worth(recipe: Recipe, step: Step[Any]) -> Step[Any]:
     """Return the step that finds out how many epochs of training are won back."""
     reference = {"reference": recipe.teacher.artifact, "reference.code": "inspect:teacher.code.json"}
     made = None if recipe.teacher.model is None else str(recipe.teacher.model)
@@ -78,7 +78,7 @@ def _worth(recipe: Recipe, step: Step) -> Step:
     return replace(step, id=f"{NAME}/epochs", params={**step.params, **own}, inputs={**step.inputs, **reference}, tools=tools)
 
 
-def _with_search(recipe: Recipe, step: Step) -> list[Step]:
+def _with_search(recipe: Recipe, step: Step[Any]) -> list[Step[Any]]:
     """Return a step, after one that chooses what its losses leave to ``auto``."""
     losses = cast("list[dict[str, Any]]", step.params["losses"])
     if not any(Loss.from_dict(told).is_open for told in losses):
@@ -88,7 +88,7 @@ def _with_search(recipe: Recipe, step: Step) -> list[Step]:
     return [searching, replace(step, inputs={**step.inputs, "chosen": f"{name}:chosen.json"})]
 
 
-def _twins(recipe: Recipe, step: Step) -> list[Step]:
+def _twins(recipe: Recipe, step: Step[Any]) -> list[Step[Any]]:
     """Return the steps of the control: the distilled student's from other seeds, and those without the teacher.
 
     Where the student's losses are searched, so are the smoothed twin's label smoothing and the weight of the pseudo-labels, each for
@@ -157,7 +157,7 @@ def _answers(step: str, suffix: str = "") -> dict[str, str]:
     return {f"{split}.outputs{suffix}": f"{step}:{split}.outputs.safetensors" for split in ("train", "validation", "unlabelled")}
 
 
-def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+def run(step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Train the student; write ``student.safetensors`` and ``curve.json``. A search writes ``chosen.json``."""
     from edgekd.kd import modules
     from edgekd.kd.training import autotune, calibrate, jobs, loop

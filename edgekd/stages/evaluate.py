@@ -29,7 +29,7 @@ RESAMPLES = 1000
 SEED = 0
 
 
-def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
+def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
     """Return a step for the teacher, the student, each export of the student and each quantized candidate."""
     evaluate, facts = recipe.evaluate, runner.facts()
     common = {
@@ -62,7 +62,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     return found
 
 
-def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+def run(step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Write ``outputs.npy``, ``scores.npy`` (or ``resampled.npy`` for a whole-set metric) and ``summary.json``.
 
     Raises:

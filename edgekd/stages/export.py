@@ -37,7 +37,7 @@ PARITY_SAMPLES = 64
 TOLERANCE = 1e-4
 
 
-def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
+def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
     """Return a step for student and teacher on each runtime that a target has."""
     found = []
     specs = [asdict(spec) for spec in recipe.student.inputs]
@@ -61,7 +61,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     return found
 
 
-def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+def run(step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Write ``model.FORMAT`` and ``parity.json``; ``why_not.txt`` for a teacher that cannot be exported.
 
     Raises:

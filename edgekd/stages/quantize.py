@@ -25,7 +25,7 @@ CODE: tuple[str, ...] = ("stages/quantize", "domain/scheme")
 MAX_SAMPLES = 512  # evenly spaced ones of a larger calibration set, so that one that is sorted by class loses none
 
 
-def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
+def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
     """Return a step for each candidate that has to be quantized; targets share them."""
     found = []
     for name, candidate in quantized(recipe, targets).items():
@@ -39,7 +39,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     return found
 
 
-def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+def run(step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Write ``model.FORMAT`` and ``scheme.json``.
 
     Raises:

@@ -52,7 +52,7 @@ BATCH_SIZE = 128
 CHUNK = 16 * BATCH_SIZE  # samples; a kill costs at most this much
 
 
-def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
+def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
     """Return a step for each teacher. Its key reads nothing of the distillation: a changed temperature asks no teacher."""
     del targets  # a teacher's answers do not depend on them
     machine = runner.facts()
@@ -78,7 +78,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     return found
 
 
-def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+def run(step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Let the teacher answer; write ``SPLIT.outputs.safetensors`` (``kd.answers``), for each split: one view of validation."""
     from edgekd.kd import views
     from edgekd.kd.reproducible import deterministic

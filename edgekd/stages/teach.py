@@ -29,7 +29,7 @@ NAME = "teach"
 CODE: tuple[str, ...] = ("stages/teach", "kd", "usercode", "domain/losses")
 
 
-def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
+def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
     """Return one step, after a trial of the precision if it is to be chosen, or none if the teacher is given."""
     del targets  # a teacher does not depend on them
     training = recipe.teacher.train
@@ -53,7 +53,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     return [*mode["steps"], Step(NAME, NAME, {**params, **mode["params"]}, {**inputs, **mode["inputs"]}, ("torch", "numpy", "safetensors"))]
 
 
-def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+def run(step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Train the teacher; write ``teacher.safetensors``, ``curve.json``, and ``checkpoint.N.safetensors`` of as many as are asked for."""
     from edgekd.kd import losses, modules, views
     from edgekd.kd.training import autotune, loop

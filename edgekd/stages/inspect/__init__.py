@@ -40,7 +40,7 @@ _LAST_LINES = 3
 _LINGER_SECONDS = 10.0  # how long the user's threads may go on when all is done
 
 
-def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
+def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
     """Return the one step."""
     del targets  # all share the data
     teacher, evaluate = recipe.teacher, recipe.evaluate
@@ -74,7 +74,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step]:
     return [Step(NAME, NAME, params, {}, ("torch", "numpy", "safetensors", *runtime))]
 
 
-def run(step: Step, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+def run(step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Run the child and take over what it found.
 
     Raises:
