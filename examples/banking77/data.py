@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BANKING77 (Casanueva et al., 2020, CC BY 4.0): questions of bank customers in English, 77 intents; ten labels an intent are used.
+"""BANKING77 (Casanueva et al., 2020, CC BY 4.0): English questions of bank customers, 77 intents; ten labels per intent are used.
 
 ``EDGEKD_DATA`` names the folder that holds ``train.csv`` and ``test.csv`` (columns text, category), else it is ``data/`` beside
-this file. The words are cut as the teacher's tokenizer does it: ``encoder.py``.
+this file. Questions are tokenized with the teacher's tokenizer: ``encoder.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from encoder import TOKENS, tokenize
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-LABELLED, VALIDATED = 10, 5  # questions of each intent whose label is used; all others are unlabelled
+LABELLED, VALIDATED = 10, 5  # labelled questions per intent; all others are unlabelled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Inputs(Dataset[torch.Tensor]):
         self.ids = ids
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of questions."""
         return len(self.ids)
 
     def __getitem__(self, row: int) -> torch.Tensor:
@@ -39,19 +39,19 @@ class Inputs(Dataset[torch.Tensor]):
 
 
 def splits() -> dict[str, Dataset]:
-    """Return the splits: ``(token ids (40,), intent)`` items; a question of two splits, as tokens, is kept in the first of them."""
+    """Return the splits: ``(token ids (40,), intent)`` items. Duplicates, compared as tokens, are used once, in evaluation first."""
     test_texts, test_names = _read("test")
     texts, names = _read("train")
     intents = sorted(set(names))
     ids = torch.from_numpy(tokenize([*test_texts, *texts]))
     labels = torch.tensor([intents.index(name) for name in [*test_names, *names]])
-    rows = _first_of_equals(ids)
+    rows = _first_occurrences(ids)
     evaluation = rows[rows < len(test_texts)]
     pool = np.random.default_rng(0).permutation(rows[rows >= len(test_texts)])
-    of_intent = [pool[labels[pool].numpy() == number] for number in range(len(intents))]
-    train = np.concatenate([found[:LABELLED] for found in of_intent])
-    validation = np.concatenate([found[LABELLED : LABELLED + VALIDATED] for found in of_intent])
-    unlabelled = np.concatenate([found[LABELLED + VALIDATED :] for found in of_intent])
+    rows_by_intent = [pool[labels[pool].numpy() == number] for number in range(len(intents))]
+    train = np.concatenate([rows[:LABELLED] for rows in rows_by_intent])
+    validation = np.concatenate([rows[LABELLED : LABELLED + VALIDATED] for rows in rows_by_intent])
+    unlabelled = np.concatenate([rows[LABELLED + VALIDATED :] for rows in rows_by_intent])
     labelled = TensorDataset(ids[train], labels[train])
     return {
         "train": labelled,
@@ -62,10 +62,10 @@ def splits() -> dict[str, Dataset]:
     }
 
 
-def _first_of_equals(ids: torch.Tensor) -> np.ndarray:
+def _first_occurrences(ids: torch.Tensor) -> np.ndarray:
     first = np.unique(ids.numpy().reshape(-1, TOKENS), axis=0, return_index=True)[1]
-    found: np.ndarray = np.sort(first)
-    return found
+    rows: np.ndarray = np.sort(first)
+    return rows
 
 
 def _read(part: str) -> tuple[Sequence[str], Sequence[str]]:

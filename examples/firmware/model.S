@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The model file, byte for byte, in read-only memory; the runtime wants it aligned. */
+/* The model file in read-only memory, aligned as the runtime requires. */
 	.section .rodata
 	.balign 16
 	.global model_begin, model_end
