@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distill: the student is trained to match the teacher's stored outputs, and the labels."""
+"""Distill: the student is trained to match the soft targets, and the labels; so are the baselines, without a teacher."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.losses import AUTO, TAPPED, Loss
 from edgekd.domain.recipe import BASELINES, DISTILLED, PSEUDO_LABELS
 from edgekd.harness import runner
 from edgekd.kd import data
 from edgekd.kd.losses import learns_unlabelled
-from edgekd.kd.training import distributed, execution
+from edgekd.kd.output_spec import OutputSpec
+from edgekd.kd.training import distributed
+from edgekd.kd.training.break_even import EPOCHS_FILE, BreakEvenParams
+from edgekd.kd.training.execution import AutotuneParams, plan_execution_mode
+from edgekd.kd.training.jobs import StudentParams, TrainingSettings
+from edgekd.kd.training.search import CHOSEN_FILE, SearchParams
 from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:
@@ -21,127 +26,157 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
     from edgekd.domain.target import Target
-    from edgekd.kd.training.loop import TrainingJob
     from edgekd.ports import Context
 
 NAME = "distill"
 CODE: tuple[str, ...] = ("stages/distill", "kd", "usercode", "domain/losses")
 TOOLS = ("torch", "numpy", "safetensors")
-TRAINED = ("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "seed", "views")  # as the recipe has them
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
-    """Return the step of the student that ships, after its assistants', and those of students of other sizes and of twins."""
+    """Return the step of the student that ships, after its assistants', and those of students of other sizes and of baselines."""
     del targets  # all share one student
     machine = runner.facts()
-    distill, assistants = recipe.distill, recipe.distill.assistants
-    params: dict[str, Any] = {
-        **{name: getattr(distill, name) for name in TRAINED},
-        "augment": None if distill.augment is None else str(distill.augment),
-        "losses": [loss.to_dict() for loss in distill.losses],
-        **recipe.student.form,
-        "model": str(recipe.student.model),
-        **distributed.world(distill.threads, machine["cores"]),
-        "instruction_set": machine["instruction_set"],
-    }
+    distill = recipe.distill
+    world = distributed.world(distill.threads, machine["cores"])
+    model, instruction_set = str(recipe.student.model), machine["instruction_set"]
     code = {"code": "inspect:student.code.json"}
-    mode = execution.plan_execution_mode(NAME, distill, machine["features"], params, {**_samples(recipe), **code})
-    params |= mode["params"]
-    found: list[Step[Any]] = list(mode["steps"])
-    for link, assistant in enumerate(assistants):
-        own = {**params, **_lessons(recipe, link), "model": str(assistant.model), "epochs": assistant.epochs or distill.epochs}
-        taught = {**_taught(recipe, link), "code": f"inspect:assistant.{link}.code.json", **mode["inputs"]}
-        found += _with_search(recipe, Step(f"distill/assistant/{link}", NAME, own, taught, TOOLS))
-    params |= _lessons(recipe, len(assistants))
-    taught = {**_taught(recipe, len(assistants)), **code, **mode["inputs"]}
-    if any(loss.kind in TAPPED for loss in distill.losses):
-        params["teacher"] = str(recipe.teacher.model)
-        taught |= {"teacher": recipe.teacher.artifact, "teacher.code": "inspect:teacher.code.json"}
-    student = Step(NAME, NAME, params, taught, TOOLS)
-    if distill.break_even_inferences is not None:
-        found.append(_worth(recipe, student))
-        student = replace(student, inputs={**taught, "epochs": f"{found[-1].id}:epochs.json"})
-    found += _with_search(recipe, student)
-    student = found[-1]
-    for number, (name, entry) in enumerate(recipe.sizes.items()):  # what a search chose for the student holds for them
-        inputs = {**student.inputs, "code": f"inspect:size.{number}.code.json"}
-        found.append(replace(student, id=name, params={**student.params, "model": str(entry)}, inputs=inputs))
-    return [*found, *_twins(recipe, student)]
+    planned = plan_execution_mode(
+        NAME, distill, machine["features"], (model, world["threads"], instruction_set), {**_samples(recipe), **code}
+    )
+    params = StudentParams(
+        model=model,
+        losses=tuple(Loss.from_dict(loss.to_dict()) for loss in distill.losses),  # with all options explicit
+        settings=TrainingSettings.from_recipe(distill, world, planned.mode),
+        instruction_set=instruction_set,
+        output=OutputSpec(recipe.student.task, recipe.student.heads),
+        augment=None if distill.augment is None else str(distill.augment),
+        views=distill.views,
+    )
+    return [
+        *planned.steps,
+        *_assistant_steps(recipe, params, planned.inputs),
+        *_student_steps(recipe, params, {**code, **planned.inputs}),
+    ]
 
 
-def _worth(recipe: Recipe, step: Step[Any]) -> Step[Any]:
-    """Return the step that finds out how many epochs of training are won back."""
-    reference = {"reference": recipe.teacher.artifact, "reference.code": "inspect:teacher.code.json"}
-    made = None if recipe.teacher.model is None else str(recipe.teacher.model)
-    own = {"break_even_inferences": recipe.distill.break_even_inferences, "reference": made}
+def _assistant_steps(recipe: Recipe, params: StudentParams, mode: Mapping[str, str]) -> list[Step[Any]]:
+    """Return the steps of the assistants, each after its search."""
+    result: list[Step[Any]] = []
+    for link, assistant in enumerate(recipe.distill.assistants):
+        epochs = assistant.epochs or recipe.distill.epochs
+        own = replace(_with_teachers(recipe, params, link), model=str(assistant.model), settings=replace(params.settings, epochs=epochs))
+        inputs = {**_teacher_inputs(recipe, link), "code": f"inspect:assistant.{link}.code.json", **mode}
+        result += _with_search(recipe, Step(f"distill/assistant/{link}", NAME, own, inputs, TOOLS))
+    return result
+
+
+def _student_steps(recipe: Recipe, params: StudentParams, inputs: Mapping[str, str]) -> list[Step[Any]]:
+    """Return the steps of the student, of students of other sizes, and of the baselines."""
+    link = len(recipe.distill.assistants)
+    params = _with_teachers(recipe, params, link)
+    inputs = {**_teacher_inputs(recipe, link), **inputs}
+    if any(loss.kind in TAPPED for loss in params.losses):
+        params = replace(params, teacher=str(recipe.teacher.model))
+        inputs |= {"teacher": recipe.teacher.artifact, "teacher.code": "inspect:teacher.code.json"}
+    student = Step(NAME, NAME, params, inputs, TOOLS)
+    before: list[Step[Any]] = []
+    if recipe.distill.break_even_inferences is not None:
+        before = [_break_even_step(recipe, student)]
+        student = replace(student, inputs={**inputs, "epochs": f"{before[0].id}:{EPOCHS_FILE}"})
+    *searches, student = _with_search(recipe, student)
+    sizes = [  # with what a search chose for the student
+        replace(
+            student,
+            id=name,
+            params=replace(student.params, model=str(entry)),
+            inputs={**student.inputs, "code": f"inspect:size.{number}.code.json"},
+        )
+        for number, (name, entry) in enumerate(recipe.sizes.items())
+    ]
+    return [*before, *searches, student, *sizes, *_baseline_steps(recipe, student)]
+
+
+def _break_even_step(recipe: Recipe, step: Step[StudentParams]) -> Step[BreakEvenParams]:
+    """Return the step that finds out after how many epochs training still breaks even."""
+    reference = None if recipe.teacher.model is None else str(recipe.teacher.model)
+    params = BreakEvenParams(step.params, recipe.distill.break_even_inferences or 0, reference)
+    inputs = {**step.inputs, "reference": recipe.teacher.artifact, "reference.code": "inspect:teacher.code.json"}
     tools = (*TOOLS, *(("onnxruntime",) if recipe.teacher.artifact.endswith(".onnx") else ()))
-    return replace(step, id=f"{NAME}/epochs", params={**step.params, **own}, inputs={**step.inputs, **reference}, tools=tools)
+    return Step(f"{NAME}/epochs", NAME, params, inputs, tools)
 
 
-def _with_search(recipe: Recipe, step: Step[Any]) -> list[Step[Any]]:
-    """Return a step, after one that chooses what its losses leave to ``auto``."""
-    losses = cast("list[dict[str, Any]]", step.params["losses"])
-    if not any(Loss.from_dict(told).is_open for told in losses):
+def _with_search(recipe: Recipe, step: Step[StudentParams]) -> list[Step[Any]]:
+    """Return a step, after the search that chooses what its losses leave to ``auto``."""
+    if not any(loss.has_auto for loss in step.params.losses):
         return [step]
     name = "/".join([NAME, "search", *step.id.split("/")[1:]])
-    searching = replace(step, id=name, params={**step.params, "search_share": recipe.distill.search_share}, tools=(*TOOLS, "optuna"))
-    return [searching, replace(step, inputs={**step.inputs, "chosen": f"{name}:chosen.json"})]
+    searching = Step(name, NAME, SearchParams(step.params, recipe.distill.search_share), step.inputs, (*TOOLS, "optuna"))
+    return [searching, replace(step, inputs={**step.inputs, "chosen": f"{name}:{CHOSEN_FILE}"})]
 
 
-def _twins(recipe: Recipe, step: Step[Any]) -> list[Step[Any]]:
-    """Return the steps of the control: the distilled student's from other seeds, and those without the teacher.
+def _baseline_steps(recipe: Recipe, student: Step[StudentParams]) -> list[Step[Any]]:
+    """Return the steps of all arms: the distilled student's further seeds, and the baselines without the teacher.
 
-    Where the student's losses are searched, so are the smoothed twin's label smoothing and the weight of the pseudo-labels, each for
-    as many epochs.
+    Where the student's losses are searched, so are the label smoothing and the weight of the pseudo-labels, each for as many epochs.
     """
-    distill, found = recipe.distill, []
-    code = {name: step.inputs[name] for name in ("code", "views.code", "execution_mode", "epochs") if name in step.inputs}
-    alone = {name: reference for name, reference in _samples(recipe).items() if not name.startswith("unlabelled")} | code
-    if learns_unlabelled(distill.losses):
-        alone |= data.split_references(recipe, "unlabelled")
-    without = {key: value for key, value in step.params.items() if key not in {"ensemble", "checkpoints", "teacher"}}
-    smoothing, weight = (cast("Any", AUTO if "chosen" in step.inputs else usual) for usual in (BASELINES["label_smoothing"], 1.0))
-    losses = {
-        "no_teacher": (Loss("ce"),),
-        "label_smoothing": (Loss("ce", label_smoothing=smoothing),),
-        PSEUDO_LABELS: (Loss("ce"), Loss("hard", weight)),
-    }
+    result: list[Step[Any]] = []
     for arm, names in recipe.arms.items():
         for number, name in enumerate(names):
-            seed = {"seed": distill.seed + number}
+            settings = replace(student.params.settings, seed=recipe.distill.seed + number)
             if arm == DISTILLED:
-                found += [replace(step, id=name, params={**step.params, **seed})] if number else []
+                if number:  # the first is the student that ships
+                    result.append(replace(student, id=name, params=replace(student.params, settings=settings)))
                 continue
-            own = {**without, **seed, "losses": [loss.to_dict() for loss in losses[arm]]}
-            answers = {**_samples(recipe), **code, **_answers(f"soft_targets/{name.removeprefix('distill/')}")}
-            twin = Step(name, NAME, own, answers if arm == PSEUDO_LABELS else alone, TOOLS)
-            first, *searched = _with_search(recipe, twin)
-            chosen = {"chosen": f"{NAME}/search/{arm}/0:chosen.json"}  # the first seed's search serves all, as the student's does
-            found += [first] if not searched or number == 0 else []
-            found += [replace(twin, inputs={**twin.inputs, **chosen}) for twin in searched]
-    return found
+            *searches, baseline = _with_search(recipe, _baseline_step(recipe, student, arm, name, settings))
+            if searches:  # that of the first seed serves all, as the student's does
+                chosen = f"{NAME}/search/{arm}/0:{CHOSEN_FILE}"
+                baseline = replace(baseline, inputs={**baseline.inputs, "chosen": chosen})
+            result += [*(searches if number == 0 else []), baseline]
+    return result
 
 
-def _lessons(recipe: Recipe, link: int) -> dict[str, Any]:
-    """Return what says how a link of the chain uses its teachers' answers: only the first has several."""
+def _baseline_step(recipe: Recipe, student: Step[StudentParams], arm: str, name: str, settings: TrainingSettings) -> Step[StudentParams]:
+    """Return the step of one baseline: the student's own training, but without the teacher."""
+    is_searched = "chosen" in student.inputs
+    losses = {
+        "no_teacher": (Loss("ce"),),
+        "label_smoothing": (Loss("ce", label_smoothing=AUTO if is_searched else BASELINES["label_smoothing"]),),
+        PSEUDO_LABELS: (Loss("ce"), Loss("hard", AUTO if is_searched else 1.0)),
+    }[arm]
+    inputs = {name: student.inputs[name] for name in ("code", "views.code", "execution_mode", "epochs") if name in student.inputs}
+    samples = _samples(recipe)
+    if arm == PSEUDO_LABELS:
+        inputs |= samples | _soft_targets(f"soft_targets/{name.removeprefix('distill/')}")
+    else:
+        inputs |= {name: reference for name, reference in samples.items() if not name.startswith("unlabelled")}
+        if learns_unlabelled(recipe.distill.losses):  # as many steps as the distilled student takes
+            inputs |= data.split_references(recipe, "unlabelled")
+    explicit = tuple(Loss.from_dict(loss.to_dict()) for loss in losses)
+    params = replace(student.params, losses=explicit, settings=settings, ensemble=None, checkpoints=0, teacher=None)
+    return Step(name, NAME, params, inputs, TOOLS)
+
+
+def _with_teachers(recipe: Recipe, params: StudentParams, link: int) -> StudentParams:
+    """Return how a link of the chain of assistants uses its teachers: only the first has several."""
+    if link:
+        return params
     teachers = recipe.distill.teachers
-    if link:
-        return {}
-    weights = [recipe.teacher.weight, *(teacher.weight for teacher in teachers)]
-    ensemble = {"ensemble": {"weights": weights, "weighting": recipe.distill.teacher_weighting}} if teachers else {}
-    return ensemble | ({"checkpoints": recipe.checkpoints} if recipe.checkpoints else {})
+    weights = (recipe.teacher.weight, *(teacher.weight for teacher in teachers))
+    ensemble = data.Ensemble(weights, recipe.distill.teacher_weighting) if teachers else None
+    return replace(params, ensemble=ensemble, checkpoints=recipe.checkpoints)
 
 
-def _taught(recipe: Recipe, link: int) -> dict[str, str]:
-    """Return the inputs of a link of the chain: the data, and the answers of what teaches it."""
-    found = {**_samples(recipe), "views.code": "inspect:views.code.json"}
+def _teacher_inputs(recipe: Recipe, link: int) -> dict[str, str]:
+    """Return the inputs of a link of the chain: the data, and the soft targets of its teachers."""
+    inputs = {**_samples(recipe), "views.code": "inspect:views.code.json"}
     if link:
-        return found | _answers(f"soft_targets/assistant/{link - 1}")
+        return inputs | _soft_targets(f"soft_targets/assistant/{link - 1}")
     for name in recipe.soft_target_sources:
-        own = name.removeprefix("soft_targets").replace("/", ".")
-        if not own.startswith((".assistant", f".{PSEUDO_LABELS}")):
-            found |= _answers(name, own)
-    return found
+        suffix = name.removeprefix("soft_targets").replace("/", ".")
+        if not suffix.startswith((".assistant", f".{PSEUDO_LABELS}")):
+            inputs |= _soft_targets(name, suffix)
+    return inputs
 
 
 def _samples(recipe: Recipe) -> dict[str, str]:
@@ -152,51 +187,68 @@ def _samples(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def _answers(step: str, suffix: str = "") -> dict[str, str]:
-    """Return the inputs that are the answers of a step of ``soft_targets``."""
-    return {f"{split}.outputs{suffix}": f"{step}:{split}.outputs.safetensors" for split in ("train", "validation", "unlabelled")}
+def _soft_targets(step: str, suffix: str = "") -> dict[str, str]:
+    """Return the inputs that are the soft targets of a step."""
+    return {f"{split}.soft_targets{suffix}": f"{step}:{split}.soft_targets.safetensors" for split in ("train", "validation", "unlabelled")}
 
 
-def run(step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
-    """Train the student; write ``student.safetensors`` and ``curve.json``. A search writes ``chosen.json``."""
-    from edgekd.kd import modules
-    from edgekd.kd.training import autotune, calibrate, jobs, loop
+def run(
+    step: Step[StudentParams | SearchParams | BreakEvenParams | AutotuneParams], inputs: Mapping[str, Artifact], context: Context
+) -> StageResult:
+    """Train a student; or do what comes before: choose the execution mode, the epochs, or what the losses leave to ``auto``."""
+    from edgekd.kd.training import autotune, break_even, search
 
-    params = cast("dict[str, Any]", step.params)
-    if "tried" in params:
-        return autotune.choose_execution_mode("distill", params, inputs, context)
-    terms = [Loss.from_dict(term) for term in params["losses"]]
-    if "break_even_inferences" in params:
-        return autotune.choose_epochs(params, inputs, context, terms)
-    if "epochs" in inputs:
-        params = {**params, "epochs": json.loads(inputs["epochs"].path.read_text())["epochs"]}
-    if "search_share" in params:
-        return _search(step.id, params, inputs, context, terms)
+    params = step.params
+    if isinstance(params, AutotuneParams):
+        return autotune.choose_execution_mode(NAME, params, inputs, context)
+    if isinstance(params, BreakEvenParams):
+        return break_even.choose_epochs(params, inputs, context)
+    if isinstance(params, SearchParams):
+        return _search(step.id, replace(params, student=_with_epochs(params.student, inputs)), inputs, context)
+    params = _with_epochs(params, inputs)
     if "chosen" in inputs:
-        terms = [Loss.from_dict(term) for term in json.loads(inputs["chosen"].path.read_text())["losses"]]
-    job = jobs.training_job(params, inputs, context.recipe_dir, terms)
-    weights, curve = loop.fit(job, context.work, context.progress)
-    notes: tuple[str, ...] = ()
-    if job.form.is_single_softmax:
-        weights, note = calibrate.calibrate(job.build(), weights, job.validation, job.entry, params["threads"])
-        notes = (f"{step.id}: {note}",)
-    if (warning := distributed.batch_norm_warning(job.build, params["batch_size"])) is not None:
-        notes += (warning,)
+        params = replace(params, losses=search.read_chosen(inputs["chosen"]))
+    return _train(step.id, params, inputs, context)
+
+
+def _train(name: str, params: StudentParams, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+    """Train and calibrate a student; write ``student.safetensors`` and ``curve.json``."""
+    from edgekd.kd import modules
+    from edgekd.kd.training.calibrate import calibrate
+    from edgekd.kd.training.jobs import student_job
+    from edgekd.kd.training.trainer import best_epoch, fit
+
+    job = student_job(params, inputs, context.recipe_dir)
+    weights, curve = fit(job, context.work, context.progress)
+    notes: list[str] = []
+    if job.output.is_single_softmax:
+        weights, note = calibrate(job.build(), weights, job.validation, job.entry, job.settings.threads)
+        notes.append(f"{name}: {note}")
+    if (warning := distributed.batch_norm_warning(job.build, job.settings.batch_size)) is not None:
+        notes.append(warning)
     (context.out / "student.safetensors").write_bytes(modules.serialize_weights(weights))
-    lines = {"best_epoch": loop.best_epoch(curve).epoch, "epochs": [asdict(line) for line in curve]}
-    (context.out / "curve.json").write_text(json.dumps(lines, indent=1, sort_keys=True) + "\n")
-    return StageResult(metrics={**asdict(loop.best_epoch(curve)), "samples": len(curve) * len(job.train)}, notes=notes)
+    best = best_epoch(curve)
+    document = {"best_epoch": best.epoch, "epochs": [asdict(result) for result in curve]}
+    (context.out / "curve.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    return StageResult({**asdict(best), "samples": len(curve) * len(job.train)}, tuple(notes))
 
 
-def _search(name: str, params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context, terms: Sequence[Loss]) -> StageResult:
+def _search(name: str, params: SearchParams, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+    """Choose what the losses leave to ``auto``; write ``chosen.json``."""
     from edgekd.kd.training import jobs, search
 
-    def job_of(closed: Sequence[Loss], epochs: int) -> TrainingJob:
-        return jobs.training_job({**params, "epochs": epochs}, inputs, context.recipe_dir, closed)
+    losses, trials = search.run_search(params, inputs, context)
+    epochs = search.total_epochs(trials)
+    choice = search.describe_choice(params.student.losses, losses)
+    note = f"{name}: {len(trials)} settings were tried for {epochs} epochs; chosen: {choice}"
+    samples = epochs * len(jobs.training_set(inputs, losses, "distill.losses"))
+    return StageResult({"trials": len(trials), "epochs": epochs, "samples": samples}, (note,))
 
-    chosen, trials = search.search(terms, job_of, params["epochs"], params["search_share"], context.work, context.progress)
-    told = search.as_json(chosen, trials)
-    (context.out / "chosen.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
-    note = f"{name}: {len(trials)} settings were tried for {told['epochs']} epochs; taken: {search.describe_choice(terms, chosen)}"
-    samples = told["epochs"] * len(jobs.training_set(inputs, chosen, "distill.losses"))
-    return StageResult({"trials": len(trials), "epochs": told["epochs"], "samples": samples}, (note,))
+
+def _with_epochs(params: StudentParams, inputs: Mapping[str, Artifact]) -> StudentParams:
+    """Return the parameters with the epochs that break even, if the step has them as an input."""
+    from edgekd.kd.training.break_even import read_epochs
+
+    if "epochs" not in inputs:
+        return params
+    return replace(params, settings=replace(params.settings, epochs=read_epochs(inputs["epochs"])))

@@ -6,7 +6,7 @@ all get everybody's logits, so that every loss is that of the whole batch, and t
 is the usual case, nothing here does anything, and no process group is made.
 
 Source:
-    Li et al., arXiv 2006.15704 (data parallelism in torch.distributed); docs/decisions/0008-ranks.md.
+    Li et al., arXiv 2006.15704 (data parallelism in torch.distributed); docs/decisions/0008-distributed.md.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-TIMEOUT = timedelta(days=30)  # the others wait while the first exports and measures
+TIMEOUT = timedelta(days=30)  # the other ranks wait while rank 0 exports and measures
 
 
 def world_size() -> int:
-    """Return how many ranks there are: 1 unless torchrun started this process."""
+    """Return the number of ranks: 1 unless torchrun started this process."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
@@ -34,26 +34,26 @@ def rank() -> int:
 
 
 def world(threads: int | None, cores: int) -> dict[str, int]:
-    """Return the parameters of a step that say who runs it: threads (each rank's part of the cores, if none are given), and the ranks."""
-    here = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
-    return {"threads": threads or max(1, cores // here), **({"ranks": world_size()} if world_size() > 1 else {})}
+    """Return the threads of each rank (its part of the cores, if the recipe gives none) and the number of ranks."""
+    local_ranks = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
+    return {"threads": threads or max(1, cores // local_ranks), "ranks": world_size()}
 
 
 def broadcast(work: object) -> None:
-    """Tell the other ranks what to do next (None: nothing more), and wait until each has taken it up."""
+    """Send the other ranks their next work (None: no more), and wait until each has received it."""
     _group().broadcast_object_list([work], src=0)
     if work is not None:
         barrier()
 
 
 def receive() -> Iterator[Any]:
-    """Yield what the first rank orders, until there is nothing more."""
+    """Yield the work that rank 0 sends, until there is no more."""
     while True:
-        told: list[Any] = [None]
-        _group().broadcast_object_list(told, src=0)
-        if told[0] is None:
+        work: list[Any] = [None]
+        _group().broadcast_object_list(work, src=0)
+        if work[0] is None:
             return
-        yield told[0]
+        yield work[0]
 
 
 def barrier() -> None:
@@ -62,60 +62,60 @@ def barrier() -> None:
 
 
 def broadcast_number(number: int) -> int:
-    """Return the first rank's number."""
+    """Return the number that rank 0 has."""
     if world_size() == 1:
         return number
-    told = [number]
-    _group().broadcast_object_list(told, src=0)
-    return told[0]
+    numbers = [number]
+    _group().broadcast_object_list(numbers, src=0)
+    return numbers[0]
 
 
 def shard(total: int, of_rank: int | None = None) -> slice:
-    """Return a rank's part of so many (this one's by default): in order, and as equal as they can be."""
+    """Return the range of samples of a rank (this one by default): in order, and as equal as possible."""
     index = rank() if of_rank is None else of_rank
     return slice(index * total // world_size(), (index + 1) * total // world_size())
 
 
 def shard_sizes(total: int) -> list[int]:
-    """Return how many of a total each rank has by ``share``."""
-    cuts = [shard(total, index) for index in range(world_size())]
-    return [cut.stop - cut.start for cut in cuts]
+    """Return how many samples each rank has by :func:`shard`."""
+    shards = [shard(total, index) for index in range(world_size())]
+    return [rows.stop - rows.start for rows in shards]
 
 
 def all_gather(part: Tensor, rows: Sequence[int]) -> Tensor:
-    """Return the rows of all ranks, in order; gradients flow into this rank's own. ``rows`` are how many each has."""
+    """Return the rows of all ranks, in order; gradients flow into this rank's rows. ``rows``: how many each rank has."""
     if world_size() == 1:
         return part
     import torch
 
-    padded = part.new_zeros((max(rows), *part.shape[1:]))  # a gather wants equal shapes
+    padded = part.new_zeros((max(rows), *part.shape[1:]))  # a gather needs equal shapes
     padded[: len(part)] = part.detach()
-    found = [torch.empty_like(padded) for _ in rows]
-    _group().all_gather(found, padded)
-    parts = [one[:size] for one, size in zip(found, rows, strict=True)]
+    gathered = [torch.empty_like(padded) for _ in rows]
+    _group().all_gather(gathered, padded)
+    parts = [tensor[:size] for tensor, size in zip(gathered, rows, strict=True)]
     parts[rank()] = part
     return torch.cat(parts)
 
 
 def all_reduce(value: float) -> float:
-    """Return the sum of all ranks' values."""
+    """Return the sum of the values of all ranks."""
     if world_size() == 1:
         return value
     import torch
 
-    found = torch.tensor(value, dtype=torch.float64)
-    _group().all_reduce(found)
-    return float(found)
+    total = torch.tensor(value, dtype=torch.float64)
+    _group().all_reduce(total)
+    return float(total)
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Make each gradient the sum of all ranks'. A parameter that has none has none anywhere: all ranks run the same code."""
+    """Replace each gradient by the sum over all ranks. A parameter without one has none in any rank: all run the same code."""
     if world_size() > 1:
         _reduce([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
 def average_buffers(modules: Iterable[nn.Module]) -> None:
-    """Make the modules' buffers (running statistics) the mean of all ranks', so that they are one student again."""
+    """Replace the buffers of the modules (running statistics) by their mean over all ranks, so that all have one student again."""
     if world_size() == 1:
         return
     buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
@@ -125,7 +125,7 @@ def average_buffers(modules: Iterable[nn.Module]) -> None:
 
 
 def batch_norm_warning(build: Callable[[], nn.Module], batch_size: int) -> str | None:
-    """Return a warning if several ranks train a module, which ``build`` makes, that has batch norm."""
+    """Return a warning if several ranks train a module with batch norm; ``build`` makes the module."""
     if world_size() == 1:
         return None
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -133,8 +133,9 @@ def batch_norm_warning(build: Callable[[], nn.Module], batch_size: int) -> str |
     if not any(isinstance(layer, _BatchNorm) for layer in build().modules()):
         return None
     return (
-        f"warning: {world_size()} ranks train a module with batch norm: its statistics are those of about {batch_size // world_size()} of the "
-        f"{batch_size} samples of a batch, so the weights differ from those of one process; benchmarks/ranks.py shows by how much"
+        f"warning: {world_size()} ranks train a module with batch norm: its statistics are those of about "
+        f"{batch_size // world_size()} of the {batch_size} samples of a batch, so the weights differ from those of one process; "
+        "benchmarks/distributed.py measures by how much"
     )
 
 
@@ -152,12 +153,12 @@ def _reduce(tensors: Sequence[Tensor]) -> None:
 
 
 def _group() -> Any:
-    """Return torch.distributed, joined."""
+    """Return torch.distributed with its process group."""
     import torch.distributed
 
     if not torch.distributed.is_initialized():
         backends = "gloo"
-        if torch.cuda.is_available():  # one of them for each rank
+        if torch.cuda.is_available():  # one GPU for each rank
             backends = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.distributed.init_process_group(backends, timeout=TIMEOUT)

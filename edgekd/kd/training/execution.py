@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways in which a network may be trained: float32 or bfloat16, on the processor or an accelerator, whichever pays.
+"""Execution modes: the precision and the device that a network is trained with, and tensors on that device.
 
-Weights, losses and validation are float32 in any case; bfloat16 is that of the forward and backward pass of a training step
-(torch.autocast). Such a step keeps the default memory layout, in which it was faster (docs/decisions/0009-ways.md). What is planned
-is read from files: torch is not imported for it.
+Weights, losses and validation are float32 in every mode; bfloat16 is the precision of the forward and backward pass of a training
+step (torch.autocast). Such a step keeps the default memory format, in which it was faster (docs/decisions/0009-execution-modes.md).
+Modes are planned from files: torch is not imported for it.
 """
 
 from __future__ import annotations
@@ -11,53 +11,72 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgekd import usercode
 from edgekd.domain.losses import AUTO
 from edgekd.domain.recipe import NO_ACCELERATOR
-from edgekd.errors import UnavailableError
+from edgekd.errors import RecipeError, UnavailableError
 from edgekd.ports import Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    import torch
     from torch import Tensor, nn
 
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Distill, EntryPoint, Training
+    from edgekd.kd.data import Samples
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 CPU, CUDA, MPS = "cpu", "cuda", "mps"
 BFLOAT16_FEATURES = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # as /proc/cpuinfo names them, on x86 and ARM
-FILE = "execution_mode.json"
+MODE_FILE = "execution_mode.json"
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutionMode:
-    """A precision and where the network is: ``cpu``, or an accelerator as torch names it, and which one that is."""
+    """A precision and a device: ``cpu``, or an accelerator as torch names it, with its product name."""
 
     precision: str = FLOAT32
     accelerator: str = CPU
-    name: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        """Return what differs from the default, for a step's parameters."""
-        return {key: value for key, value in asdict(self).items() if value != getattr(DEFAULT, key)}
+    accelerator_name: str = ""
 
     def __str__(self) -> str:
-        """Return it in words."""
-        return self.precision if self.accelerator == CPU else f"{self.precision} on {self.accelerator} ({self.name})"
+        """Return it for messages."""
+        return self.precision if self.accelerator == CPU else f"{self.precision} on {self.accelerator} ({self.accelerator_name})"
 
 
-DEFAULT = ExecutionMode()
+DEFAULT_MODE = ExecutionMode()
+
+
+@dataclass(frozen=True, slots=True)
+class AutotuneParams:
+    """The parameters of a step that times execution modes on the steps of a training, the first of which has to work."""
+
+    modes: tuple[ExecutionMode, ...]
+    model: str
+    batch_size: int
+    optimizer: str
+    threads: int
+    instruction_set: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMode:
+    """The execution mode of a stage's training steps: known, or an input that the autotune step makes first."""
+
+    mode: ExecutionMode = DEFAULT_MODE
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    steps: tuple[Step[AutotuneParams], ...] = ()
 
 
 def accelerators(root: str = "/") -> dict[str, str]:
-    """Return the accelerators here that the installed torch can use, and their names."""
+    """Return the accelerators of this machine that the installed torch can use, with their product names."""
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return {MPS: "Apple"}
     torch = find_spec("torch")
@@ -65,68 +84,81 @@ def accelerators(root: str = "/") -> dict[str, str]:
         return {}
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
         return {}
-    told = [file.read_text(errors="replace") for file in sorted(Path(root, "proc/driver/nvidia/gpus").glob("*/information"))]
-    names = {line.partition(":")[2].strip() for text in told for line in text.splitlines() if line.startswith("Model:")}
+    texts = [file.read_text(errors="replace") for file in sorted(Path(root, "proc/driver/nvidia/gpus").glob("*/information"))]
+    names = {line.partition(":")[2].strip() for text in texts for line in text.splitlines() if line.startswith("Model:")}
     return {CUDA: ", ".join(sorted(names))} if names else {}
 
 
-def accelerators_for(section: str, wanted: str) -> dict[str, str]:
-    """Return where a network may be trained, the processor first, and what each is called; ``section`` is the recipe's, for messages.
+def allowed_devices(section: str, accelerator: str) -> dict[str, str]:
+    """Return the devices that a recipe's ``accelerator`` allows, the CPU first, with their product names.
 
     Raises:
-        UnavailableError: if the recipe wants an accelerator that is not here.
+        UnavailableError: if the recipe names an accelerator that this machine lacks.
     """
-    if wanted == NO_ACCELERATOR:
+    if accelerator == NO_ACCELERATOR:
         return {CPU: ""}
-    here = accelerators()
-    if wanted == AUTO:
-        return {CPU: "", **here}
-    if wanted not in here:
-        have = ", ".join(f"{kind} ({name})" for kind, name in here.items()) or "none that the installed torch can use"
+    available = accelerators()
+    if accelerator == AUTO:
+        return {CPU: "", **available}
+    if accelerator not in available:
+        names = ", ".join(f"{kind} ({name})" for kind, name in available.items()) or "none that the installed torch can use"
         raise UnavailableError(
-            f"{section}.accelerator: '{wanted}', and this machine has {have}; "
-            'expected "auto", which takes what is here, or build where there is one'
+            f"{section}.accelerator: '{accelerator}', and this machine has {names}; "
+            'expected "auto", which uses an accelerator if there is one, or a build on a machine that has it'
         )
-    return {wanted: here[wanted]}
+    return {accelerator: available[accelerator]}
 
 
 def plan_execution_mode(
-    stage: str, wanted: Distill | Training, features: Iterable[str], params: Mapping[str, Any], inputs: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return what a stage's training steps get for their way: ``params``, ``inputs``, and ``steps``, the trial that comes before them.
+    stage: str,
+    options: Distill | Training,
+    features: Iterable[str],
+    network: tuple[str, int, str],
+    inputs: Mapping[str, str],
+) -> PlannedMode:
+    """Return the execution mode of a stage's training steps.
 
-    Where more than one way is open, the trial's answer is an input of the others: it is made once, stored, and part of their
-    keys. ``params`` and ``inputs`` are the trained network's.
+    Where several modes are possible, an autotune step chooses: it runs once, its result is stored and part of the other steps' keys.
+
+    Args:
+        stage: ``teach`` or ``distill``.
+        options: ``precision``, ``accelerator``, ``batch_size`` and ``optimizer`` of the recipe.
+        features: Of the CPU, as ``/proc/cpuinfo`` names them.
+        network: Entry point of the network, threads and instruction set.
+        inputs: Those of the training step.
 
     Raises:
-        UnavailableError: if the recipe wants an accelerator that is not here.
+        UnavailableError: if the recipe names an accelerator that this machine lacks.
     """
     section = {"teach": "teacher.train"}.get(stage, stage)
-    instructions = bool(BFLOAT16_FEATURES & set(features))
-    found_at = accelerators_for(section, wanted.accelerator)
-    asked = None if wanted.precision == AUTO else [wanted.precision]
-    found = [
-        ExecutionMode(precision, place, name)
-        for place, name in found_at.items()
-        for precision in asked or [FLOAT32, *([BFLOAT16] if place != CPU or instructions else [])]
-    ]
-    if len(found) == 1:
-        return {"params": found[0].to_dict(), "inputs": {}, "steps": []}
-    own = {name: params[name] for name in ("model", "batch_size", "optimizer", "threads", "instruction_set")}
-    shown = {name: reference for name, reference in inputs.items() if name == "code" or name.startswith("train.inputs.")}
-    trial = Step(f"{stage}/autotune", stage, {**own, "tried": [mode.to_dict() for mode in found]}, shown, ("torch", "numpy"))
-    return {"params": {}, "inputs": {"execution_mode": f"{trial.id}:{FILE}"}, "steps": [trial]}
+    has_bfloat16 = bool(BFLOAT16_FEATURES & set(features))
+    precisions = None if options.precision == AUTO else [options.precision]
+    modes = tuple(
+        ExecutionMode(precision, device, name)
+        for device, name in allowed_devices(section, options.accelerator).items()
+        for precision in precisions or [FLOAT32, *([BFLOAT16] if device != CPU or has_bfloat16 else [])]
+    )
+    if len(modes) == 1:
+        return PlannedMode(modes[0])
+    model, threads, instruction_set = network
+    params = AutotuneParams(modes, model, options.batch_size, options.optimizer, threads, instruction_set)
+    sources = {name: reference for name, reference in inputs.items() if name == "code" or name.startswith("train.inputs.")}
+    autotune = Step(f"{stage}/autotune", stage, params, sources, ("torch", "numpy"))
+    return PlannedMode(inputs={"execution_mode": f"{autotune.id}:{MODE_FILE}"}, steps=(autotune,))
 
 
-def execution_mode_of(params: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> ExecutionMode:
-    """Return the way of a step that trains."""
-    if "execution_mode" in inputs:
-        return ExecutionMode(**json.loads(inputs["execution_mode"].path.read_text()))
-    return ExecutionMode(**{name: params[name] for name in ExecutionMode.__slots__ if name in params})
+def write_execution_mode(path: Path, mode: ExecutionMode) -> None:
+    """Write the mode that autotune chose."""
+    path.write_text(json.dumps(asdict(mode), sort_keys=True) + "\n")
+
+
+def read_execution_mode(artifact: Artifact) -> ExecutionMode:
+    """Return the mode that autotune chose."""
+    return ExecutionMode(**json.loads(artifact.path.read_text()))
 
 
 def forward(module: nn.Module, entry: EntryPoint, inputs: Sequence[Tensor], mode: ExecutionMode) -> Any:
-    """Return what a module of the user's answers, as float32 if its precision is bfloat16.
+    """Return the output of a module of the user's; float32 if it ran in bfloat16.
 
     Raises:
         RecipeError: if it fails.
@@ -136,5 +168,31 @@ def forward(module: nn.Module, entry: EntryPoint, inputs: Sequence[Tensor], mode
     if mode.precision == FLOAT32:
         return usercode.call_user_code(module, entry, *inputs)
     with torch.autocast(torch.device(mode.accelerator).type, dtype=torch.bfloat16):
-        found = usercode.call_user_code(module, entry, *inputs)
-    return found.float() if isinstance(found, torch.Tensor) and found.dtype == torch.bfloat16 else found
+        output = usercode.call_user_code(module, entry, *inputs)
+    return output.float() if isinstance(output, torch.Tensor) and output.dtype == torch.bfloat16 else output
+
+
+def module_to_device(module: nn.Module, memory_format: torch.memory_format, mode: ExecutionMode, section: str) -> nn.Module:
+    """Return a module in a memory format, on the device of a mode; ``section`` is the recipe's, for messages.
+
+    Raises:
+        RecipeError: if the accelerator refuses it.
+    """
+    try:
+        return module.to(device=mode.accelerator, memory_format=memory_format)  # type: ignore[call-overload,no-any-return]  # an overload torch forgot
+    except (RuntimeError, AssertionError) as error:  # no driver, no memory, a torch without it
+        why = str(error).splitlines()[0]
+        raise RecipeError(f'{section}.accelerator: {mode.accelerator} fails: {why}; mend it, or set accelerator = "none"') from error
+
+
+def inputs_to_device(inputs: tuple[Tensor, ...], memory_format: torch.memory_format, mode: ExecutionMode) -> list[Tensor]:
+    """Return inputs in the memory format of the module, images only, on the device of a mode."""
+    image_axes = 4
+    converted = (item.contiguous(memory_format=memory_format) if item.ndim == image_axes else item for item in inputs)
+    return [item.to(mode.accelerator) for item in converted]
+
+
+def targets_to_device(batch: Samples, mode: ExecutionMode) -> tuple[Tensor | None, Tensor]:
+    """Return the teacher's logits of a batch, if there are any, and its labels, on the device of a mode."""
+    teacher_logits = cast("Tensor | None", batch.teacher_logits)  # those of a batch are in memory
+    return None if teacher_logits is None else teacher_logits.to(mode.accelerator), batch.labels.to(mode.accelerator)

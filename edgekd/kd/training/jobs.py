@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a student is trained on and towards, from the parameters and inputs of a step of ``distill``."""
+"""Training jobs: the module, the data, the objective and the settings of one training, for teacher and student alike."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.losses import FROZEN, TAPPED, Loss
@@ -10,110 +11,203 @@ from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError
 from edgekd.kd import data, losses, modules, output_spec, views
 from edgekd.kd.losses.taps import Network
-from edgekd.kd.output_spec import MULTICLASS, OutputSpec
-from edgekd.kd.training import execution
-from edgekd.kd.training.loop import TrainingJob, TrainingSettings
+from edgekd.kd.output_spec import MULTICLASS_OUTPUT, OutputSpec
+from edgekd.kd.training.execution import DEFAULT_MODE, ExecutionMode, read_execution_mode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from edgekd.domain.artifact import Artifact
+    from edgekd.domain.recipe import Distill, Training
+    from edgekd.kd.data import Samples
+    from edgekd.kd.views import Augment
 
 
-def training_job(params: Mapping[str, Any], inputs: Mapping[str, Artifact], recipe_dir: Path, terms: Sequence[Loss]) -> TrainingJob:
-    """Return the job of training a student by losses.
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """How to train. The number of threads and of ranks changes the last bits of the weights."""
+
+    epochs: int
+    batch_size: int
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    seed: int
+    threads: int
+    ranks: int = 1
+    mode: ExecutionMode = DEFAULT_MODE
+
+    @classmethod
+    def from_recipe(cls, options: Distill | Training, world: Mapping[str, int], mode: ExecutionMode) -> TrainingSettings:
+        """Return the settings of ``[distill]`` or ``[teacher.train]``; ``world`` is from ``distributed.world``."""
+        return cls(
+            options.epochs,
+            options.batch_size,
+            options.optimizer,
+            options.learning_rate,
+            options.weight_decay,
+            options.seed,
+            mode=mode,
+            **world,
+        )
+
+    def with_mode(self, inputs: Mapping[str, Artifact]) -> TrainingSettings:
+        """Return the settings with the execution mode that autotune chose, if the step has that as an input."""
+        return replace(self, mode=read_execution_mode(inputs["execution_mode"])) if "execution_mode" in inputs else self
+
+
+@dataclass(frozen=True, slots=True)
+class StudentParams:
+    """The parameters of a step that trains a student: all that may change its weights, beside the inputs.
+
+    ``model``, ``augment`` and ``teacher`` (for losses with taps) are entry points. ``checkpoints`` is how many earlier
+    checkpoints of the teacher teach before it does.
+    """
+
+    model: str
+    losses: tuple[Loss, ...]
+    settings: TrainingSettings
+    instruction_set: str
+    output: OutputSpec = MULTICLASS_OUTPUT
+    augment: str | None = None
+    views: int | None = None
+    ensemble: data.Ensemble | None = None
+    checkpoints: int = 0
+    teacher: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingJob:
+    """What is trained, on what data, towards which objective.
+
+    ``section`` is the recipe's, for messages. ``build`` makes the module with fresh weights. ``objective`` maps
+    (logits, the logits of each teacher or None, labels, epoch) to the loss. ``augment`` maps (inputs, generator) to inputs, batch
+    by batch. ``view`` maps an epoch to its view of the training set, with the teacher's logits for that view.
+    ``teacher`` loads the teacher for the ``tapped`` losses. ``auxiliary`` names the copies of the student that teach it
+    (``ema``, ``last_epoch``). ``is_final_loss`` says whether the losses of an epoch are those of the last one: only the weights
+    of such epochs compete.
+    """
+
+    section: str
+    entry: EntryPoint
+    build: Callable[[], nn.Module]
+    train: Samples
+    validation: Samples
+    objective: Callable[[Tensor, Mapping[str, Tensor | None], Tensor, int], Tensor]
+    settings: TrainingSettings
+    augment: Augment | None = None
+    view: Callable[[int], Samples] | None = None
+    teacher: Callable[[], Network] | None = None
+    tapped: Sequence[Loss] = ()
+    auxiliary: Sequence[str] = ()
+    output: OutputSpec = MULTICLASS_OUTPUT
+    is_final_loss: Callable[[int], bool] = lambda _: True
+
+
+def student_job(params: StudentParams, inputs: Mapping[str, Artifact], recipe_dir: Path) -> TrainingJob:
+    """Return the job of training a student by its losses, none of which has an ``auto``.
 
     Raises:
         RecipeError: if the user's code cannot be loaded, or the losses need classes that the training split lacks.
     """
-    entry = EntryPoint.parse(params["model"])
-    section = "distill.losses" if "train.outputs" in inputs else "distill.baselines"
-    augment = None if params["augment"] is None else views.load_augmentation(recipe_dir, EntryPoint.parse(params["augment"]))
-    ensemble = data.Ensemble(tuple(params["ensemble"]["weights"]), params["ensemble"]["weighting"]) if "ensemble" in params else None
-    form = OutputSpec(params.get("task", MULTICLASS), tuple(params.get("heads", ())))
-    common: dict[str, Any] = {"ensemble": ensemble, "form": form, "temperature": _temperature(terms)}
-    checkpoints, epochs = params.get("checkpoints", 0), params["epochs"]
-
-    def objective(logits: Tensor, answers: Mapping[str, Tensor | None], labels: Tensor, epoch: int) -> Tensor:
-        if form.is_single_softmax:
-            return losses.total_loss(terms, logits, answers, labels, epoch)
-        split = {name: None if given is None else output_spec.logit_rows(form, given) for name, given in answers.items()}
-        parts = [
-            losses.total_loss(terms, found, {name: None if given is None else given[index] for name, given in split.items()}, wanted, epoch)
-            for index, (found, wanted) in enumerate(
-                zip(output_spec.logit_rows(form, logits), output_spec.label_rows(form, labels), strict=True)
-            )
-        ]
-        return sum(parts[1:], start=parts[0]) / len(parts)
+    entry, settings = EntryPoint.parse(params.model), params.settings.with_mode(inputs)
+    teacher = None if params.teacher is None else EntryPoint.parse(params.teacher)
+    augment = None if params.augment is None else views.load_augmentation(recipe_dir, EntryPoint.parse(params.augment))
+    section = "distill.losses" if "train.soft_targets" in inputs else "distill.baselines"
+    common: dict[str, Any] = {"ensemble": params.ensemble, "output": params.output, "temperature": _temperature(params.losses)}
 
     def view(epoch: int) -> data.Samples:
-        turn = epoch * (checkpoints + 1) // epochs
-        number = 0 if augment is None else epoch % params["views"]
-        checkpoint = turn if turn < checkpoints else None
-        return training_set(inputs, terms, section, augment=augment, number=number, checkpoint=checkpoint, **common)
+        turn = epoch * (params.checkpoints + 1) // settings.epochs
+        number = 0 if augment is None or params.views is None else epoch % params.views
+        checkpoint = turn if turn < params.checkpoints else None
+        return training_set(inputs, params.losses, section, augment=augment, number=number, checkpoint=checkpoint, **common)
 
-    def teacher() -> Network:
-        made = EntryPoint.parse(params["teacher"])
-        return Network("teacher", modules.load_frozen_module(recipe_dir, made, inputs["teacher"].path), made)
+    def load_teacher(entry: EntryPoint) -> Network:
+        return Network("teacher", modules.load_frozen_module(recipe_dir, entry, inputs["teacher"].path), entry)
 
     def active(epoch: int) -> list[Loss]:
-        return [term for term in terms if term.counts_in(epoch)]
+        return [loss for loss in params.losses if loss.is_active_in(epoch)]
 
-    train = view(epochs - 1)
-    if isinstance(train.outputs, data.SampledSoftTargets):
-        _check_sampled(terms, form, train.outputs.shape[1])
+    train = view(settings.epochs - 1)
+    if isinstance(train.teacher_logits, data.SampledSoftTargets):
+        _check_sampled(params.losses, params.output, train.teacher_logits.shape[1])
     return TrainingJob(
         section="distill",
         entry=entry,
         build=lambda: modules.build_module(recipe_dir, entry),
         train=train,
         validation=data.load_split(inputs, "validation", **common),
-        objective=objective,
-        settings=TrainingSettings.from_params(params, execution.execution_mode_of(params, inputs)),
-        view=view if augment is not None or checkpoints else None,
-        teacher=teacher if "teacher" in params else None,
-        tapped=[term for term in terms if term.kind in TAPPED],
-        selves=sorted({term.teacher for term in terms} - {FROZEN}),
-        form=form,
-        is_judged=lambda epoch: active(epoch) == active(epochs - 1),
+        objective=student_objective(params.losses, params.output),
+        settings=settings,
+        view=view if augment is not None or params.checkpoints else None,
+        teacher=None if teacher is None else lambda: load_teacher(teacher),
+        tapped=[loss for loss in params.losses if loss.kind in TAPPED],
+        auxiliary=sorted({loss.teacher for loss in params.losses} - {FROZEN}),
+        output=params.output,
+        is_final_loss=lambda epoch: active(epoch) == active(settings.epochs - 1),
     )
 
 
-def training_set(inputs: Mapping[str, Artifact], terms: Sequence[Loss], section: str, **seen: Any) -> data.Samples:
-    """Return the training split, seen as ``data.samples`` says, with the unlabelled samples behind it if a loss can learn from them.
+def student_objective(terms: Sequence[Loss], output: OutputSpec) -> Callable[[Tensor, Mapping[str, Tensor | None], Tensor, int], Tensor]:
+    """Return the objective of the losses of logits; several heads count alike."""
+
+    def objective(logits: Tensor, teacher_logits: Mapping[str, Tensor | None], labels: Tensor, epoch: int) -> Tensor:
+        if output.is_single_softmax:
+            return losses.total_loss(terms, logits, teacher_logits, labels, epoch)
+        by_teacher = {name: None if tensor is None else output_spec.logit_rows(output, tensor) for name, tensor in teacher_logits.items()}
+        heads = zip(output_spec.logit_rows(output, logits), output_spec.label_rows(output, labels), strict=True)
+        parts = [
+            losses.total_loss(
+                terms, rows, {name: None if tensors is None else tensors[head] for name, tensors in by_teacher.items()}, head_labels, epoch
+            )
+            for head, (rows, head_labels) in enumerate(heads)
+        ]
+        return sum(parts[1:], start=parts[0]) / len(parts)
+
+    return objective
+
+
+def training_set(inputs: Mapping[str, Artifact], terms: Sequence[Loss], section: str, **options: Any) -> data.Samples:
+    """Return the training split, followed by the unlabelled samples if a loss can learn from them.
+
+    Args:
+        inputs: The artifacts of the step.
+        terms: The losses.
+        section: The recipe's, for messages.
+        options: Those of ``data.load_split``.
 
     Raises:
-        RecipeError: if a loss needs classes and the labels are none.
+        RecipeError: if a loss needs classes and no sample has one.
     """
     import torch
 
-    found = data.load_split(inputs, "train", **seen)
-    if bool((found.labels == losses.UNLABELLED).all()):
+    train = data.load_split(inputs, "train", **options)
+    if bool((train.labels == losses.UNLABELLED).all()):
         for term in terms:
             if "labels" in losses.loss_inputs(term.kind):
-                what = f"'{term.kind}' needs classes, and the labels of the train split are none (int64 from 0)"
-                raise RecipeError(f"{section}: {what}; use 'kl' alone, without [distill.baselines]")
+                what = f"'{term.kind}' needs classes, and the train split has no class labels (int64 from 0)"
+                raise RecipeError(f"{section}: {what}; use 'kl' alone, without distill.baselines")
     if "unlabelled.inputs.0" not in inputs:
-        return found
-    more = data.load_split(inputs, "unlabelled", **seen)
-    if not len(more):
-        return found
-    if "train.outputs" not in inputs:  # a twin takes as many steps as the distilled student, on the samples that it can learn from
-        return found.pick(torch.arange(len(found) + len(more)) % len(found))
-    return data.concatenate(found, more) if losses.learns_unlabelled(terms) else found
+        return train
+    unlabelled = data.load_split(inputs, "unlabelled", **options)
+    if not len(unlabelled):
+        return train
+    if "train.soft_targets" not in inputs:  # a baseline takes as many steps as the distilled student, on the samples that it can learn from
+        return train.pick(torch.arange(len(train) + len(unlabelled)) % len(train))
+    return data.concatenate(train, unlabelled) if losses.learns_unlabelled(terms) else train
 
 
 def _temperature(terms: Sequence[Loss]) -> float:
-    """Return the temperature at which sampled answers are read: that of the losses that follow them."""
-    found = [float(term.options["temperature"]) for term in terms if term.teacher == FROZEN and "temperature" in term.options]
-    return found[0] if found else 1.0
+    """Return the temperature at which sampled soft targets are read: that of the losses that follow them."""
+    values = [float(term.options["temperature"]) for term in terms if term.teacher == FROZEN and "temperature" in term.options]
+    return values[0] if values else 1.0
 
 
-def _check_sampled(terms: Sequence[Loss], form: OutputSpec, classes: int) -> None:
-    """Refuse losses that need more than a sample of each answer.
+def _check_sampled(terms: Sequence[Loss], output: OutputSpec, classes: int) -> None:
+    """Refuse losses that need all logits of a sample.
 
     Raises:
         RecipeError: that names the loss.
@@ -121,7 +215,10 @@ def _check_sampled(terms: Sequence[Loss], form: OutputSpec, classes: int) -> Non
     following = [term for term in terms if "teacher" in losses.loss_inputs(term.kind) and term.teacher == FROZEN]
     unfit = [term.kind for term in following if term.kind in {"hard", "mse"} or term.options.get("standardize")]
     several = len({term.options["temperature"] for term in following if "temperature" in term.options}) > 1
-    if not unfit and not several and form.is_single_softmax:
+    if not unfit and not several and output.is_single_softmax:
         return
-    why = f"'{unfit[0]}' needs all logits" if unfit else "several temperatures" if several else "answers that are not one softmax"
-    raise RecipeError(f'distill.losses: {why}, and of {classes} classes samples are kept; expected distill.soft_target_storage = "dense"')
+    why = f"'{unfit[0]}' needs all logits" if unfit else "several temperatures" if several else "outputs that are not one softmax"
+    raise RecipeError(
+        f"distill.losses: {why}, and soft targets of {classes} classes are stored as samples; "
+        'expected distill.soft_target_storage = "dense"'
+    )

@@ -14,7 +14,7 @@ from edgekd.domain.losses import Loss
 from edgekd.domain.recipe import Baselines, Teacher
 from edgekd.errors import RecipeError
 from edgekd.kd import data, modules
-from edgekd.kd.training import calibrate, jobs, loop
+from edgekd.kd.training import calibrate, jobs, trainer
 from edgekd.ports import Context
 from edgekd.stages import distill
 from tests.distilling import CE, KL, entry, recipe
@@ -44,28 +44,28 @@ def folder(tmp_path):
 
 def artifacts(folder, unlabelled=0, labels=lambda classes: classes):
     generator = np.random.default_rng(1)
-    found = {}
+    inputs = {}
     for split, count in (("train", 60), ("validation", 60), ("unlabelled", unlabelled)):
         classes = generator.integers(0, 3, count)
         arrays = {
             "inputs.0": (generator.standard_normal((count, 4)) + 2 * classes[:, None]).astype(np.float32),
             "labels": labels(classes),
-            "outputs": (6 * np.eye(3)[classes] + generator.standard_normal((count, 3))).astype(np.float32)[None],
+            "soft_targets": (6 * np.eye(3)[classes] + generator.standard_normal((count, 3))).astype(np.float32)[None],
         }
         if split == "unlabelled":
             del arrays["labels"]
-        store(folder / f"{split}.outputs.safetensors", arrays.pop("outputs"), split)
-        found[f"{split}.outputs"] = Artifact(folder / f"{split}.outputs.safetensors", "", 0)
+        store(folder / f"{split}.soft_targets.safetensors", arrays.pop("soft_targets"), split)
+        inputs[f"{split}.soft_targets"] = Artifact(folder / f"{split}.soft_targets.safetensors", "", 0)
         for name, array in arrays.items():
             np.save(folder / f"{split}.{name}.npy", array)
-            found[f"{split}.{name}"] = Artifact(folder / f"{split}.{name}.npy", "", 0)
-    return found
+            inputs[f"{split}.{name}"] = Artifact(folder / f"{split}.{name}.npy", "", 0)
+    return inputs
 
 
-def run(folder, given, inputs):
+def run(folder, recipe, inputs):
     for name in ("out", "work"):
         (folder / name).mkdir(exist_ok=True)
-    [step] = distill.steps(given, [])
+    [step] = distill.steps(recipe, [])
     result = distill.run(step, inputs, Context(folder, folder / "out", folder / "work", lambda *_: None))
     for path in (folder / "work").iterdir():
         path.unlink()
@@ -74,60 +74,63 @@ def run(folder, given, inputs):
 
 def test_epochs_take_the_views_in_turns(folder, monkeypatch):
     inputs = artifacts(folder)
-    answers = stored(inputs["train.outputs"].path)
-    store(inputs["train.outputs"].path, np.concatenate([answers, answers + 1, answers + 2]))
-    store(inputs["unlabelled.outputs"].path, np.zeros((3, 0, 3), np.float32), "unlabelled")
-    seen = []
+    logits = stored(inputs["train.soft_targets"].path)
+    store(inputs["train.soft_targets"].path, np.concatenate([logits, logits + 1, logits + 2]))
+    store(inputs["unlabelled.soft_targets"].path, np.zeros((3, 0, 3), np.float32), "unlabelled")
+    views = []
 
     def fit(job, *_):
-        seen.extend(job.view(epoch) for epoch in range(5))
+        views.extend(job.view(epoch) for epoch in range(5))
         raise KeyboardInterrupt
 
     [step] = distill.steps(recipe(augment=entry("noisy"), views=3), [])
-    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(trainer, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
         distill.run(step, inputs, Context(folder, folder, folder, lambda *_: None))
-    assert [int(np.rint((item.outputs.numpy() - answers[0]).mean())) for item in seen] == [0, 1, 2, 0, 1]
-    assert torch.equal(seen[0].inputs[0], seen[3].inputs[0])
-    assert not torch.equal(seen[0].inputs[0], seen[1].inputs[0])
+    assert [int(np.rint((view.teacher_logits.numpy() - logits[0]).mean())) for view in views] == [0, 1, 2, 0, 1]
+    assert torch.equal(views[0].inputs[0], views[3].inputs[0])
+    assert not torch.equal(views[0].inputs[0], views[1].inputs[0])
 
 
 def test_a_student_learns_from_views(folder):
     inputs = artifacts(folder)
     for split in ("train", "unlabelled"):
-        store(inputs[f"{split}.outputs"].path, np.repeat(stored(inputs[f"{split}.outputs"].path), 2, axis=0), split)
+        store(inputs[f"{split}.soft_targets"].path, np.repeat(stored(inputs[f"{split}.soft_targets"].path), 2, axis=0), split)
     assert run(folder, recipe(augment=entry("noisy"), views=2), inputs)[0].metrics["validation_accuracy"] > 0.6
 
 
 def test_checkpoints_teach_in_turns_and_the_teacher_last(folder, monkeypatch):
     inputs = artifacts(folder)
     for split in ("train", "validation", "unlabelled"):
-        answers = stored(inputs[f"{split}.outputs"].path)
+        logits = stored(inputs[f"{split}.soft_targets"].path)
         for number in range(3):
-            path = folder / f"{split}.outputs.{number}.safetensors"
-            store(path, answers + 1 + number, split)
-            inputs[f"{split}.outputs.checkpoint.{number}"] = Artifact(path, "", 0)
-    seen = []
+            path = folder / f"{split}.soft_targets.{number}.safetensors"
+            store(path, logits + 1 + number, split)
+            inputs[f"{split}.soft_targets.checkpoint.{number}"] = Artifact(path, "", 0)
+    turns = []
 
     def fit(job, *_):
-        clean = job.validation.outputs
-        seen.extend(int(np.rint((job.view(epoch).outputs.numpy() - stored(inputs["train.outputs"].path)[0]).mean())) for epoch in range(8))
-        assert torch.equal(clean, torch.from_numpy(stored(inputs["validation.outputs"].path)[0]))
+        clean = job.validation.teacher_logits
+        turns.extend(
+            int(np.rint((job.view(epoch).teacher_logits.numpy() - stored(inputs["train.soft_targets"].path)[0]).mean()))
+            for epoch in range(8)
+        )
+        assert torch.equal(clean, torch.from_numpy(stored(inputs["validation.soft_targets"].path)[0]))
         raise KeyboardInterrupt
 
-    given = replace(recipe(), teacher=Teacher(entry("teacher"), "w.safetensors", checkpoints=("a.pt", "b.pt", "c.pt")))
-    [step] = distill.steps(given, [])
-    assert [name for name in given.soft_target_sources if "checkpoint" in name] == [
+    with_checkpoints = replace(recipe(), teacher=Teacher(entry("teacher"), "w.safetensors", checkpoints=("a.pt", "b.pt", "c.pt")))
+    [step] = distill.steps(with_checkpoints, [])
+    assert [name for name in with_checkpoints.soft_target_sources if "checkpoint" in name] == [
         f"soft_targets/checkpoint/{number}" for number in range(3)
     ]
-    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(trainer, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
         distill.run(step, inputs, Context(folder, folder, folder, lambda *_: None))
-    assert seen == [1, 1, 2, 2, 3, 3, 0, 0]
+    assert turns == [1, 1, 2, 2, 3, 3, 0, 0]
 
 
-def test_a_twin_needs_no_teacher(folder):
-    inputs = {name: item for name, item in artifacts(folder).items() if "outputs" not in name}
+def test_a_baseline_needs_no_teacher(folder):
+    inputs = {name: item for name, item in artifacts(folder).items() if "soft_targets" not in name}
     *_, step = distill.steps(recipe(baselines=Baselines(seeds=2)), [])
     for name in ("out", "work"):
         (folder / name).mkdir()
@@ -135,17 +138,17 @@ def test_a_twin_needs_no_teacher(folder):
     assert result.metrics["validation_accuracy"] > 0.5
 
 
-def test_a_twin_takes_as_many_steps_as_the_student_that_learns_from_unlabelled_samples_too(folder):
+def test_a_baseline_takes_as_many_steps_as_the_student_that_learns_from_unlabelled_samples_too(folder):
     inputs = artifacts(folder, unlabelled=200)
-    taught = jobs.training_set(inputs, [KL, CE], "distill.losses")
-    alone = jobs.training_set({name: item for name, item in inputs.items() if "outputs" not in name}, [CE], "distill.baselines")
-    assert len(alone) == len(taught) == 260
-    assert torch.equal(alone.inputs[0][60:120], taught.inputs[0][:60])
-    assert alone.labels.min() >= 0
+    distilled = jobs.training_set(inputs, [KL, CE], "distill.losses")
+    baseline = jobs.training_set({name: item for name, item in inputs.items() if "soft_targets" not in name}, [CE], "distill.baselines")
+    assert len(baseline) == len(distilled) == 260
+    assert torch.equal(baseline.inputs[0][60:120], distilled.inputs[0][:60])
+    assert baseline.labels.min() >= 0
 
 
 @pytest.mark.parametrize("loss", [Loss("dist"), Loss("kl", temperature=2.0, standardize=True), Loss("kl"), Loss("ce")])
-def test_answers_are_calibrated_whatever_the_loss_leaves_of_their_scale(folder, loss):
+def test_logits_are_calibrated_whatever_the_loss(folder, loss):
     inputs = artifacts(folder)
     result, _ = run(folder, recipe(losses=(loss,)), inputs)
     (note,) = result.notes
@@ -157,12 +160,12 @@ def test_answers_are_calibrated_whatever_the_loss_leaves_of_their_scale(folder, 
 
 
 @pytest.mark.parametrize("kind", ["dist", "dkd", "hard", "mse"])
-def test_each_loss_teaches(folder, kind):
+def test_each_loss_trains_a_student(folder, kind):
     result, _ = run(folder, recipe(losses=(Loss(kind),)), artifacts(folder))
     assert result.metrics["validation_accuracy"] > 0.5
 
 
-def test_a_student_is_distilled_and_comes_back(folder):
+def test_a_student_is_distilled_and_loaded_again(folder):
     result, files = run(folder, recipe(), artifacts(folder))
     assert sorted(files) == ["curve.json", "student.safetensors"]
     curve = json.loads(files["curve.json"])
@@ -170,8 +173,8 @@ def test_a_student_is_distilled_and_comes_back(folder):
     assert result.metrics["validation_accuracy"] > 0.6
     module = modules.load_module(folder, entry("student"), folder / "out" / "student.safetensors")
     with torch.no_grad():
-        found = module(torch.from_numpy(np.load(folder / "validation.inputs.0.npy"))).argmax(1).numpy()
-    assert (found == np.load(folder / "validation.labels.npy")).mean() == pytest.approx(result.metrics["validation_accuracy"])
+        predictions = module(torch.from_numpy(np.load(folder / "validation.inputs.0.npy"))).argmax(1).numpy()
+    assert (predictions == np.load(folder / "validation.labels.npy")).mean() == pytest.approx(result.metrics["validation_accuracy"])
 
 
 def test_the_same_step_gives_the_same_bytes_and_the_temperature_changes_them(folder):
@@ -189,7 +192,7 @@ def test_labels_do_not_matter_to_kl_alone_but_for_the_accuracy(folder):
 
 
 def test_ce_without_classes_is_refused(folder):
-    with pytest.raises(RecipeError, match="'ce' needs classes, and the labels of the train split are none"):
+    with pytest.raises(RecipeError, match="'ce' needs classes, and the train split has no class labels"):
         run(folder, recipe(), artifacts(folder, labels=lambda classes: classes.astype(np.float64)))
 
 
@@ -203,5 +206,5 @@ def test_unlabelled_samples_are_learnt_from_through_kl_only(folder):
 
 
 def test_classes_that_differ_from_the_teachers_are_refused(folder):
-    with pytest.raises(RecipeError, match=r"distill_user.py:four: answers with 4 classes; the teacher answers with 3"):
+    with pytest.raises(RecipeError, match=r"distill_user.py:four: has 4 classes; the teacher has 3"):
         run(folder, recipe("four"), artifacts(folder))

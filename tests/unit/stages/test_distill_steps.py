@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from edgekd.domain.losses import Loss
 from edgekd.domain.recipe import Assistant, Baselines, Teacher
+from edgekd.kd.data import Ensemble
+from edgekd.kd.training.jobs import TrainingSettings
+from edgekd.kd.training.search import SearchParams
 from edgekd.stages import distill
 from tests.distilling import CE, KL, entry, recipe
 
@@ -13,23 +16,21 @@ from tests.distilling import CE, KL, entry, recipe
 def test_the_step_names_all_that_changes_the_student():
     [step] = distill.steps(recipe(), [])
     assert (step.id, step.stage) == ("distill", "distill")
-    assert step.params["losses"] == [
-        {"kind": "kl", "weight": 0.9, "temperature": 2.0, "standardize": False},
-        {"kind": "ce", "weight": 0.1, "label_smoothing": 0.0},
-    ]
-    assert json.loads(json.dumps(step.params)) == step.params
-    assert {"model", "epochs", "optimizer", "learning_rate", "weight_decay", "batch_size", "seed", "threads", "instruction_set"} <= set(
-        step.params
+    assert step.params.losses == (
+        Loss("kl", 0.9, temperature=2.0, standardize=False),
+        Loss("ce", 0.1, label_smoothing=0.0),
     )
+    assert step.params.settings == TrainingSettings(8, 16, "adamw", 0.02, 0.01, 0, 1)
+    json.dumps(asdict(step.params), allow_nan=False)
     assert step.inputs == {
         "train.inputs.0": "inspect:train.inputs.0.npy",
         "train.labels": "inspect:train.labels.npy",
-        "train.outputs": "soft_targets:train.outputs.safetensors",
+        "train.soft_targets": "soft_targets:train.soft_targets.safetensors",
         "validation.inputs.0": "inspect:validation.inputs.0.npy",
         "validation.labels": "inspect:validation.labels.npy",
-        "validation.outputs": "soft_targets:validation.outputs.safetensors",
+        "validation.soft_targets": "soft_targets:validation.soft_targets.safetensors",
         "unlabelled.inputs.0": "inspect:unlabelled.inputs.0.npy",
-        "unlabelled.outputs": "soft_targets:unlabelled.outputs.safetensors",
+        "unlabelled.soft_targets": "soft_targets:unlabelled.soft_targets.safetensors",
         "code": "inspect:student.code.json",
         "views.code": "inspect:views.code.json",
     }
@@ -40,7 +41,7 @@ def test_no_split_but_train_validation_and_unlabelled_is_seen():
     assert not [name for name in step.inputs.values() if "evaluation" in name or "calibration" in name]
 
 
-def test_twins_are_trained_alike_but_for_the_teacher_and_the_seed():
+def test_baselines_are_trained_alike_but_for_the_teacher_and_the_seed():
     plain, *others = distill.steps(recipe(baselines=Baselines(seeds=2), seed=7), [])
     assert [step.id for step in others] == [
         "distill/distilled/1",
@@ -49,37 +50,40 @@ def test_twins_are_trained_alike_but_for_the_teacher_and_the_seed():
         "distill/label_smoothing/0",
         "distill/label_smoothing/1",
     ]
-    assert [step.params["seed"] for step in others] == [8, 7, 8, 7, 8]
+    assert [step.params.settings.seed for step in others] == [8, 7, 8, 7, 8]
     for step in others:
-        same = plain.params.keys() - ({"seed"} if "distilled" in step.id else {"seed", "losses"})
-        assert all(step.params[name] == plain.params[name] for name in same)
+        losses = step.params.losses if "distilled" not in step.id else plain.params.losses
+        settings = replace(plain.params.settings, seed=step.params.settings.seed)
+        assert step.params == replace(plain.params, losses=losses, settings=settings)
         reads_teacher = any(reference.startswith("soft_targets:") for reference in step.inputs.values())
         assert reads_teacher == ("distilled" in step.id)
-    assert others[-1].params["losses"] == [{"kind": "ce", "weight": 1.0, "label_smoothing": 0.1}]
+    assert others[-1].params.losses == (Loss("ce", label_smoothing=0.1),)
 
 
-def test_a_twin_by_pseudo_labels_follows_the_student_that_was_trained_alone():
+def test_the_baseline_by_pseudo_labels_follows_the_student_without_a_teacher():
     given = recipe(baselines=Baselines(seeds=2, pseudo_labels=True), teachers=(Teacher(entry("other"), "o.safetensors"),))
     last = distill.steps(given, [])[-1]
     assert last.id == "distill/pseudo_labels/1"
-    assert [loss["kind"] for loss in last.params["losses"]] == ["ce", "hard"]
-    assert {reference.partition(":")[0] for name, reference in last.inputs.items() if "outputs" in name} == {"soft_targets/pseudo_labels/1"}
+    assert [loss.kind for loss in last.params.losses] == ["ce", "hard"]
+    assert {reference.partition(":")[0] for name, reference in last.inputs.items() if "soft_targets" in name} == {
+        "soft_targets/pseudo_labels/1"
+    }
     assert given.soft_target_sources["soft_targets/pseudo_labels/1"].artifact == "distill/no_teacher/1:student.safetensors"
-    assert not {"ensemble", "checkpoints", "teacher"} & last.params.keys()
+    assert (last.params.ensemble, last.params.checkpoints, last.params.teacher) == (None, 0, None)
 
 
-def test_each_link_of_a_chain_is_taught_by_the_one_before():
+def test_each_link_of_a_chain_learns_from_the_one_before():
     middle, small = (Assistant(entry(name)) for name in ("middle", "small"))
     given = recipe(assistants=(middle, replace(small, epochs=3)), teachers=(Teacher(file="o.onnx", weight=0.5),))
     first, second, last = distill.steps(given, [])
     assert [step.id for step in (first, second, last)] == ["distill/assistant/0", "distill/assistant/1", "distill"]
-    assert [step.params["epochs"] for step in (first, second, last)] == [8, 3, 8]
-    assert first.params["ensemble"] == {"weights": [1.0, 0.5], "weighting": "fixed"}
-    assert "ensemble" not in second.params.keys() | last.params.keys()
-    taught = [
-        {reference.partition(":")[0] for name, reference in step.inputs.items() if "outputs" in name} for step in (first, second, last)
+    assert [step.params.settings.epochs for step in (first, second, last)] == [8, 3, 8]
+    assert first.params.ensemble == Ensemble((1.0, 0.5), "fixed")
+    assert second.params.ensemble is last.params.ensemble is None
+    sources = [
+        {reference.partition(":")[0] for name, reference in step.inputs.items() if "soft_targets" in name} for step in (first, second, last)
     ]
-    assert taught == [{"soft_targets", "soft_targets/teacher/0"}, {"soft_targets/assistant/0"}, {"soft_targets/assistant/1"}]
+    assert sources == [{"soft_targets", "soft_targets/teacher/0"}, {"soft_targets/assistant/0"}, {"soft_targets/assistant/1"}]
     assert first.inputs["code"] == "inspect:assistant.0.code.json"
 
 
@@ -87,26 +91,26 @@ def test_students_of_other_sizes_differ_from_the_student_in_their_module_only():
     student, wide, deep = distill.steps(recipe(sizes=(entry("wide"), entry("deep"))), [])
     assert [student.id, wide.id, deep.id] == ["distill", "distill/size/0", "distill/size/1"]
     assert student.params == distill.steps(recipe(), [])[0].params
-    assert wide.params == {**student.params, "model": "distill_user.py:wide"}
+    assert wide.params == replace(student.params, model="distill_user.py:wide")
     assert deep.inputs == {**student.inputs, "code": "inspect:size.1.code.json"}
 
 
-def test_all_that_is_distilled_is_in_the_precision_that_was_tried_once(monkeypatch):
+def test_all_students_are_trained_in_the_mode_that_autotune_chose_once(monkeypatch):
     facts = distill.runner.facts()
     monkeypatch.setattr(distill.runner, "facts", lambda: {**facts, "features": ["avx512_bf16"]})
     given = recipe(
         precision="auto", sizes=(entry("wide"),), assistants=(Assistant(entry("middle")),), baselines=Baselines(seeds=2, pseudo_labels=True)
     )
-    trial, *others = distill.steps(given, [])
-    assert trial.id == "distill/autotune"
+    autotune, *others = distill.steps(given, [])
+    assert autotune.id == "distill/autotune"
     assert [step.inputs["execution_mode"] for step in others] == ["distill/autotune:execution_mode.json"] * 10
     monkeypatch.setattr(distill.runner, "facts", lambda: {**facts, "features": ["avx2"]})
-    assert all("execution_mode" not in step.inputs.keys() | step.params.keys() for step in distill.steps(given, []))
-    asked = distill.steps(replace(given, distill=replace(given.distill, precision="bfloat16")), [])
-    assert {step.params["precision"] for step in asked} == {"bfloat16"}
+    assert all("execution_mode" not in step.inputs for step in distill.steps(given, []))
+    requested = distill.steps(replace(given, distill=replace(given.distill, precision="bfloat16")), [])
+    assert {step.params.settings.mode.precision for step in requested} == {"bfloat16"}
 
 
-def test_what_is_left_open_is_searched_once_for_all_seeds_and_for_the_twins_too():
+def test_what_is_auto_is_searched_once_for_all_seeds_and_for_the_baselines_too():
     given = recipe(losses=(Loss("kl", temperature="auto"), CE), baselines=Baselines(seeds=2, pseudo_labels=True), search_share=0.5)
     steps = distill.steps(given, [])
     assert [step.id for step in steps] == [
@@ -130,14 +134,14 @@ def test_what_is_left_open_is_searched_once_for_all_seeds_and_for_the_twins_too(
         "distill/pseudo_labels/0": "distill/search/pseudo_labels/0:chosen.json",
         "distill/pseudo_labels/1": "distill/search/pseudo_labels/0:chosen.json",
     }
-    searching = [step for step in steps if "search_share" in step.params]
+    searching = [step for step in steps if isinstance(step.params, SearchParams)]
     assert [step.id for step in searching] == ["distill/search", "distill/search/label_smoothing/0", "distill/search/pseudo_labels/0"]
-    assert [loss for loss in searching[2].params["losses"] if "auto" in loss.values()] == [{"kind": "hard", "weight": "auto"}]
-    assert {step.params["search_share"] for step in searching} == {0.5}
+    assert [loss for loss in searching[2].params.student.losses if loss.has_auto] == [Loss("hard", "auto")]
+    assert {step.params.share for step in searching} == {0.5}
     assert all("optuna" in step.tools for step in searching)
 
 
-def test_a_twin_of_a_student_that_learns_from_labels_only_reads_no_unlabelled_samples():
+def test_a_baseline_of_a_student_that_learns_from_labels_only_reads_no_unlabelled_samples():
     for losses, reads in (((KL, CE), True), ((Loss("dkd"), CE), False)):
-        twin = distill.steps(recipe(losses=losses, baselines=Baselines(seeds=2)), [])[-1]
-        assert any(name.startswith("unlabelled") for name in twin.inputs) == reads
+        baseline = distill.steps(recipe(losses=losses, baselines=Baselines(seeds=2)), [])[-1]
+        assert any(name.startswith("unlabelled") for name in baseline.inputs) == reads

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -61,36 +61,36 @@ def recipe(**training):
 
 def artifacts(folder, labels=None):
     generator = np.random.default_rng(1)
-    found = {}
+    inputs_by_name = {}
     for split, count in (("train", 120), ("validation", 60)):
         classes = generator.integers(0, 3, count)
         inputs = (generator.standard_normal((count, 4)) + 2 * classes[:, None]).astype(np.float32)
         for name, array in ((f"{split}.inputs.0", inputs), (f"{split}.labels", classes if labels is None else labels(classes))):
             np.save(folder / f"{name}.npy", array)
-            found[name] = Artifact(folder / f"{name}.npy", "", 0)
-    return found
+            inputs_by_name[name] = Artifact(folder / f"{name}.npy", "", 0)
+    return inputs_by_name
 
 
-def run(folder, given, inputs):
-    told = []
+def run(folder, recipe, inputs):
+    reports = []
     for name in ("out", "work"):
         (folder / name).mkdir(exist_ok=True)
-    context = Context(folder, folder / "out", folder / "work", lambda share, text: told.append((share, text)))
-    [step] = teach.steps(given, [])
+    context = Context(folder, folder / "out", folder / "work", lambda share, text: reports.append((share, text)))
+    [step] = teach.steps(recipe, [])
     result = teach.run(step, inputs, context)
-    return result, told, {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    return result, reports, {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
 
 
-def test_a_given_teacher_is_not_taught():
+def test_a_given_teacher_is_not_trained():
     assert teach.steps(replace(recipe(), teacher=Teacher(entry("teacher"), "w.safetensors")), []) == []
 
 
 def test_the_step_names_all_that_changes_the_teacher():
     [step] = teach.steps(recipe(augment=entry("noise")), [])
     assert (step.id, step.stage) == ("teach", "teach")
-    assert {"model", "augment", "epochs", "seed", "threads", "instruction_set", "label_smoothing"} <= set(step.params)
-    assert step.params["augment"] == "teach_user.py:noise"
-    assert json.loads(json.dumps(step.params)) == step.params
+    assert step.params.augment == "teach_user.py:noise"
+    assert (step.params.settings.epochs, step.params.settings.threads) == (8, 1)
+    json.dumps(asdict(step.params), allow_nan=False)
     assert step.inputs == {
         "train.inputs.0": "inspect:train.inputs.0.npy",
         "train.labels": "inspect:train.labels.npy",
@@ -103,44 +103,47 @@ def test_the_step_names_all_that_changes_the_teacher():
 
 def test_threads_are_the_machines_unless_the_recipe_names_them():
     [named], [unnamed] = teach.steps(recipe(threads=3), []), teach.steps(recipe(threads=None), [])
-    assert named.params["threads"] == 3
-    assert unnamed.params["threads"] == teach.runner.facts()["cores"]
+    assert named.params.settings.threads == 3
+    assert unnamed.params.settings.threads == teach.runner.facts()["cores"]
 
 
-def test_a_teacher_is_taught_and_comes_back(folder):
-    result, told, files = run(folder, recipe(augment=entry("noise"), label_smoothing=0.05), artifacts(folder))
+def test_a_teacher_is_trained_and_loaded_again(folder):
+    result, reports, files = run(folder, recipe(augment=entry("noise"), label_smoothing=0.05), artifacts(folder))
     assert sorted(files) == ["curve.json", "teacher.safetensors"]
     curve = json.loads(files["curve.json"])
     assert [line["epoch"] for line in curve["epochs"]] == list(range(1, 9))
     assert result.metrics == {**curve["epochs"][curve["best_epoch"] - 1], "samples": 8 * 120}
     assert result.metrics["validation_accuracy"] > 0.7
-    assert told[-1][0] == 1.0
+    assert reports[-1][0] == 1.0
     teacher = load_teacher(folder, entry("teacher"), folder / "out" / "teacher.safetensors")
     labels = np.load(folder / "validation.labels.npy")
-    found = teacher([np.load(folder / "validation.inputs.0.npy")])
-    assert (found.argmax(1) == labels).mean() == pytest.approx(result.metrics["validation_accuracy"])
+    logits = teacher([np.load(folder / "validation.inputs.0.npy")])
+    assert (logits.argmax(1) == labels).mean() == pytest.approx(result.metrics["validation_accuracy"])
 
 
 def test_augmentation_and_smoothing_change_the_teacher(folder):
-    found = []
-    for index, given in enumerate([recipe(), recipe(augment=entry("noise")), recipe(label_smoothing=0.3)]):
+    weights = []
+    for index, changed in enumerate([recipe(), recipe(augment=entry("noise")), recipe(label_smoothing=0.3)]):
         where = folder / str(index)
         where.mkdir()
         (where / "teach_user.py").write_text(CODE)
-        found.append(run(where, given, artifacts(where))[2]["teacher.safetensors"])
+        weights.append(run(where, changed, artifacts(where))[2]["teacher.safetensors"])
         sys.modules.pop("teach_user")
-    assert len(set(found)) == 3
+    assert len(set(weights)) == 3
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [("cropping", "teach_user.py:cropping: must return what it was given"), ("raising", r"teach_user.py:\d+: raising\(\) raised KeyError")],
+    [
+        ("cropping", "teach_user.py:cropping: changes the shapes or types of its inputs"),
+        ("raising", r"teach_user.py:\d+: raising\(\) raised KeyError"),
+    ],
 )
-def test_an_augmentation_that_misbehaves_is_told(folder, function, message):
+def test_an_augmentation_that_misbehaves_is_reported(folder, function, message):
     with pytest.raises(RecipeError, match=message):
         run(folder, recipe(augment=entry(function)), artifacts(folder))
 
 
-def test_labels_that_are_no_classes_are_refused(folder):
+def test_labels_that_are_not_classes_are_refused(folder):
     with pytest.raises(RecipeError, match=r"teacher.train: the train split has samples without a class"):
         run(folder, recipe(), artifacts(folder, labels=lambda classes: classes.astype(np.float64)))

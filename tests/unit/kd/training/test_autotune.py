@@ -1,97 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import json
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from edgekd.domain.artifact import Artifact
-from edgekd.domain.losses import Loss
-from edgekd.domain.recipe import EntryPoint
-from edgekd.errors import RecipeError
-from edgekd.kd import modules
 from edgekd.kd.training import autotune
-from tests.stored import store
+from edgekd.kd.training.execution import AutotuneParams, ExecutionMode, read_execution_mode
 
-CODE = """
+BFLOAT16 = ExecutionMode("bfloat16")
+LINEAR = "from torch import nn\ndef student():\n    return nn.Linear(4, 3)\n"
+WITHOUT_BFLOAT16 = """\
+import torch
 from torch import nn
-
+class Picky(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        if y.dtype == torch.bfloat16:
+            raise RuntimeError("not implemented for 'BFloat16'")
+        return y
 def student():
-    return nn.Linear(4, 3)
-
-def teacher():
-    return nn.Sequential(nn.Linear(4, 2000), nn.ReLU(), nn.Linear(2000, 2000), nn.ReLU(), nn.Linear(2000, 3))
+    return Picky(4, 3)
 """
-PARAMS = {
-    "model": "worth_user.py:student",
-    "reference": "worth_user.py:teacher",
-    "epochs": 20,
-    "batch_size": 8,
-    "optimizer": "sgd",
-    "learning_rate": 0.01,
-    "weight_decay": 0.0,
-    "seed": 0,
-    "threads": 1,
-    "augment": None,
-    "views": None,
-}
-OPEN = [Loss("kl", temperature="auto", weight="auto", standardize="auto"), Loss("ce", 0.1)]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "worth_user.py").write_text(CODE)
-    (tmp_path / "out").mkdir()
-    yield tmp_path
-    sys.modules.pop("worth_user", None)
+@pytest.fixture(autouse=True)
+def _forget_user_module():
+    yield
+    sys.modules.pop("autotune_user", None)
 
 
-def run(folder, within):
-    generator, inputs = np.random.default_rng(0), {}
-    for split, count in (("train", 64), ("validation", 16)):
-        np.save(folder / f"{split}.x.npy", generator.normal(size=(count, 4)).astype(np.float32))
-        np.save(folder / f"{split}.labels.npy", np.arange(count) % 3)
-        store(folder / f"{split}.outputs.safetensors", generator.normal(size=(1, count, 3)).astype(np.float32), split)
-        found = {"inputs.0": "x.npy", "labels": "labels.npy", "outputs": "outputs.safetensors"}
-        inputs |= {f"{split}.{name}": Artifact(folder / f"{split}.{file}", "", 0) for name, file in found.items()}
-    modules.save_weights(modules.build_module(folder, EntryPoint("worth_user.py", "teacher")), folder / "w.safetensors")
-    inputs["reference"] = Artifact(folder / "w.safetensors", "", 0)
-    context = SimpleNamespace(recipe_dir=folder, out=folder / "out", work=folder, progress=lambda *_: None)
-    result = autotune.choose_epochs({**PARAMS, "break_even_inferences": within}, inputs, context, OPEN)
-    return result, json.loads((folder / "out" / "epochs.json").read_text())
+def choose(folder, code, *others):
+    (folder / "autotune_user.py").write_text(code)
+    np.save(folder / "x.npy", np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32))
+    context = SimpleNamespace(recipe_dir=folder, out=folder, work=folder, progress=lambda *_: None)
+    params = AutotuneParams((ExecutionMode(), *others), "autotune_user.py:student", 8, "sgd", 1, "x")
+    result = autotune.choose_execution_mode("distill", params, {"train.inputs.0": Artifact(folder / "x.npy", "", 0)}, context)
+    return read_execution_mode(Artifact(folder / "execution_mode.json", "", 0)), result
 
 
 @pytest.mark.parametrize(
-    ("inferences", "epoch_s", "saved_s", "expected"),
-    [(1000, 0.5, 0.001, 2), (1499, 0.5, 0.001, 2), (10, 0.5, 0.001, 0), (1000, 0.5, -0.001, 0)],
+    ("seconds", "expected"),
+    [
+        ([[3.0] * 9, [2.0] * 9], 1),
+        ([[3.0] * 9, [2.0] * 8 + [9.0]], 1),
+        ([[3.0] * 9, [2.0] * 7 + [3.0] * 2], 0),
+        ([[3.0] * 9, [2.0] * 9, [1.9] * 9], 1),
+        ([[3.0] * 9, [2.9] * 9, [2.0] * 9], 2),
+        ([[3.0] * 9], 0),
+    ],
 )
-def test_as_many_epochs_are_trained_as_the_inferences_win_back(inferences, epoch_s, saved_s, expected):
-    assert autotune.break_even_epochs(inferences, epoch_s, saved_s) == expected
+def test_a_mode_is_chosen_if_it_is_faster_by_enough_in_all_rounds_but_one(seconds, expected):
+    modes = [ExecutionMode(), BFLOAT16, ExecutionMode(accelerator="cuda")]
+    assert autotune.fastest(dict(zip(modes, seconds, strict=False))) == modes[expected]
 
 
-def test_what_costs_and_what_saves_is_timed_on_the_networks_themselves(folder):
-    result, kept = run(folder, 10**9)
-    assert kept == {"epochs": 20}
-    assert result.metrics["teacher_seconds"] > 2 * result.metrics["student_seconds"] > 0
-    assert result.metrics["epoch_seconds"] > 0
+def test_modes_are_timed_interleaved_and_the_choice_is_written(tmp_path, monkeypatch):
+    _, result = choose(tmp_path, LINEAR, BFLOAT16, ExecutionMode(accelerator="cpu:0", accelerator_name="it"))
+    assert set(result.metrics["speeds"]) == {"bfloat16", "float32 on cpu:0 (it)"}
+    assert min(result.metrics["speeds"].values()) > 0
     (note,) = result.notes
-    assert note.startswith("distill: all 20 epochs are won back within 1,000,000,000 inferences: an epoch takes ")
+    assert note.startswith("autotune_user.py:student: bfloat16 is ")
+    assert " times as fast as float32; it is trained in " in note
+    for speedup, expected in ((2.0, BFLOAT16), (0.9, ExecutionMode())):
+        monkeypatch.setattr(
+            autotune,
+            "time_interleaved",
+            lambda runners, speedup=speedup: {mode: [1 / (speedup if mode == BFLOAT16 else 1)] * 9 for mode in runners},
+        )
+        assert choose(tmp_path, LINEAR, BFLOAT16)[0] == expected
 
 
-def test_training_ends_where_it_is_no_longer_won_back(folder, monkeypatch):
-    monkeypatch.setattr(autotune, "_epoch_seconds", lambda *_: 2.0)
-    monkeypatch.setattr(autotune, "_inference_seconds", lambda *_: (0.003, 0.001))
-    result, kept = run(folder, 7500)
-    assert kept == {"epochs": 7}
-    assert result.notes[0].startswith("distill: 7 of 20 epochs, and no more, are won back within 7,500 inferences: an epoch takes 2 s, ")
-
-
-def test_where_not_even_one_epoch_is_won_back_there_is_an_error_and_no_file(folder):
-    with pytest.raises(
-        RecipeError, match=r"distill.break_even_inferences: an epoch takes .* not one epoch is won back within 1 inferences"
-    ):
-        run(folder, 1)
-    assert not (folder / "out" / "epochs.json").exists()
+@pytest.mark.parametrize(
+    ("code", "mode", "why"),
+    [
+        (WITHOUT_BFLOAT16, BFLOAT16, "not implemented for 'BFloat16'"),
+        (LINEAR, ExecutionMode(accelerator="cuda", accelerator_name="T1"), "CUDA|NVIDIA"),
+    ],
+)
+def test_a_mode_that_fails_is_left_out_with_a_warning(tmp_path, code, mode, why):
+    if mode.accelerator == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    chosen, result = choose(tmp_path, code, mode)
+    assert (chosen, result.metrics["speeds"]) == (ExecutionMode(), {})
+    (note,) = result.notes
+    assert note.startswith(f"warning: autotune_user.py:student is not trained in {mode}, which fails: ")
+    assert any(part in note for part in why.split("|"))

@@ -7,13 +7,13 @@ from edgekd.kd.training import distributed
 
 
 @pytest.fixture
-def three(monkeypatch):
-    """Stand for the second of three ranks, all on this machine."""
+def three_ranks(monkeypatch):
+    """Make this process the second of three ranks, all on this machine."""
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
 
 
-def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
+def test_a_process_that_torchrun_did_not_start_is_the_only_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")  # as other launchers set it too
     monkeypatch.setenv("RANK", "2")
     assert (distributed.world_size(), distributed.rank(), distributed.shard(7)) == (1, 0, slice(0, 7))
@@ -25,33 +25,33 @@ def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("total", [0, 1, 2, 3, 10, 128])
-@pytest.mark.usefixtures("three")
-def test_shares_are_all_there_is_in_order_and_as_equal_as_can_be(total):
-    cuts = [distributed.shard(total, rank) for rank in range(3)]
-    assert [row for cut in cuts for row in range(total)[cut]] == list(range(total))
-    sizes = [len(range(total)[cut]) for cut in cuts]
+@pytest.mark.usefixtures("three_ranks")
+def test_shards_cover_all_samples_in_order_and_are_as_equal_as_possible(total):
+    shards = [distributed.shard(total, rank) for rank in range(3)]
+    assert [row for shard in shards for row in range(total)[shard]] == list(range(total))
+    sizes = [len(range(total)[shard]) for shard in shards]
     assert max(sizes) - min(sizes) <= 1
     assert distributed.shard_sizes(total) == sizes
-    assert distributed.shard(total) == cuts[1]
+    assert distributed.shard(total) == shards[1]
 
 
-@pytest.mark.usefixtures("three")
-def test_the_cores_are_shared_unless_threads_are_given(monkeypatch):
+@pytest.mark.usefixtures("three_ranks")
+def test_ranks_share_the_cores_unless_the_recipe_gives_threads(monkeypatch):
     assert distributed.world(None, 8) == {"threads": 2, "ranks": 3}
     assert distributed.world(None, 2) == {"threads": 1, "ranks": 3}
     assert distributed.world(4, 8) == {"threads": 4, "ranks": 3}
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    assert distributed.world(None, 8) == {"threads": 8}  # the key of a build that is not shared says nothing of ranks
+    assert distributed.world(None, 8) == {"threads": 8, "ranks": 1}
 
 
-@pytest.mark.usefixtures("three")
-def test_batch_norm_is_warned_of():
-    told = distributed.batch_norm_warning(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), 96)
-    assert told is not None
-    assert told.startswith("warning: 3 ranks")
-    assert "about 32 of the 96" in told
+@pytest.mark.usefixtures("three_ranks")
+def test_batch_norm_gets_a_warning():
+    warning = distributed.batch_norm_warning(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), 96)
+    assert warning is not None
+    assert warning.startswith("warning: 3 ranks")
+    assert "about 32 of the 96" in warning
     assert distributed.batch_norm_warning(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.LayerNorm(2)), 96) is None
 
 
-def test_one_process_is_not_warned_of():
-    assert distributed.batch_norm_warning(lambda: pytest.fail("it was built for nothing"), 96) is None
+def test_a_single_process_gets_no_warning():
+    assert distributed.batch_norm_warning(lambda: pytest.fail("it was built without need"), 96) is None

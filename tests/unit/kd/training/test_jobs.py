@@ -13,7 +13,8 @@ from edgekd.kd import data, losses
 from edgekd.kd.data import Samples
 from edgekd.kd.output_spec import OutputSpec
 from edgekd.kd.soft_targets import storage
-from edgekd.kd.training import jobs, loop
+from edgekd.kd.training import jobs
+from edgekd.kd.training.trainer import fit
 from tests.stored import store
 
 STEPS = 200
@@ -30,7 +31,7 @@ def student():
 
 
 class Online(Samples):
-    """Samples that ask the teacher for each batch."""
+    """Samples with the teacher in the loop: it runs on each batch."""
 
     def pick(self, rows):
         batch = super().pick(rows)
@@ -38,44 +39,44 @@ class Online(Samples):
             return Samples(batch.inputs, batch.labels, teacher()(*batch.inputs))
 
 
-def test_stored_answers_teach_as_the_teacher_itself_does(tmp_path):
+def test_stored_soft_targets_train_as_the_teacher_itself_does(tmp_path):
     """Dense float16 against a teacher in the loop: the losses of 200 steps are equal to 1e-3."""
     generator = torch.Generator().manual_seed(0)
     images, labels = 3 * torch.randn(512, 1, 8, 8, generator=generator), torch.randint(0, 10, (512,), generator=generator)
     with torch.no_grad():
         logits = teacher()(images)
     store(tmp_path / "a.safetensors", logits.numpy()[None])
-    kept = torch.from_numpy(storage.open_soft_targets(tmp_path / "a.safetensors").read(0, range(512)))
-    assert 0 < (kept - logits).abs().max() < 0.01
-    found = []
-    for kind, outputs in ((Samples, kept), (Online, logits)):
-        told = []
+    soft_targets = torch.from_numpy(storage.open_soft_targets(tmp_path / "a.safetensors").read(0, range(512)))
+    assert 0 < (soft_targets - logits).abs().max() < 0.01
+    curves = []
+    for kind, teacher_logits in ((Samples, soft_targets), (Online, logits)):
+        values = []
 
-        def objective(student_logits, given, wanted, epoch, told=told):
-            loss = losses.total_loss(TERMS, student_logits, given, wanted, epoch)
-            if student_logits.requires_grad and len(wanted) == 32:
-                told.append(loss.item())
+        def objective(student_logits, teacher_logits, labels, epoch, values=values):
+            loss = losses.total_loss(TERMS, student_logits, teacher_logits, labels, epoch)
+            if student_logits.requires_grad and len(labels) == 32:
+                values.append(loss.item())
             return loss
 
-        samples = kind((images,), labels, outputs)
-        settings = loop.TrainingSettings(13, 32, "adamw", 0.003, 0.01, 0, 1)
+        samples = kind((images,), labels, teacher_logits)
+        settings = jobs.TrainingSettings(13, 32, "adamw", 0.003, 0.01, 0, 1)
         work = tmp_path / kind.__name__
         work.mkdir()
-        loop.fit(
-            loop.TrainingJob("distill", EntryPoint("m.py", "student"), student, samples, samples, objective, settings),
+        fit(
+            jobs.TrainingJob("distill", EntryPoint("m.py", "student"), student, samples, samples, objective, settings),
             work,
             lambda *_: None,
         )
-        found.append(np.array(told[:STEPS]))
-    assert len(found[0]) == len(found[1]) == STEPS
-    assert found[0][-10:].mean() < found[0][:10].mean() / 1.5
-    assert np.abs(found[0] - found[1]).max() < 1e-3
+        curves.append(np.array(values[:STEPS]))
+    assert len(curves[0]) == len(curves[1]) == STEPS
+    assert curves[0][-10:].mean() < curves[0][:10].mean() / 1.5
+    assert np.abs(curves[0] - curves[1]).max() < 1e-3
 
 
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
-        ([Loss("mse")], "'mse' needs all logits, and of 1000 classes samples are kept"),
+        ([Loss("mse")], "'mse' needs all logits, and soft targets of 1000 classes are stored as samples"),
         ([Loss("hard")], "'hard' needs all logits"),
         ([Loss("kl", standardize=True)], "'kl' needs all logits"),
         ([Loss("kl", temperature=1.0), Loss("dkd", temperature=2.0)], "several temperatures"),
@@ -92,18 +93,18 @@ def test_losses_that_a_sample_is_enough_for_are_not_refused():
     assert jobs._temperature([Loss("ce")]) == 1.0
 
 
-def test_a_sample_of_the_answers_teaches(tmp_path):
-    """Of 300 classes, records are kept: the loss against them is, in the mean, that against all logits."""
+def test_sampled_soft_targets_teach(tmp_path):
+    """Of 300 classes, samples are stored: the loss against them is, in the mean, that against all logits."""
     logits = 2 * np.random.default_rng(0).standard_normal((1, 64, 300)).astype(np.float32)
     store(tmp_path / "a.safetensors", logits)
-    kept = storage.open_soft_targets(tmp_path / "a.safetensors")
-    sampled = data.SampledSoftTargets(((kept, 0),), 1.0)[torch.arange(64)]
-    found = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    soft_targets = storage.open_soft_targets(tmp_path / "a.safetensors")
+    sampled = data.SampledSoftTargets(((soft_targets, 0),), 1.0)[torch.arange(64)]
+    student_logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).requires_grad_()
     gradients = []
-    for given in (sampled, torch.from_numpy(logits[0])):
-        losses.kl(found, given, 1.0).backward()
-        gradients.append(found.grad.clone())
-        found.grad = None
+    for teacher_logits in (sampled, torch.from_numpy(logits[0])):
+        losses.kl(student_logits, teacher_logits, 1.0).backward()
+        gradients.append(student_logits.grad.clone())
+        student_logits.grad = None
     assert torch.isfinite(gradients[0]).all()
-    likeness = torch.nn.functional.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), dim=0)
-    assert likeness > 0.8
+    similarity = torch.nn.functional.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), dim=0)
+    assert similarity > 0.8

@@ -18,7 +18,8 @@ from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError, StageError
 from edgekd.kd import losses, modules
 from edgekd.kd.data import Samples
-from edgekd.kd.training import dry_run, loop
+from edgekd.kd.training import callbacks, dry_run, trainer
+from edgekd.kd.training.jobs import TrainingJob, TrainingSettings
 
 ENTRY = EntryPoint("models.py", "student")
 CLASSES = 3
@@ -43,20 +44,20 @@ class Viewing(Noisy):
         return self.head(self.body[:5](x).view(len(x), 24))
 
 
-def samples(count, seed, *, outputs=True):
+def samples(count, seed, *, with_teacher=True):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, CLASSES, (count,), generator=generator)
     images = torch.randn(count, 1, 8, 8, generator=generator) + labels[:, None, None, None]
     teacher = 4 * nn.functional.one_hot(labels, CLASSES) + torch.randn(count, CLASSES, generator=generator)
-    return Samples((images,), labels, teacher if outputs else None)
+    return Samples((images,), labels, teacher if with_teacher else None)
 
 
 def noise(inputs, generator):
     return tuple(item + 0.1 * torch.randn(item.shape, generator=generator) for item in inputs)
 
 
-def distilling(logits, answers, labels, _):
-    return 0.9 * losses.kl(logits, answers["frozen"], 2.0) + 0.1 * losses.ce(logits, labels)
+def distilling(logits, teacher_logits, labels, _):
+    return 0.9 * losses.kl(logits, teacher_logits["frozen"], 2.0) + 0.1 * losses.ce(logits, labels)
 
 
 def job(**changes):
@@ -69,17 +70,17 @@ def job(**changes):
         "train": samples(70, 1),
         "validation": samples(40, 2),
         "objective": distilling,
-        "settings": loop.TrainingSettings(**settings),
+        "settings": TrainingSettings(**settings),
         "augment": noise,
     }
-    return loop.TrainingJob(**{**parts, **changes})
+    return TrainingJob(**{**parts, **changes})
 
 
-def quiet(*_):
+def no_progress(*_):
     pass
 
 
-def packed(result):
+def serialized(result):
     weights, curve = result
     return modules.serialize_weights(weights), curve
 
@@ -90,17 +91,17 @@ def test_the_same_job_gives_the_same_bytes_and_learns(tmp_path, optimizer):
     for name in "ab":
         (tmp_path / name).mkdir()
         torch.manual_seed(random.randrange(2**31))
-        runs.append(packed(loop.fit(job(optimizer=optimizer), tmp_path / name, quiet)))
+        runs.append(serialized(trainer.fit(job(optimizer=optimizer), tmp_path / name, no_progress)))
     assert runs[0] == runs[1]
     curve = runs[0][1]
     assert [line.epoch for line in curve] == [1, 2, 3, 4]
     assert curve[-1].train_loss < curve[0].train_loss
-    assert loop.best_epoch(curve).validation_accuracy > 0.6  # a third by chance
+    assert trainer.best_epoch(curve).validation_accuracy > 0.6  # a third by chance
 
 
 def test_another_seed_gives_other_weights(tmp_path):
     (tmp_path / "b").mkdir()
-    assert packed(loop.fit(job(), tmp_path, quiet)) != packed(loop.fit(job(seed=4), tmp_path / "b", quiet))
+    assert serialized(trainer.fit(job(), tmp_path, no_progress)) != serialized(trainer.fit(job(seed=4), tmp_path / "b", no_progress))
 
 
 class Stop(BaseException):
@@ -122,35 +123,35 @@ def stopping(after):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_run_that_stops_anywhere_ends_in_the_same_bytes(tmp_path, optimizer):
     (tmp_path / "whole").mkdir()
-    told = []
-    whole = packed(loop.fit(job(optimizer=optimizer), tmp_path / "whole", lambda *line: told.append(line)))
+    reports = []
+    whole = serialized(trainer.fit(job(optimizer=optimizer), tmp_path / "whole", lambda *report: reports.append(report)))
     chosen = random.Random(8)
     for attempt in range(4):
         work = tmp_path / str(attempt)
         work.mkdir()
         for _ in range(3):
             try:
-                loop.fit(job(optimizer=optimizer), work, stopping(chosen.randrange(len(told) // 2)))
+                trainer.fit(job(optimizer=optimizer), work, stopping(chosen.randrange(len(reports) // 2)))
             except Stop:
                 continue
-        assert packed(loop.fit(job(optimizer=optimizer), work, quiet)) == whole
+        assert serialized(trainer.fit(job(optimizer=optimizer), work, no_progress)) == whole
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
-    first = packed(loop.fit(job(), tmp_path, quiet))
-    told = []
-    assert packed(loop.fit(job(), tmp_path, lambda *line: told.append(line))) == first
-    assert told == []
+    first = serialized(trainer.fit(job(), tmp_path, no_progress))
+    reports = []
+    assert serialized(trainer.fit(job(), tmp_path, lambda *report: reports.append(report))) == first
+    assert reports == []
 
 
 @pytest.mark.parametrize(
     "damage", [lambda _: b"", lambda whole: whole[: len(whole) // 2], lambda whole: whole[:-300] + b"\0" + whole[-299:]]
 )
 def test_a_damaged_checkpoint_is_ignored(tmp_path, damage):
-    first = packed(loop.fit(job(), tmp_path, quiet))
-    path = tmp_path / loop.CHECKPOINT
+    first = serialized(trainer.fit(job(), tmp_path, no_progress))
+    path = tmp_path / callbacks.CHECKPOINT
     path.write_bytes(damage(path.read_bytes()))
-    assert packed(loop.fit(job(), tmp_path, quiet)) == first
+    assert serialized(trainer.fit(job(), tmp_path, no_progress)) == first
 
 
 CHILD = """
@@ -161,23 +162,23 @@ parts = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(parts)
 work = Path(sys.argv[2])
 print("ready", flush=True)
-weights, curve = parts.loop.fit(parts.job(epochs=12), work, lambda share, text: None)
+weights, curve = parts.trainer.fit(parts.job(epochs=12), work, lambda share, text: None)
 (work / "weights").write_bytes(parts.modules.serialize_weights(weights))
 """
 
 
-def _kill_and_go_on(tmp_path, times):
+def _kill_and_resume(tmp_path, times):
     (tmp_path / "whole").mkdir()
-    whole, _ = packed(loop.fit(job(epochs=12), tmp_path / "whole", quiet))
+    whole, _ = serialized(trainer.fit(job(epochs=12), tmp_path / "whole", no_progress))
     command = [sys.executable, "-c", CHILD, str(Path(__file__)), str(tmp_path)]
     chosen, killed = random.Random(5), 0
     for _ in range(times):
         child = subprocess.Popen(command, stdout=subprocess.PIPE)
         child.stdout.readline()
-        before = (tmp_path / loop.CHECKPOINT).stat().st_mtime_ns if (tmp_path / loop.CHECKPOINT).exists() else 0
+        before = (tmp_path / callbacks.CHECKPOINT).stat().st_mtime_ns if (tmp_path / callbacks.CHECKPOINT).exists() else 0
         patience = chosen.choice([0, 0, 0.002, 0.02])
         while child.poll() is None:  # let it get one epoch further, then kill it at once or a little later
-            path = tmp_path / loop.CHECKPOINT
+            path = tmp_path / callbacks.CHECKPOINT
             if path.exists() and path.stat().st_mtime_ns != before:
                 time.sleep(patience)
                 os.kill(child.pid, signal.SIGKILL)
@@ -193,35 +194,35 @@ def _kill_and_go_on(tmp_path, times):
 
 
 def test_a_killed_process_ends_in_the_same_bytes(tmp_path):
-    _kill_and_go_on(tmp_path, 3)
+    _kill_and_resume(tmp_path, 3)
 
 
 @pytest.mark.long
 def test_a_process_killed_many_times_ends_in_the_same_bytes(tmp_path):
     for round_ in range(4):
         (tmp_path / str(round_)).mkdir()
-        _kill_and_go_on(tmp_path / str(round_), 6)
+        _kill_and_resume(tmp_path / str(round_), 6)
 
 
-def test_the_weights_of_the_best_epoch_are_kept(tmp_path):
+def test_the_result_is_the_weights_of_the_best_epoch(tmp_path):
     hostile = job(learning_rate=0.5, optimizer="sgd", epochs=6, augment=None)
-    weights, curve = loop.fit(hostile, tmp_path, quiet)
+    weights, curve = trainer.fit(hostile, tmp_path, no_progress)
     module = Noisy()
     module.load_state_dict(weights)
-    found = hostile.validation
+    validation = hostile.validation
     with torch.no_grad():
-        right = (module.eval()(*found.inputs).argmax(1) == found.labels).float().mean().item()
-    best = loop.best_epoch(curve)
-    assert right == pytest.approx(best.validation_accuracy)
+        accuracy = (module.eval()(*validation.inputs).argmax(1) == validation.labels).float().mean().item()
+    best = trainer.best_epoch(curve)
+    assert accuracy == pytest.approx(best.validation_accuracy)
     assert best.validation_accuracy == max(line.validation_accuracy for line in curve)
 
 
 def test_equal_accuracies_are_ranked_by_loss_and_equal_losses_by_order():
     def line(epoch, accuracy, loss):
-        return loop.EpochResult(epoch, 1.0, 0.9, loss, accuracy, 0.1)
+        return trainer.EpochResult(epoch, 1.0, 0.9, loss, accuracy, 0.1)
 
-    assert loop.best_epoch([line(1, 0.5, 0.9), line(2, 0.7, 0.8), line(3, 0.7, 0.6), line(4, 0.7, 0.6)]).epoch == 3
-    assert loop.best_epoch([line(1, None, 0.9), line(2, None, 0.3), line(3, None, 0.6)]).epoch == 2
+    assert trainer.best_epoch([line(1, 0.5, 0.9), line(2, 0.7, 0.8), line(3, 0.7, 0.6), line(4, 0.7, 0.6)]).epoch == 3
+    assert trainer.best_epoch([line(1, None, 0.9), line(2, None, 0.3), line(3, None, 0.6)]).epoch == 2
 
 
 def test_global_state_is_as_before(tmp_path):
@@ -229,33 +230,33 @@ def test_global_state_is_as_before(tmp_path):
     expected = torch.rand(2)
     torch.manual_seed(11)
     threads = torch.get_num_threads()
-    loop.fit(job(epochs=1, threads=threads + 1), tmp_path, quiet)
+    trainer.fit(job(epochs=1, threads=threads + 1), tmp_path, no_progress)
     assert torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_code_that_views_an_image_trains_in_the_default_layout(tmp_path):
+def test_code_that_views_an_image_trains_in_the_default_memory_format(tmp_path):
     with pytest.raises(RuntimeError, match="view"):
         Viewing().to(memory_format=torch.channels_last)(torch.randn(4, 1, 8, 8).to(memory_format=torch.channels_last))
     assert dry_run.choose_memory_format(job(build=Viewing)) == torch.contiguous_format
     assert dry_run.choose_memory_format(job()) == torch.channels_last
-    _, curve = loop.fit(job(build=Viewing, epochs=6), tmp_path, quiet)
-    assert loop.best_epoch(curve).validation_accuracy > 0.6  # a third by chance
+    _, curve = trainer.fit(job(build=Viewing, epochs=6), tmp_path, no_progress)
+    assert trainer.best_epoch(curve).validation_accuracy > 0.6  # a third by chance
 
 
-def test_a_loss_that_is_not_finite_is_told_with_epoch_and_step(tmp_path):
+def test_a_loss_that_is_not_finite_is_reported_with_epoch_and_step(tmp_path):
     with pytest.raises(
         StageError, match=r"distill: the loss is (nan|inf) in epoch \d, step \d of 5; lower distill.learning_rate \(now 1e\+20\)"
     ):
-        loop.fit(job(learning_rate=1e20, optimizer="sgd"), tmp_path, quiet)
+        trainer.fit(job(learning_rate=1e20, optimizer="sgd"), tmp_path, no_progress)
 
 
-def test_inputs_that_are_not_finite_on_validation_are_told(tmp_path):
+def test_inputs_that_are_not_finite_on_validation_are_reported(tmp_path):
     bad = samples(40, 2)
     bad.inputs[0][7] = float("nan")
     with pytest.raises(StageError, match="the loss is nan on the validation split after epoch 1"):
-        loop.fit(job(validation=bad), tmp_path, quiet)
+        trainer.fit(job(validation=bad), tmp_path, no_progress)
 
 
 class Counting(nn.Linear):
@@ -267,37 +268,39 @@ class Counting(nn.Linear):
     ("build", "message"),
     [
         (lambda: nn.Flatten(), "the module has no parameter to train"),  # noqa: PLW0108  (a fresh one each time)
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), "answers with 4 classes; the teacher answers with 3"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), "has 4 classes; the teacher has 3"),
         (
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(63, 3)),
             r"models.py.* raised RuntimeError: mat1 and mat2 shapes cannot be multiplied",
         ),
-        (lambda: nn.Sequential(nn.Linear(8, 3)), r"answered 8 samples with float32 \[8, 1, 8, 3\]; expected float logits \[8, classes\]"),
-        (lambda: Counting(2, 2), "answered with list; expected one tensor of logits"),
+        (lambda: nn.Sequential(nn.Linear(8, 3)), r"returned float32 \[8, 1, 8, 3\] for 8 samples; expected float logits \[8, classes\]"),
+        (lambda: Counting(2, 2), "returned list; expected one tensor of logits"),
     ],
 )
 def test_a_module_that_cannot_be_trained_is_refused_before_training(tmp_path, build, message):
     with pytest.raises(RecipeError, match=message):
-        loop.fit(job(build=build), tmp_path, quiet)
+        trainer.fit(job(build=build), tmp_path, no_progress)
 
 
 def test_labels_beyond_the_classes_are_refused(tmp_path):
-    found = samples(40, 2, outputs=False)
-    found.labels[4] = 7
-    given = job(
-        train=samples(70, 1, outputs=False), validation=found, objective=lambda logits, _answers, labels, _epoch: losses.ce(logits, labels)
+    validation = samples(40, 2, with_teacher=False)
+    validation.labels[4] = 7
+    wrong = job(
+        train=samples(70, 1, with_teacher=False),
+        validation=validation,
+        objective=lambda logits, _teacher_logits, labels, _epoch: losses.ce(logits, labels),
     )
-    with pytest.raises(RecipeError, match="answers with 3 classes; the validation split has the label 7"):
-        loop.fit(given, tmp_path, quiet)
+    with pytest.raises(RecipeError, match="has 3 classes; the validation split has the label 7"):
+        trainer.fit(wrong, tmp_path, no_progress)
 
 
 def test_without_classes_the_epoch_is_chosen_by_loss(tmp_path):
-    given = job(objective=lambda logits, answers, *_: losses.kl(logits, answers["frozen"], 2.0))
-    for split in (given.train, given.validation):
+    unlabelled = job(objective=lambda logits, teacher_logits, *_: losses.kl(logits, teacher_logits["frozen"], 2.0))
+    for split in (unlabelled.train, unlabelled.validation):
         split.labels[:] = losses.UNLABELLED
-    _, curve = loop.fit(given, tmp_path, quiet)
+    _, curve = trainer.fit(unlabelled, tmp_path, no_progress)
     assert {line.validation_accuracy for line in curve} == {None}
-    assert loop.best_epoch(curve).validation_loss == min(line.validation_loss for line in curve)
+    assert trainer.best_epoch(curve).validation_loss == min(line.validation_loss for line in curve)
 
 
 def test_one_cycle_is_the_schedule_of_torch():
@@ -309,12 +312,12 @@ def test_one_cycle_is_the_schedule_of_torch():
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    found = [loop.one_cycle(step, 101, 0.4) for step in range(101)]
-    assert max(found) == pytest.approx(0.4, rel=1e-3)
-    np.testing.assert_allclose(found, rates, atol=0.02)  # torch counts its first phase one step shorter
+    ours = [trainer.one_cycle(step, 101, 0.4) for step in range(101)]
+    assert max(ours) == pytest.approx(0.4, rel=1e-3)
+    np.testing.assert_allclose(ours, rates, atol=0.02)  # torch counts its first phase one step shorter
 
 
 def test_batches_are_of_nearly_equal_size_and_cover_all():
-    found = loop._batches(torch.arange(129), 64)
-    assert [len(rows) for rows in found] == [43, 43, 43]
-    assert torch.cat(found).tolist() == list(range(129))
+    batches = trainer._batches(torch.arange(129), 64)
+    assert [len(rows) for rows in batches] == [43, 43, 43]
+    assert torch.cat(batches).tolist() == list(range(129))

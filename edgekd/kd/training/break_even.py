@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many epochs of training a number of inferences on the device makes up for, by timings on this machine.
+
+The number is settled before training starts: a one-cycle learning rate must know its last step.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from edgekd.domain.recipe import EntryPoint
+from edgekd.errors import RecipeError
+from edgekd.kd import data, modules
+from edgekd.kd.reproducible import deterministic
+from edgekd.kd.teachers.load import load_teacher, teacher_from_module
+from edgekd.kd.training import distributed
+from edgekd.kd.training.jobs import student_job
+from edgekd.kd.training.search import with_first_choices
+from edgekd.kd.training.trainer import epoch_runner
+from edgekd.ports import StageResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from edgekd.domain.artifact import Artifact
+    from edgekd.kd.training.jobs import StudentParams
+    from edgekd.ports import Context
+
+EPOCHS_FILE = "epochs.json"
+STEPS, ROUNDS = 3, 9
+INFERENCES, WARM_UP = 50, 10
+
+
+@dataclass(frozen=True, slots=True)
+class BreakEvenParams:
+    """The parameters of the step; ``reference`` is the teacher's entry point, None for a file that is a whole model."""
+
+    student: StudentParams
+    inferences: int
+    reference: str | None
+
+
+def choose_epochs(params: BreakEvenParams, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+    """Time training steps, and single inferences of teacher and student with one thread; write ``epochs.json``.
+
+    Raises:
+        RecipeError: if not even one epoch breaks even.
+    """
+    limit, requested = params.inferences, params.student.settings.epochs
+    epoch_s = _epoch_seconds(params, inputs, context)
+    teacher_s, student_s = _inference_seconds(params, inputs, context)
+    timings = (
+        f"an epoch takes {epoch_s:.3g} s, one inference of the teacher {1000 * teacher_s:.3g} ms, of the student "
+        f"{1000 * student_s:.3g} ms (torch on this machine, one thread)"
+    )
+    affordable = distributed.broadcast_number(break_even_epochs(limit, epoch_s, teacher_s - student_s))
+    if affordable < 1:
+        raise RecipeError(
+            f"distill.break_even_inferences: {timings}: not one epoch breaks even within {limit:,} inferences; "
+            "expected more inferences, a smaller student or a smaller training set"
+        )
+    epochs = min(affordable, requested)
+    (context.out / EPOCHS_FILE).write_text(json.dumps({"epochs": epochs}) + "\n")
+    outcome = f"all {requested} epochs" if epochs == requested else f"{epochs} of {requested} epochs, and no more,"
+    metrics = {"epoch_seconds": epoch_s, "teacher_seconds": teacher_s, "student_seconds": student_s}
+    return StageResult(metrics, (f"distill: {outcome} break even within {limit:,} inferences: {timings}",))
+
+
+def read_epochs(artifact: Artifact) -> int:
+    """Return the number of epochs that ``choose_epochs`` wrote."""
+    epochs: int = json.loads(artifact.path.read_text())["epochs"]
+    return epochs
+
+
+def break_even_epochs(inferences: int, epoch_s: float, saved_s: float) -> int:
+    """Return how many epochs a number of inferences makes up for, each of which saves ``saved_s`` seconds."""
+    return max(0, int(inferences * saved_s / epoch_s))
+
+
+def _epoch_seconds(params: BreakEvenParams, inputs: Mapping[str, Artifact], context: Context) -> float:
+    """Return the time of an epoch, extrapolated from a few steps; a validation sample counts as a training sample."""
+    import torch
+
+    student = replace(params.student, losses=tuple(with_first_choices(params.student.losses)))
+    job = student_job(student, inputs, context.recipe_dir)
+    samples = job.train.pick(torch.arange(STEPS * job.settings.batch_size) % len(job.train))
+    with deterministic(job.settings.threads, job.settings.mode.accelerator):
+        seconds = _median_seconds(epoch_runner(replace(job, train=samples, validation=samples, view=None)), ROUNDS, 1)
+    return seconds / len(samples) * (len(job.train) + len(job.validation))
+
+
+def _inference_seconds(params: BreakEvenParams, inputs: Mapping[str, Artifact], context: Context) -> tuple[float, float]:
+    """Return the time of one inference of the teacher and of the student."""
+    sample = [array[:1] for array in data.load_arrays(inputs, "train")]
+    entry = EntryPoint.parse(params.student.model)
+    reference = None if params.reference is None else EntryPoint.parse(params.reference)
+    with deterministic(1):
+        teacher = load_teacher(context.recipe_dir, reference, inputs["reference"].path)
+        student = teacher_from_module(modules.build_module(context.recipe_dir, entry), entry)
+        teacher_s, student_s = (_median_seconds(partial(network, sample), INFERENCES, WARM_UP) for network in (teacher, student))
+    return teacher_s, student_s
+
+
+def _median_seconds(function: Callable[[], object], rounds: int, warm_up: int) -> float:
+    seconds = []
+    for _ in range(warm_up + rounds):
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[warm_up:])
