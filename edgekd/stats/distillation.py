@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verdict on distillation: students of several seeds against twins that were trained alike, without a teacher."""
+"""The verdict on distillation: students of several seeds against baselines that were trained alike, without a teacher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edgekd.domain.verdict import Interval
     from edgekd.stats.scores import ModelScores
 
-BINS = 15  # of the calibration error
+CALIBRATION_BINS = 15
 HELPS, NO_EFFECT, HURTS = "HELPS", "NO EFFECT", "HURTS"
 
 
@@ -32,115 +32,113 @@ def judge_distillation(
     """Return whether distillation helped, for a report.
 
     Args:
-        arms: What was scored of each arm (``distilled`` and the twins), seed by seed in the same order.
-        validation: Each arm's accuracy on the validation split (or its loss with a minus, without classes), seed by seed.
-        teacher: The reference.
+        arms: The scores of each arm (``distilled`` and the baselines), seed by seed in the same order.
+        validation: Each arm's accuracy on the validation split (for a regression, its negative loss), seed by seed.
+        teacher: The scores of the teacher.
         labels: Shape (n,).
         groups: Shape (n,): samples that share a speaker or a source share a group.
         calibrated: Whether outputs are logits of classes, so that a calibration error has a meaning.
     """
-    rival = max((arm for arm in arms if arm != DISTILLED), key=lambda arm: _mean(validation[arm]))  # chosen where nothing is judged
-    rows: list[dict[str, Any]] = []
-    gains: list[dict[str, Any]] = []
-    for arm, scored in arms.items():
-        row: dict[str, Any] = {"arm": arm, "accuracies": [item.accuracy for item in scored], "ece": None, "nll": None}
-        if calibrated:
-            row["ece"] = _mean([calibration_error(item.outputs, labels) for item in scored])
-            row["nll"] = _mean([negative_log_likelihood(item.outputs, labels) for item in scored])
-        rows.append(row)
-        if arm != DISTILLED:
-            value, interval = _gain(arms[DISTILLED], scored, groups)
-            gains.append({"against": arm, "pp": 100 * value, "interval_pp": [100 * interval.low, 100 * interval.high]})
-    deciding = next(gain for gain in gains if gain["against"] == rival)
-    low, high = deciding["interval_pp"]
-    distilled, alone = (_mean([item.accuracy for item in arms[arm]]) for arm in (DISTILLED, "no_teacher"))
-    gap = teacher.accuracy - alone
+    baselines = [arm for arm in arms if arm != DISTILLED]
+    strongest_baseline = max(baselines, key=lambda arm: _mean(validation[arm]))  # not chosen on the split that decides
+    gains = {arm: _gain(arms[DISTILLED], arms[arm], groups) for arm in baselines}
+    deciding = gains[strongest_baseline][1]
+    distilled, no_teacher = (_mean([item.accuracy for item in arms[arm]]) for arm in (DISTILLED, "no_teacher"))
+    gap = teacher.accuracy - no_teacher
     return {
-        "outcome": HELPS if low > 0 else HURTS if high < 0 else NO_EFFECT,
+        "outcome": HELPS if deciding.low > 0 else HURTS if deciding.high < 0 else NO_EFFECT,
         "seeds": len(arms[DISTILLED]),
-        "against": rival,
-        "arms": rows,
-        "gains": gains,
-        "gap_closed": (distilled - alone) / gap if gap > 0 else None,
-        "flags": [*_flags(teacher, distilled, alone, groups), *_inherited(arms, teacher, labels, groups)],
+        "baseline": strongest_baseline,
+        "methods": [_method_row(arm, by_seed, labels if calibrated else None) for arm, by_seed in arms.items()],
+        "gains": [
+            {"baseline": arm, "pp": 100 * value, "interval_pp": [100 * interval.low, 100 * interval.high]}
+            for arm, (value, interval) in gains.items()
+        ],
+        "gap_closed": (distilled - no_teacher) / gap if gap > 0 else None,
+        "flags": [*_teacher_flags(teacher, distilled, no_teacher, groups), *_shared_error_flags(arms, teacher, labels, groups)],
     }
 
 
 def calibration_error(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Return the expected calibration error: how far confidence is from accuracy, over bins of equal width, by their share.
+    """Return the expected calibration error: the mean gap between confidence and accuracy over bins of equal width.
 
     Shapes: outputs (n, C) logits, labels (n,).
     Source: Guo et al., arXiv 1706.04599, equation 3.
     """
     import numpy as np
+    from scipy.special import softmax
 
-    shares = np.exp(_log_softmax(outputs))
-    confidence, right = shares.max(1), outputs.argmax(1) == labels
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, weights=confidence - right, minlength=BINS)
+    confidence, is_correct = softmax(outputs.astype(np.float64), axis=1).max(1), outputs.argmax(1) == labels
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=confidence - is_correct, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(labels))
 
 
 def negative_log_likelihood(outputs: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean of ``-log softmax(outputs)[label]``. Shapes: outputs (n, C), labels (n,)."""
     import numpy as np
+    from scipy.special import log_softmax
 
-    return float(-_log_softmax(outputs)[np.arange(len(labels)), labels].mean())
+    return float(-log_softmax(outputs.astype(np.float64), axis=1)[np.arange(len(labels)), labels].mean())
 
 
-def _gain(first: Sequence[ModelScores], second: Sequence[ModelScores], groups: np.ndarray) -> tuple[float, Interval]:
+def _method_row(arm: str, by_seed: Sequence[ModelScores], labels: np.ndarray | None) -> dict[str, Any]:
+    """Return an arm's accuracy of each seed, and its calibration if there are labels."""
+    return {
+        "method": arm,
+        "accuracies": [item.accuracy for item in by_seed],
+        "ece": None if labels is None else _mean([calibration_error(item.outputs, labels) for item in by_seed]),
+        "nll": None if labels is None else _mean([negative_log_likelihood(item.outputs, labels) for item in by_seed]),
+    }
+
+
+def _gain(distilled: Sequence[ModelScores], baseline: Sequence[ModelScores], groups: np.ndarray) -> tuple[float, Interval]:
     """Return the mean difference of two arms, paired by seed and by sample, and its interval over both."""
     import numpy as np
 
-    if all(item.scores is not None for item in (*first, *second)):
-        return intervals.difference_over_seeds(np.stack([one.scores - two.scores for one, two in zip(first, second, strict=True)]), groups)  # type: ignore[operator]  # none is None
-    by_seed = np.array([one.accuracy - two.accuracy for one, two in zip(first, second, strict=True)])
-    resampled = np.stack([one.resampled - two.resampled for one, two in zip(first, second, strict=True)])  # type: ignore[operator]  # a whole-set metric has them
+    pairs = list(zip(distilled, baseline, strict=True))
+    if all(item.scores is not None for item in (*distilled, *baseline)):
+        return intervals.difference_over_seeds(np.stack([first.scores - second.scores for first, second in pairs]), groups)  # type: ignore[operator]  # none is None
+    by_seed = np.array([first.accuracy - second.accuracy for first, second in pairs])
+    resampled = np.stack([first.resampled - second.resampled for first, second in pairs])  # type: ignore[operator]  # a whole-set metric has them
     interval = intervals.interval_over_seeds(by_seed, float(resampled.mean(0).var(ddof=1)), 0.0, len(np.unique(groups)))
     return float(by_seed.mean()), interval
 
 
-def _flags(teacher: ModelScores, distilled: float, alone: float, groups: np.ndarray) -> list[str]:
-    flags = []
-    if teacher.accuracy <= alone:
-        told = f"{100 * teacher.accuracy:.2f} % against {100 * alone:.2f} %"
-        flags.append(
-            f"the teacher is no better than a student that learns from the labels alone ({told}): it cannot teach this student more"
-        )
-    elif distilled >= scores.accuracy_interval(teacher, groups).low:
-        told = f"{100 * distilled:.2f} % of {100 * teacher.accuracy:.2f} %"
-        flags.append(f"the student has reached its teacher ({told}): a better student needs a better teacher")
-    return flags
+def _teacher_flags(teacher: ModelScores, distilled: float, no_teacher: float, groups: np.ndarray) -> list[str]:
+    if teacher.accuracy <= no_teacher:
+        accuracies = f"{100 * teacher.accuracy:.2f} % and {100 * no_teacher:.2f} %"
+        return [f"the teacher is no better than a student that is trained on labels only ({accuracies}): a better teacher is needed"]
+    if distilled >= scores.accuracy_interval(teacher, groups).low:
+        accuracies = f"{100 * distilled:.2f} % of {100 * teacher.accuracy:.2f} %"
+        return [f"the student has reached its teacher ({accuracies}): a better student needs a better teacher"]
+    return []
 
 
-def _inherited(arms: Mapping[str, Sequence[ModelScores]], teacher: ModelScores, labels: np.ndarray, groups: np.ndarray) -> list[str]:
-    """Return a flag for each class that the teacher knows less of than the twin alone does, if its students know less of it too."""
+def _shared_error_flags(
+    arms: Mapping[str, Sequence[ModelScores]], teacher: ModelScores, labels: np.ndarray, groups: np.ndarray
+) -> list[str]:
+    """Return a flag for each class in which teacher and distilled students are less accurate than those without a teacher."""
     import numpy as np
 
-    scored = {arm: [item.scores for item in found] for arm, found in arms.items()}
-    if teacher.scores is None or labels.ndim != 1 or any(item is None for found in scored.values() for item in found):
+    if labels.ndim != 1 or any(item.scores is None for item in (teacher, *arms[DISTILLED], *arms["no_teacher"])):
         return []
+    distilled, no_teacher = (np.stack([np.asarray(item.scores) for item in arms[arm]]) for arm in (DISTILLED, "no_teacher"))
     flags = []
     classes = np.unique(labels)
     for label in classes:
         rows = labels == label
-        distilled, alone = (np.stack(scored[arm])[:, rows] for arm in (DISTILLED, "no_teacher"))  # type: ignore[arg-type]  # none is None
-        known, plain = float(teacher.scores[rows].mean()), float(alone.mean())
-        if known >= plain:
+        teacher_accuracy, accuracy = float(teacher.scores[rows].mean()), float(no_teacher[:, rows].mean())  # type: ignore[index]  # the same
+        if teacher_accuracy >= accuracy:
             continue
-        value, interval = intervals.difference_over_seeds(distilled - alone, groups[rows], 1 - (1 - intervals.LEVEL) / len(classes))
+        differences = (distilled - no_teacher)[:, rows]
+        change, interval = intervals.difference_over_seeds(differences, groups[rows], 1 - (1 - intervals.LEVEL) / len(classes))
         if interval.high < 0:
-            told = f"{100 * known:.1f} %, the twin alone {100 * plain:.1f} %, the distilled student {100 * (plain + value):.1f} %"
-            flags.append(f"the student inherits its teacher's errors in class {label}: the teacher is right on {told}")
+            flags.append(
+                f"the student shares its teacher's errors in class {label}: accuracy of the teacher {100 * teacher_accuracy:.1f} %, "
+                f"of the student without a teacher {100 * accuracy:.1f} %, of the distilled student {100 * (accuracy + change):.1f} %"
+            )
     return flags
-
-
-def _log_softmax(outputs: np.ndarray) -> np.ndarray:
-    import numpy as np
-
-    shifted = outputs.astype(np.float64) - outputs.max(1, keepdims=True)
-    found: np.ndarray = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return found
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores compared: accuracy, drops against the teacher, agreement, inherited errors, and each stage's charge; all paired."""
+"""Paired comparisons of scores: accuracy, drop against the teacher, agreement, shared errors, and the cost of each stage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgekd.domain.verdict import Interval
+from edgekd.domain.verdict import Difference, Interval
 from edgekd.stats import intervals
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModelScores:
-    """What ``evaluate`` kept of one model: ``scores`` (n,) for each sample, or ``resampled`` (B,) of a whole-set metric."""
+    """The evaluation of one model: ``scores`` (n,) of each sample, or ``resampled`` (B,), a whole-set metric on each resample."""
 
     accuracy: float
     outputs: np.ndarray
@@ -29,17 +29,8 @@ class ModelScores:
     instruction_set: str
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """First less second: value and interval as fractions, exact p where scores are right or wrong."""
-
-    value: float
-    interval: Interval
-    p: float | None
-
-
 def read_scores(artifacts: Mapping[str, Artifact]) -> ModelScores:
-    """Return what an evaluate step kept."""
+    """Read the files of an ``evaluate`` step."""
     import numpy as np
 
     summary = json.loads(artifacts["summary.json"].path.read_text())
@@ -56,53 +47,51 @@ def accuracy_interval(scored: ModelScores, groups: np.ndarray) -> Interval:
     import numpy as np
 
     if scored.scores is None:
-        found = intervals.difference_of_resampled(_resampled(scored), np.zeros_like(_resampled(scored)))
-        return Interval(found.low, found.high)
+        resampled = _resampled(scored)
+        return intervals.resampled_difference_interval(resampled, np.zeros_like(resampled))
     if np.isin(scored.scores, (0, 1)).all() and len(np.unique(groups)) == len(groups):
-        return intervals.proportion(int(scored.scores.sum()), len(scored.scores))
-    return intervals.paired_difference(scored.scores, np.zeros_like(scored.scores), groups)
+        return intervals.proportion_interval(int(scored.scores.sum()), len(scored.scores))
+    return intervals.paired_difference_interval(scored.scores, np.zeros_like(scored.scores), groups)
 
 
 def difference(first: ModelScores, second: ModelScores, groups: np.ndarray) -> Difference:
-    """Return first less second, on the same samples."""
+    """Return first minus second, on the same samples."""
     import numpy as np
 
     value = first.accuracy - second.accuracy
     if first.scores is None or second.scores is None:
-        return Difference(value, intervals.difference_of_resampled(_resampled(first), _resampled(second)), None)
+        return Difference(value, intervals.resampled_difference_interval(_resampled(first), _resampled(second)), None)
     p = None
     if np.isin(first.scores, (0, 1)).all() and np.isin(second.scores, (0, 1)).all():
-        p = intervals.mcnemar_p(
-            int(((first.scores == 1) & (second.scores == 0)).sum()), int(((first.scores == 0) & (second.scores == 1)).sum())
-        )
-    return Difference(value, intervals.paired_difference(first.scores, second.scores, groups), p)
+        p = intervals.mcnemar_p(int((first.scores > second.scores).sum()), int((first.scores < second.scores).sum()))
+    return Difference(value, intervals.paired_difference_interval(first.scores, second.scores, groups), p)
 
 
 def class_drops(teacher: ModelScores, scored: ModelScores, labels: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Return for each class the samples, both accuracies and the drop with its interval (fractions)."""
+    """Return the number of samples, both accuracies and the drop with its interval (fractions) of each class."""
     import numpy as np
 
     if teacher.scores is None or scored.scores is None or not _are_classes(labels):
         return {}
-    found = {}
+    drops = {}
     for label in np.unique(labels):
         rows = labels == label
-        first, second = teacher.scores[rows], scored.scores[rows]
-        interval = intervals.paired_difference(first, second, groups[rows])
-        found[str(label)] = {
+        teacher_scores, model_scores = teacher.scores[rows], scored.scores[rows]
+        interval = intervals.paired_difference_interval(teacher_scores, model_scores, groups[rows])
+        drops[str(label)] = {
             "samples": int(rows.sum()),
-            "teacher": float(first.mean()),
-            "accuracy": float(second.mean()),
-            "drop": float(first.mean() - second.mean()),
+            "teacher": float(teacher_scores.mean()),
+            "accuracy": float(model_scores.mean()),
+            "drop": float(teacher_scores.mean() - model_scores.mean()),
             "interval": [interval.low, interval.high],
         }
-    return found
+    return drops
 
 
 def agreement(teacher: ModelScores, scored: ModelScores, task: str = "multiclass", heads: Sequence[int] = ()) -> float | None:
-    """Return the share of samples on which both give the same answer, all of it where there are several; None for numbers.
+    """Return the share of samples for which both models predict the same (all heads or labels); None for a regression.
 
-    ``answers`` and ``heads`` are the student's, as the recipe says.
+    ``task`` and ``heads`` are the student's, from the recipe.
     """
     import numpy as np
 
@@ -122,22 +111,22 @@ def _are_classes(labels: np.ndarray) -> bool:
 
 
 def shared_errors(teacher: ModelScores, scored: ModelScores, labels: np.ndarray) -> dict[str, Any]:
-    """Return how many errors the teacher makes, the share that the student makes too, and the share with the same wrong answer."""
+    """Return how many errors the teacher makes, the share that the student makes too, and the share with the same wrong class."""
     if not _are_classes(labels):
-        return {"teacher_errors": 0, "also_wrong": None, "same_answer": None}
-    wrong = teacher.outputs.argmax(1) != labels
-    count = int(wrong.sum())
+        return {"teacher_errors": 0, "also_wrong": None, "same_prediction": None}
+    teacher_predictions, predictions = teacher.outputs.argmax(1), scored.outputs.argmax(1)
+    teacher_wrong = teacher_predictions != labels
+    count = int(teacher_wrong.sum())
     if count == 0:
-        return {"teacher_errors": 0, "also_wrong": None, "same_answer": None}
-    answers = scored.outputs.argmax(1)
-    also = wrong & (answers != labels)
-    same = wrong & (answers == teacher.outputs.argmax(1))
-    return {"teacher_errors": count, "also_wrong": float(also.sum() / count), "same_answer": float(same.sum() / count)}
+        return {"teacher_errors": 0, "also_wrong": None, "same_prediction": None}
+    also_wrong = (predictions != labels)[teacher_wrong].mean()
+    same_prediction = (predictions == teacher_predictions)[teacher_wrong].mean()
+    return {"teacher_errors": count, "also_wrong": float(also_wrong), "same_prediction": float(same_prediction)}
 
 
-def difference_row(found: Difference) -> dict[str, Any]:
-    """Return a difference in points, for a report."""
-    return {"pp": 100 * found.value, "interval_pp": [100 * found.interval.low, 100 * found.interval.high], "p": found.p}
+def difference_row(item: Difference) -> dict[str, Any]:
+    """Return a difference in percentage points, for a report."""
+    return {"pp": 100 * item.value, "interval_pp": [100 * item.interval.low, 100 * item.interval.high], "p": item.p}
 
 
 def interval_row(interval: Interval) -> list[float]:
@@ -147,5 +136,5 @@ def interval_row(interval: Interval) -> list[float]:
 
 def _resampled(scored: ModelScores) -> np.ndarray:
     if scored.resampled is None:
-        raise ValueError("the model was scored without resamples")
+        raise ValueError("the model has no metric on resamples")
     return scored.resampled

@@ -11,86 +11,86 @@ LABELS = np.arange(400) % 4
 
 
 def _scored(accuracy, seed, mean_confidence=4.0):
-    """Answers of a student that is right on about this share of the samples, the easy ones first."""
+    """Return scores of a student that is correct on about this share of the samples, the easy ones first."""
     generator = np.random.default_rng(seed)
     hardness = (np.arange(400) * 7 % 400) / 400
-    right = hardness + generator.normal(0, 0.05, 400) < accuracy
+    is_correct = hardness + generator.normal(0, 0.05, 400) < accuracy
     outputs = generator.normal(0, 0.1, (400, 4)).astype(np.float32)
-    outputs[np.arange(400), np.where(right, LABELS, (LABELS + 1) % 4)] += mean_confidence
+    outputs[np.arange(400), np.where(is_correct, LABELS, (LABELS + 1) % 4)] += mean_confidence
     scores = (outputs.argmax(1) == LABELS).astype(np.float64)
     return ModelScores(float(scores.mean()), outputs, scores, None, "x86-64-v3")
 
 
-def _judge(distilled, alone, smoothed, teacher=0.95, **options):
+def _judge(distilled, no_teacher, label_smoothing, teacher=0.95, *, calibrated=True):
     arms = {
         name: [_scored(accuracy, 10 * number + seed) for seed in range(5)]
-        for number, (name, accuracy) in enumerate([("distilled", distilled), ("no_teacher", alone), ("label_smoothing", smoothed)])
+        for number, (name, accuracy) in enumerate(
+            [("distilled", distilled), ("no_teacher", no_teacher), ("label_smoothing", label_smoothing)]
+        )
     }
-    validation = {name: [item.accuracy for item in found] for name, found in arms.items()}
-    return distillation.judge_distillation(
-        arms, validation, _scored(teacher, 99), LABELS, np.arange(400), calibrated=options.get("calibrated", True)
-    )
+    validation = {name: [item.accuracy for item in by_seed] for name, by_seed in arms.items()}
+    return distillation.judge_distillation(arms, validation, _scored(teacher, 99), LABELS, np.arange(400), calibrated=calibrated)
 
 
-def test_distillation_that_helps_is_told_so_against_the_better_twin():
-    found = _judge(0.88, 0.80, 0.82)
-    assert (found["outcome"], found["against"], found["seeds"]) == ("HELPS", "label_smoothing", 5)
-    gains = {row["against"]: row["pp"] for row in found["gains"]}
+def test_helps_is_judged_against_the_strongest_baseline():
+    result = _judge(0.88, 0.80, 0.82)
+    assert (result["outcome"], result["baseline"], result["seeds"]) == ("HELPS", "label_smoothing", 5)
+    gains = {row["baseline"]: row["pp"] for row in result["gains"]}
     assert gains["no_teacher"] == pytest.approx(8, abs=2)
     assert gains["label_smoothing"] == pytest.approx(6, abs=2)
-    assert found["gap_closed"] == pytest.approx(8 / 15, abs=0.15)
-    assert found["flags"] == []
+    assert result["gap_closed"] == pytest.approx(8 / 15, abs=0.15)
+    assert result["flags"] == []
 
 
-def test_what_only_beats_the_worse_twin_has_no_effect():
-    found = _judge(0.85, 0.80, 0.852)
-    assert (found["outcome"], found["against"]) == ("NO EFFECT", "label_smoothing")
+def test_no_effect_if_only_the_weaker_baseline_is_beaten():
+    result = _judge(0.85, 0.80, 0.852)
+    assert (result["outcome"], result["baseline"]) == ("NO EFFECT", "label_smoothing")
 
 
-def test_distillation_that_hurts_is_told_so():
+def test_hurts_if_a_baseline_is_better():
     assert _judge(0.75, 0.82, 0.80)["outcome"] == "HURTS"
 
 
-def test_a_teacher_that_knows_less_than_the_labels_is_flagged():
-    found = _judge(0.80, 0.85, 0.84, teacher=0.80)
-    assert found["gap_closed"] is None
-    assert [flag for flag in found["flags"] if "no better than a student that learns from the labels alone" in flag]
+def test_a_teacher_worse_than_a_student_trained_on_labels_is_flagged():
+    result = _judge(0.80, 0.85, 0.84, teacher=0.80)
+    assert result["gap_closed"] is None
+    assert [flag for flag in result["flags"] if "no better than a student that is trained on labels only" in flag]
 
 
 def test_a_student_that_has_reached_its_teacher_is_flagged():
     assert [flag for flag in _judge(0.94, 0.88, 0.89)["flags"] if "the student has reached its teacher" in flag]
 
 
-def _blind_to_class_0(scored):
+def _with_errors_in_class_0(scored):
     scores = scored.scores.copy()
     scores[(LABELS == 0) & (np.arange(400) % 3 > 0)] = 0
     return ModelScores(float(scores.mean()), scored.outputs, scores, None, scored.instruction_set)
 
 
-@pytest.mark.parametrize(("teacher_is", "student_is", "flagged"), [(True, True, True), (True, False, False), (False, True, False)])
-def test_a_class_that_the_teacher_misjudges_is_flagged_if_its_students_do_too(teacher_is, student_is, flagged):
+@pytest.mark.parametrize(("teacher_errs", "student_errs", "is_flagged"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_errors_in_a_class_that_teacher_and_students_share_are_flagged(teacher_errs, student_errs, is_flagged):
     arms = {
         name: [_scored(0.9, 10 * number + seed) for seed in range(5)]
         for number, name in enumerate(("distilled", "no_teacher", "label_smoothing"))
     }
     teacher = _scored(0.95, 99)
-    if student_is:
-        arms["distilled"] = [_blind_to_class_0(item) for item in arms["distilled"]]
-    found = distillation.judge_distillation(
+    if student_errs:
+        arms["distilled"] = [_with_errors_in_class_0(item) for item in arms["distilled"]]
+    result = distillation.judge_distillation(
         arms,
         {name: [0.9] for name in arms},
-        _blind_to_class_0(teacher) if teacher_is else teacher,
+        _with_errors_in_class_0(teacher) if teacher_errs else teacher,
         LABELS,
         np.arange(400),
         calibrated=False,
     )
-    flags = [flag for flag in found["flags"] if flag.startswith("the student inherits its teacher's errors in class")]
-    assert [flag.split(":")[0].rpartition(" ")[2] for flag in flags] == (["0"] if flagged else [])
+    flags = [flag for flag in result["flags"] if flag.startswith("the student shares its teacher's errors in class")]
+    assert [flag.split(":")[0].rpartition(" ")[2] for flag in flags] == (["0"] if is_flagged else [])
 
 
-def test_calibration_is_told_only_where_outputs_are_logits_of_classes():
-    assert all(row["ece"] is None and row["nll"] is None for row in _judge(0.9, 0.8, 0.8, calibrated=False)["arms"])
-    assert all(0 < row["ece"] < 1 and row["nll"] > 0 for row in _judge(0.9, 0.8, 0.8)["arms"])
+def test_calibration_is_reported_only_for_logits_of_classes():
+    assert all(row["ece"] is None and row["nll"] is None for row in _judge(0.9, 0.8, 0.8, calibrated=False)["methods"])
+    assert all(0 < row["ece"] < 1 and row["nll"] > 0 for row in _judge(0.9, 0.8, 0.8)["methods"])
 
 
 def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
@@ -102,18 +102,18 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
     assert distillation.negative_log_likelihood(outputs, np.zeros(100, dtype=int)) == pytest.approx(-np.log(0.7), rel=1e-5)
 
 
-def test_a_metric_over_the_whole_set_is_judged_by_its_resamples():
-    def whole(accuracy, seed):
-        drawn = np.random.default_rng(0).normal(0, 0.01, 500) + np.random.default_rng(seed).normal(0, 0.002, 500)
-        return ModelScores(accuracy, np.zeros((400, 1)), None, accuracy + drawn, "x86-64-v3")
+def test_a_whole_set_metric_is_judged_by_its_resamples():
+    def resampled(accuracy, seed):
+        noise = np.random.default_rng(0).normal(0, 0.01, 500) + np.random.default_rng(seed).normal(0, 0.002, 500)
+        return ModelScores(accuracy, np.zeros((400, 1)), None, accuracy + noise, "x86-64-v3")
 
-    def judged(gain):
+    def outcome(gain):
         arms = {
-            name: [whole(0.8 + offset + 0.001 * seed, 10 * number + seed) for seed in range(4)]
+            name: [resampled(0.8 + offset + 0.001 * seed, 10 * number + seed) for seed in range(4)]
             for number, (name, offset) in enumerate([("distilled", gain), ("no_teacher", 0.0), ("label_smoothing", -0.01)])
         }
         validation = {"distilled": [0.8], "no_teacher": [0.8], "label_smoothing": [0.7]}
-        return distillation.judge_distillation(arms, validation, whole(0.9, 77), LABELS, np.arange(400), calibrated=False)
+        return distillation.judge_distillation(arms, validation, resampled(0.9, 77), LABELS, np.arange(400), calibrated=False)["outcome"]
 
-    assert judged(0.03)["outcome"] == "HELPS"
-    assert judged(0.0)["outcome"] == "NO EFFECT"
+    assert outcome(0.03) == "HELPS"
+    assert outcome(0.0) == "NO EFFECT"
