@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One temperature for a network's answers, fitted on the validation split and folded into its last layer: right stays right."""
+"""Temperature scaling: one temperature, fitted on the validation split, is folded into the last layer. Accuracy does not change."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 LOWEST, HIGHEST = 0.02, 50.0
 BATCH = 256
-MIN_SAMPLES = 30  # fewer say nothing about probabilities
+MIN_SAMPLES = 30  # fewer are too few to fit probabilities
 
 
 def calibrate(
     module: nn.Module, weights: dict[str, Tensor], validation: Samples, entry: EntryPoint, threads: int
 ) -> tuple[dict[str, Tensor], str]:
-    """Return weights whose answers are calibrated on the validation split, and a remark on what was done; else the same weights."""
+    """Return weights calibrated on the validation split, or the same weights if that is not possible, and a note on what was done."""
     import torch
 
     modules.load_weights(module, weights, str(entry))
@@ -35,12 +35,12 @@ def calibrate(
     with deterministic(threads), torch.inference_mode():
         batches = torch.split(torch.arange(len(validation)), BATCH)
         logits = torch.cat([usercode.call_user_code(module, entry, *validation.pick(rows).inputs) for rows in batches])
-    value = fit_temperature(logits, validation.labels)
-    if value is None:
-        return weights, "the answers are not calibrated: too few samples of the validation split have a class"
-    if not fold_temperature(module, validation.pick(batches[0]).inputs, value):
-        return weights, "the answers are not calibrated: no linear layer of its own gives the student's answer"
-    return dict(module.state_dict()), f"a temperature of {value:.3g}, fitted on validation, is folded into the last layer"
+    temperature = fit_temperature(logits, validation.labels)
+    if temperature is None:
+        return weights, "the logits are not calibrated: too few samples of the validation split have a class"
+    if not fold_temperature(module, validation.pick(batches[0]).inputs, temperature):
+        return weights, "the logits are not calibrated: no linear layer of its own computes them"
+    return dict(module.state_dict()), f"a temperature of {temperature:.3g}, fitted on validation, is folded into the last layer"
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
@@ -58,38 +58,38 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     labelled = labels != UNLABELLED
     if int(labelled.sum()) < MIN_SAMPLES:
         return None
-    wide, classes = logits[labelled].double(), labels[labelled]
-    found = minimize_scalar(
-        lambda log_t: float(cross_entropy(wide / math.exp(log_t), classes)),
+    labelled_logits, classes = logits[labelled].double(), labels[labelled]
+    optimum = minimize_scalar(
+        lambda log_t: float(cross_entropy(labelled_logits / math.exp(log_t), classes)),
         bounds=(math.log(LOWEST), math.log(HIGHEST)),
         method="bounded",
     )
-    return math.exp(found.x)
+    return math.exp(optimum.x)
 
 
-def fold_temperature(module: nn.Module, inputs: Sequence[Tensor], value: float) -> bool:
-    """Divide the weights of the layer that gives the answer by a temperature; return False, and change nothing, if there is no such layer.
+def fold_temperature(module: nn.Module, inputs: Sequence[Tensor], temperature: float) -> bool:
+    """Divide the weights of the layer that computes the logits by a temperature; return False, without a change, if there is none.
 
-    It is the linear layer or convolution whose output is the module's own answer to ``inputs``, seen on one batch.
+    It is the linear layer or convolution whose output equals that of the module for ``inputs``, one batch.
     """
     import torch
     from torch import nn
 
     module.eval()
-    seen: list[tuple[nn.Module, Tensor]] = []
-    layers = [item for item in module.modules() if isinstance(item, nn.Linear | nn.Conv1d | nn.Conv2d)]
-    hooks = [item.register_forward_hook(lambda layer, _, output: seen.append((layer, output))) for item in layers]
+    outputs: list[tuple[nn.Module, Tensor]] = []
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    hooks = [layer.register_forward_hook(lambda layer, _, output: outputs.append((layer, output))) for layer in layers]
     try:
         with torch.inference_mode():
-            before = module(*inputs)
+            logits = module(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
     last = next(
         (
             layer
-            for layer, output in reversed(seen)
-            if output.numel() == before.numel() and torch.equal(output.reshape(before.shape), before)
+            for layer, output in reversed(outputs)
+            if output.numel() == logits.numel() and torch.equal(output.reshape(logits.shape), logits)
         ),
         None,
     )
@@ -97,13 +97,16 @@ def fold_temperature(module: nn.Module, inputs: Sequence[Tensor], value: float) 
         return False
     with torch.no_grad():
         for parameter in last.parameters(recurse=False):
-            parameter.div_(value)
+            parameter.div_(temperature)
     return True
 
 
 def _is_shared(module: nn.Module, layer: nn.Module) -> bool:
     """Return whether another layer uses the same weights (tied to an embedding, say)."""
-    own = {parameter.data_ptr() for parameter in layer.parameters(recurse=False)}
+    pointers = {parameter.data_ptr() for parameter in layer.parameters(recurse=False)}
     return any(
-        parameter.data_ptr() in own for other in module.modules() if other is not layer for parameter in other.parameters(recurse=False)
+        parameter.data_ptr() in pointers
+        for other in module.modules()
+        if other is not layer
+        for parameter in other.parameters(recurse=False)
     )

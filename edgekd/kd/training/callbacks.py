@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekd import usercode
 from edgekd.domain.losses import EMA, LAST_EPOCH
@@ -22,12 +22,26 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from edgekd.domain.recipe import EntryPoint
-    from edgekd.kd.training.jobs import TrainingJob
-    from edgekd.kd.training.trainer import Trainer
+    from edgekd.kd.training.jobs import EpochResult, TrainingJob
 
 DRY_RUN_SAMPLES = 8  # samples of the batch on which taps and modules are checked
 CHECKPOINT = "checkpoint"
 _MIN_EMA_STEPS = 2  # steps that the EMA spans at least
+
+
+class Trainer(Protocol):
+    """What callbacks see of the trainer."""
+
+    module: nn.Module
+    curve: list[EpochResult]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what a checkpoint holds."""
+        ...
 
 
 class Callback:

@@ -107,6 +107,27 @@ class TrainingJob:
     is_final_loss: Callable[[int], bool] = lambda _: True
 
 
+@dataclass(frozen=True, slots=True)
+class EpochResult:
+    """One line of the curve; ``learning_rate`` is the last step's, accuracies are None without classes.
+
+    ``train_accuracy`` is that of the logits that were trained on: as the weights were at each step, dropout and views included.
+    """
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float | None
+    validation_loss: float
+    validation_accuracy: float | None
+    learning_rate: float
+    is_final_loss: bool = True
+
+    @property
+    def rank(self) -> tuple[bool, float, float]:
+        """Return what epochs are compared by: accuracy, then the lower loss, both on the validation split."""
+        return (self.is_final_loss, 0.0 if self.validation_accuracy is None else self.validation_accuracy, -self.validation_loss)
+
+
 def student_job(params: StudentParams, inputs: Mapping[str, Artifact], recipe_dir: Path) -> TrainingJob:
     """Return the job of training a student by its losses, none of which has an ``auto``.
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import optuna
 
     from edgekd.domain.artifact import Artifact
+    from edgekd.kd.training.callbacks import Trainer
     from edgekd.kd.training.jobs import StudentParams, TrainingJob
-    from edgekd.kd.training.trainer import Trainer
     from edgekd.ports import Context, Progress
 
 CHOSEN_FILE = "chosen.json"

@@ -20,6 +20,7 @@ from edgekd.kd.training import distributed
 from edgekd.kd.training.callbacks import Checkpoint, job_callbacks
 from edgekd.kd.training.dry_run import choose_memory_format
 from edgekd.kd.training.execution import FLOAT32, forward, inputs_to_device, module_to_device, targets_to_device
+from edgekd.kd.training.jobs import EpochResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,27 +36,6 @@ if TYPE_CHECKING:
 
 _WARM_UP, _START, _END = 0.3, 1 / 25, 1 / 250_000  # share of the steps; learning rates as shares of the peak
 _REPORTS_PER_EPOCH = 20
-
-
-@dataclass(frozen=True, slots=True)
-class EpochResult:
-    """One line of the curve; ``learning_rate`` is the last step's, accuracies are None without classes.
-
-    ``train_accuracy`` is that of the logits that were trained on: as the weights were at each step, dropout and views included.
-    """
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float | None
-    validation_loss: float
-    validation_accuracy: float | None
-    learning_rate: float
-    is_final_loss: bool = True
-
-    @property
-    def rank(self) -> tuple[bool, float, float]:
-        """Return what epochs are compared by: accuracy, then the lower loss, both on the validation split."""
-        return (self.is_final_loss, 0.0 if self.validation_accuracy is None else self.validation_accuracy, -self.validation_loss)
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from edgekd.errors import RecipeError, StageError
 from edgekd.kd import losses, modules
 from edgekd.kd.data import Samples
 from edgekd.kd.training import callbacks, dry_run, trainer
-from edgekd.kd.training.jobs import TrainingJob, TrainingSettings
+from edgekd.kd.training.jobs import EpochResult, TrainingJob, TrainingSettings
 
 ENTRY = EntryPoint("models.py", "student")
 CLASSES = 3
@@ -219,7 +219,7 @@ def test_the_result_is_the_weights_of_the_best_epoch(tmp_path):
 
 def test_equal_accuracies_are_ranked_by_loss_and_equal_losses_by_order():
     def line(epoch, accuracy, loss):
-        return trainer.EpochResult(epoch, 1.0, 0.9, loss, accuracy, 0.1)
+        return EpochResult(epoch, 1.0, 0.9, loss, accuracy, 0.1)
 
     assert trainer.best_epoch([line(1, 0.5, 0.9), line(2, 0.7, 0.8), line(3, 0.7, 0.6), line(4, 0.7, 0.6)]).epoch == 3
     assert trainer.best_epoch([line(1, None, 0.9), line(2, None, 0.3), line(3, None, 0.6)]).epoch == 2

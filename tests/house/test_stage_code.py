@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The code in cache keys: a change of a module that computes a stage's bytes changes the stage's keys, and no module is forgotten."""
+
+from __future__ import annotations
+
+import shutil
+
+import grimp
+import pytest
+
+from edgekd import registry
+from edgekd.build import keys, pipeline
+from edgekd.ports import Step
+
+# imported by stages, but without effect on their bytes; each with the reason
+WITHOUT_EFFECT = {
+    "errors": "messages",
+    "ports": "types",
+    "registry": "finds runtimes, whose own code is part of the key",
+    "plan": "the candidates, whose parameters are in the key",
+    "harness.runner": "facts of the machine; those that matter are parameters",
+    "store.digests": "SHA-256 and atomic writes",
+    "domain.artifact": "data; values are parameters",
+    "domain.candidate": "data; values are parameters",
+    "domain.recipe": "data; values are parameters",
+    "domain.rules": "rules of the reader",
+    "domain.scheme": "names; values are parameters",
+    "domain.target": "data; values are parameters",
+    "domain.verdict": "data of reports",
+    "config.distill_rules": "checks of recipes, used by Distiller",
+}
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return grimp.build_graph("edgekd", exclude_type_checking_imports=True)
+
+
+def _imported_by(graph, stage):
+    """Return all modules that a stage imports, transitively, within the package."""
+    name = f"edgekd.stages.{stage.NAME}"
+    own = {name, *graph.find_descendants(name)}
+    return {module.removeprefix("edgekd.") for start in own for module in {start, *graph.find_upstream_modules(start)}}
+
+
+def _is_part_of(module, code):
+    return any(module == name or module.startswith(f"{name}.") for name in (path.replace("/", ".") for path in code))
+
+
+@pytest.mark.parametrize("stage", pipeline.PIPELINE, ids=lambda stage: stage.NAME)
+def test_all_modules_that_a_stage_imports_are_part_of_its_keys(graph, stage):
+    modules = _imported_by(graph, stage)
+    assert f"stages.{stage.NAME}" in modules
+    assert sorted(module for module in modules - WITHOUT_EFFECT.keys() if not _is_part_of(module, stage.CODE)) == []
+
+
+@pytest.mark.parametrize("stage", pipeline.PIPELINE, ids=lambda stage: stage.NAME)
+def test_a_stage_names_only_code_that_exists(stage):
+    assert [name for name in stage.CODE if not (keys.PACKAGE / name).is_dir() and not (keys.PACKAGE / f"{name}.py").is_file()] == []
+
+
+class _Params:
+    runtime = None
+
+
+def _digests(stage, folder, monkeypatch):
+    monkeypatch.setattr(keys, "PACKAGE", folder)
+    keys._source_digest.cache_clear()
+    return keys.code_digest(stage, Step("s", stage.NAME, _Params()))
+
+
+@pytest.fixture
+def copied(tmp_path):
+    shutil.copytree(keys.PACKAGE, tmp_path / "edgekd", ignore=shutil.ignore_patterns("__pycache__"))
+    yield tmp_path / "edgekd"
+    keys._source_digest.cache_clear()
+
+
+@pytest.mark.parametrize("stage", pipeline.PIPELINE, ids=lambda stage: stage.NAME)
+def test_a_change_of_any_of_these_modules_changes_the_keys(graph, stage, copied, monkeypatch):
+    before = _digests(stage, copied, monkeypatch)
+    assert _digests(stage, copied, monkeypatch) == before
+    for module in sorted(_imported_by(graph, stage) - WITHOUT_EFFECT.keys()):
+        path = copied / f"{module.replace('.', '/')}.py"
+        path = path if path.is_file() else copied / module.replace(".", "/") / "__init__.py"
+        text = path.read_text()
+        path.write_text(f"{text}\nADDED = 1\n")
+        assert _digests(stage, copied, monkeypatch) != before, module
+        path.write_text(text)
+    (copied / "report" / "text.py").write_text("")
+    assert _digests(stage, copied, monkeypatch) == before
+
+
+def test_the_runtime_of_a_step_is_part_of_its_key():
+    digests = set()
+    for name in registry.names("runtimes"):
+        params = _Params()
+        params.runtime = name
+        digests.add(keys.code_digest(pipeline.STAGES["export"], Step("s", "export", params)))
+    assert len(digests) == len(registry.names("runtimes")) == 2
