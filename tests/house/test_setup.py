@@ -38,24 +38,24 @@ def test_all_that_the_package_and_its_tests_need_is_pinned():
         *project["dependency-groups"]["dev"],
         *(item for group in extras.values() for item in group),
     ]
-    todo, seen = [Requirement(text) for text in asked], set()
+    todo, checked = [Requirement(text) for text in asked], set()
     while todo:
-        wanted = todo.pop()
-        name = canonicalize_name(wanted.name)
-        key = (name, frozenset(wanted.extras))
-        if name == "edgekd" or key in seen:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        key = (name, frozenset(requirement.extras))
+        if name == "edgekd" or key in checked:
             continue
-        seen.add(key)
+        checked.add(key)
         assert name in pinned, f"{name} is not in constraints.txt"
         try:
-            found = distribution(name)
+            installed = distribution(name)
         except PackageNotFoundError:
             pytest.fail(f"{name} is not installed; run: make setup")
-        for text in found.requires or ():
-            requirement = Requirement(text)
-            if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in (wanted.extras or {""})):
-                todo.append(requirement)
-    assert len({name for name, _ in seen}) > 80
+        for text in installed.requires or ():
+            further = Requirement(text)
+            if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in (requirement.extras or {""})):
+                todo.append(further)
+    assert len({name for name, _ in checked}) > 80
 
 
 def test_the_makefile_has_its_ten_verbs_and_each_is_one_line():

@@ -18,7 +18,22 @@ CODE = [path for name in ("edgekd", "tests", "examples", "benchmarks", "scripts"
 BARE_NAMES = {
     *("found", "told", "untold", "kept", "given", "made", "wanted", "seen", "way", "ways", "way_of", "lesson", "lessons"),
     *("conclude", "concluded", "Concluded", "Case", "telling", "Teller", "teller", "Site", "Done", "crew", "orders", "remark", "remarks"),
-    *("Way", "Form", "counted", "Beside", "beside", "selves", "sited", "placed", "laid_out", "moved", "summed", "sureness", "Sureness", "tops"),
+    *(
+        "Way",
+        "Form",
+        "counted",
+        "Beside",
+        "beside",
+        "selves",
+        "sited",
+        "placed",
+        "laid_out",
+        "moved",
+        "summed",
+        "sureness",
+        "Sureness",
+        "tops",
+    ),
     *("Tops", "vet", "mend", "twin", "twins", "supervise", "supervisors", "Supervisor"),
 }
 # parts of names, between underscores

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way to distil, from a recipe to a student that has learned, on examples/digits."""
+"""Every method of distillation, from a recipe to a trained student, on examples/digits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgekd.cli import main
 from edgekd.domain.losses import LOSSES
 from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import EdgekdError
-from edgekd.kd import modules as kd_models
+from edgekd.kd import modules
 from edgekd.kd.teachers.stored import save_teacher_logits
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"
@@ -88,11 +88,11 @@ MORE_DATA = '''
 
 def _with(labels):
     """Return the splits with other labels, and the unlabelled one made of training images."""
-    found = {}
+    relabelled = {}
     for name, split in splits().items():
         images, classes = (torch.stack([torch.as_tensor(sample[part]) for sample in split]) for part in (0, 1))
-        found[name] = torch.utils.data.TensorDataset(images, labels(classes))
-    return found
+        relabelled[name] = torch.utils.data.TensorDataset(images, labels(classes))
+    return relabelled
 
 
 def bits():
@@ -126,12 +126,12 @@ def right_digit(outputs, labels):
 def near(outputs, labels):
     return (abs(outputs[:, 0] - labels) < 0.1).astype(float)
 '''
-# answers that are not one softmax: data, score, width, lines of [student], losses, and what is reached
-FORMS = {
-    "labels": ("bits", "right_bits", 4, 'task = "multilabel"', '{ kind = "ce" }, { kind = "kl", weight = 0.05 }'),
+# outputs that are not one softmax: data, score, width, lines of [student], losses
+OUTPUTS = {
+    "multilabel": ("bits", "right_bits", 4, 'task = "multilabel"', '{ kind = "ce" }, { kind = "kl", weight = 0.05 }'),
     "heads": ("parity_and_digit", "right_digit", 12, "heads = [2, 10]", '{ kind = "ce" }, { kind = "kl", weight = 0.05 }'),
     "tokens": ("tokens", "right_tokens", 8, "heads = [2, 2, 2, 2]", '{ kind = "ce" }, { kind = "dkd", weight = 0.05 }'),
-    "numbers": ("value", "near", 1, 'task = "regression"', '{ kind = "squared" }, { kind = "mse", weight = 0.01 }'),
+    "regression": ("value", "near", 1, 'task = "regression"', '{ kind = "mse_labels" }, { kind = "mse", weight = 0.01 }'),
 }
 TAPS = 'taps = [{ student = "6", teacher = "5" }]'
 ROWS = ("teacher = large_rows", "student = small_rows")
@@ -152,9 +152,9 @@ METHODS = {
     "block beside kl": (f'{BLOCK} }}, {{ kind = "kl" }}', "", BLOCKS),
     "block, then kl": (f'{BLOCK}, epochs = [1, 3] }}, {{ kind = "kl", epochs = [4, 8] }}', "", BLOCKS),
     "many classes": ('{ kind = "kl", temperature = 1.0 }, { kind = "ce" }', "", ("teacher = large_of_many", "student = small_of_many")),
-    "average": ('{ kind = "ce" }, { kind = "kl", teacher = "ema" }', "", ()),
-    "previous": ('{ kind = "ce" }, { kind = "kl", teacher = "last_epoch", temperature = 1.0 }', "", ()),
-    "teacher and average": ('{ kind = "kl" }, { kind = "kl", teacher = "ema", weight = 0.5 }', "", ()),
+    "ema": ('{ kind = "ce" }, { kind = "kl", teacher = "ema" }', "", ()),
+    "last epoch": ('{ kind = "ce" }, { kind = "kl", teacher = "last_epoch", temperature = 1.0 }', "", ()),
+    "teacher and ema": ('{ kind = "kl" }, { kind = "kl", teacher = "ema", weight = 0.5 }', "", ()),
     "several teachers": ('{ kind = "kl" }', 'teachers = [{ model = "models.py:middle", weights = "middle.safetensors" }, OTHERS]', ()),
     "several teachers by confidence": (
         '{ kind = "kl" }', 'teacher_weighting = "confidence"\nteachers = [{ model = "models.py:middle", weights = "middle.safetensors" }]', ()
@@ -162,13 +162,13 @@ METHODS = {
     "assistants": ('{ kind = "kl" }', 'assistants = [{ model = "models.py:middle", epochs = 4 }, { model = "models.py:student" }]', ()),
     "search": ('{ kind = "kl", temperature = "auto", standardize = "auto" }, { kind = "ce", weight = "auto" }', "search_share = 0.5", ()),
     "checkpoints": ('{ kind = "kl" }', "", ("checkpoints",)),
-    "paid back": ('{ kind = "kl", temperature = "auto" }', "break_even_inferences = 1000000000\nsearch_share = 0.5", ()),
+    "break-even": ('{ kind = "kl", temperature = "auto" }', "break_even_inferences = 1000000000\nsearch_share = 0.5", ()),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """A copy of the example, quick, with a cache that all methods share, and models of other origins."""
+def project(tmp_path_factory):
+    """A copy of the example, with few epochs, a cache that all methods share, and further models."""
     folder = tmp_path_factory.mktemp("methods")
     shutil.copytree(EXAMPLE, folder / "digits", ignore=shutil.ignore_patterns("build", "__pycache__"))
     folder /= "digits"
@@ -178,8 +178,8 @@ def site(tmp_path_factory):
         text.replace("[distill]", "[distill]\nthreads = 1").replace("epochs = 4", "epochs = 4\nthreads = 1")
     )
     torch.manual_seed(0)
-    middle = kd_models.build_module(folder, EntryPoint("models.py", "middle"))
-    kd_models.save_weights(middle, folder / "middle.safetensors")
+    middle = modules.build_module(folder, EntryPoint("models.py", "middle"))
+    modules.save_weights(middle, folder / "middle.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
         torch.onnx.export(
@@ -190,18 +190,18 @@ def site(tmp_path_factory):
         sys.modules.pop(name, None)
 
 
-def build(site, monkeypatch, text, until="distill"):
+def build(project, monkeypatch, text, until="distill"):
     """Build up to a stage; return what the command printed and its exit code."""
-    monkeypatch.setenv("EDGEKD_CACHE", str(site.parent / "cache"))
-    (site / "method.toml").write_text(text)
-    found = CliRunner().invoke(main, ["build", "--recipe", str(site / "method.toml"), "--target", "host", "--until", until])
-    if isinstance(found.exception, EdgekdError):  # which __main__ tells
-        return found.output + str(found.exception), found.exception.exit_code
-    return found.output, found.exit_code
+    monkeypatch.setenv("EDGEKD_CACHE", str(project.parent / "cache"))
+    (project / "method.toml").write_text(text)
+    result = CliRunner().invoke(main, ["build", "--recipe", str(project / "method.toml"), "--target", "host", "--until", until])
+    if isinstance(result.exception, EdgekdError):  # which __main__ prints
+        return result.output + str(result.exception), result.exception.exit_code
+    return result.output, result.exit_code
 
 
-def recipe(site, losses, lines="", changes=()):
-    text = (site / "edgekd.toml").read_text()
+def recipe(project, losses, lines="", changes=()):
+    text = (project / "edgekd.toml").read_text()
     old = next(line for line in text.splitlines() if line.startswith("losses"))
     others = '{ file = "middle.onnx", weight = 0.2 }'
     text = text.replace(old, f"losses = [{losses}]\n{lines.replace('OTHERS', others)}")
@@ -214,88 +214,88 @@ def recipe(site, losses, lines="", changes=()):
     return text
 
 
-def accuracy(site):
-    curve = json.loads((site / "build" / "until-distill" / "curve.json").read_text())
+def accuracy(project):
+    curve = json.loads((project / "build" / "until-distill" / "curve.json").read_text())
     return curve["epochs"][curve["best_epoch"] - 1]["validation_accuracy"]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_student_learns_by(site, monkeypatch, name):
-    monkeypatch.chdir(site)
+def test_a_student_learns_by(project, monkeypatch, name):
+    monkeypatch.chdir(project)
     losses, lines, changes = METHODS[name]
-    told, code = build(site, monkeypatch, recipe(site, losses, lines, changes))
-    assert code == 0, told
-    assert accuracy(site) > 0.6
+    output, code = build(project, monkeypatch, recipe(project, losses, lines, changes))
+    assert code == 0, output
+    assert accuracy(project) > 0.6
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_a_student_of_other_answers_learns(site, monkeypatch, name):
-    monkeypatch.chdir(site)
-    splits, score, width, line, losses = FORMS[name]
-    (site / "data.py").write_text((EXAMPLE / "data.py").read_text() + MORE_DATA)
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_student_with_other_outputs_learns(project, monkeypatch, name):
+    monkeypatch.chdir(project)
+    splits, score, width, line, losses = OUTPUTS[name]
+    (project / "data.py").write_text((EXAMPLE / "data.py").read_text() + MORE_DATA)
     functions = "".join(
         f"\n\ndef {role}_{width}():\n    return nn.Sequential(*list({role}())[:-1], nn.Linear({inputs}, {width}))\n"
         for role, inputs in (("teacher", 64 * 4 * 4), ("student", 16 * 2 * 2))
     )
-    (site / "models.py").write_text((EXAMPLE / "models.py").read_text() + MORE_MODELS + functions)
+    (project / "models.py").write_text((EXAMPLE / "models.py").read_text() + MORE_MODELS + functions)
     torch.manual_seed(0)
-    kd_models.save_weights(kd_models.build_module(site, EntryPoint("models.py", f"teacher_{width}")), site / "wide.safetensors")
-    text = recipe(site, losses, "", (f"teacher = teacher_{width}", f"student = student_{width}"))
+    modules.save_weights(modules.build_module(project, EntryPoint("models.py", f"teacher_{width}")), project / "wide.safetensors")
+    text = recipe(project, losses, "", (f"teacher = teacher_{width}", f"student = student_{width}"))
     start, end = text.index("[teacher.train]"), text.index("[student]")
     text = text[:start] + 'weights = "wide.safetensors"\n' + text[end:].replace("[student]", f"[student]\n{line}")
     text = text.replace("data.py:splits", f"data.py:{splits}").replace("[budget]", f'[evaluate]\nscore = "data.py:{score}"\n[budget]')
-    told, code = build(site, monkeypatch, text)
-    assert code == 0, told
-    best = json.loads((site / "build" / "until-distill" / "curve.json").read_text())["epochs"][-1]
-    assert best["validation_loss"] < 0.05 if name == "numbers" else best["validation_accuracy"] > 0.6
+    output, code = build(project, monkeypatch, text)
+    assert code == 0, output
+    best = json.loads((project / "build" / "until-distill" / "curve.json").read_text())["epochs"][-1]
+    assert best["validation_loss"] < 0.05 if name == "regression" else best["validation_accuracy"] > 0.6
 
 
 def test_every_loss_is_among_the_methods():
-    shown = " ".join([losses for losses, *_ in METHODS.values()] + [losses for *_, losses in FORMS.values()])
+    shown = " ".join([losses for losses, *_ in METHODS.values()] + [losses for *_, losses in OUTPUTS.values()])
     assert {kind for kind in LOSSES if f'"{kind}"' not in shown} == set()
 
 
-def test_stored_answers_teach_and_are_the_reference_without_a_model(site, monkeypatch):
-    monkeypatch.chdir(site)
-    teacher = recipe(site, '{ kind = "kl" }')
-    told, code = build(site, monkeypatch, teacher, until="teach")
-    assert code == 0, told
-    module = kd_models.load_module(site, EntryPoint("models.py", "teacher"), site / "build" / "until-teach" / "teacher.safetensors")
-    sys.path.insert(0, str(site))
+def test_stored_teacher_logits_train_a_student_and_are_the_reference_without_a_model(project, monkeypatch):
+    monkeypatch.chdir(project)
+    teacher = recipe(project, '{ kind = "kl" }')
+    output, code = build(project, monkeypatch, teacher, until="teach")
+    assert code == 0, output
+    module = modules.load_module(project, EntryPoint("models.py", "teacher"), project / "build" / "until-teach" / "teacher.safetensors")
+    sys.path.insert(0, str(project))
     try:
         from data import splits  # the example's own
     finally:
-        sys.path.remove(str(site))
+        sys.path.remove(str(project))
     images = torch.cat([torch.stack([sample[0] for sample in split]) for name, split in splits().items() if name != "calibration"])
     with torch.no_grad():
-        save_teacher_logits(site / "answers.safetensors", [images.numpy()], module(images).numpy())
+        save_teacher_logits(project / "logits.safetensors", [images.numpy()], module(images).numpy())
     start, end = teacher.index("[teacher]"), teacher.index("[student]")
-    stored = teacher[:start] + '[teacher]\nfile = "answers.safetensors"\n' + teacher[end:]
-    told, code = build(site, monkeypatch, stored, until="evaluate")
-    assert code == 0, told
-    told, code = build(site, monkeypatch, stored.replace("[distill]", "[distill]\nseed = 1"))
-    assert code == 0, told
-    assert accuracy(site) > 0.6
+    stored = teacher[:start] + '[teacher]\nfile = "logits.safetensors"\n' + teacher[end:]
+    output, code = build(project, monkeypatch, stored, until="evaluate")
+    assert code == 0, output
+    output, code = build(project, monkeypatch, stored.replace("[distill]", "[distill]\nseed = 1"))
+    assert code == 0, output
+    assert accuracy(project) > 0.6
 
 
-def test_stored_answers_to_other_samples_are_refused_before_anything_is_trained(site, monkeypatch):
-    monkeypatch.chdir(site)
-    save_teacher_logits(site / "few.safetensors", [np.zeros((3, 1, 8, 8), np.float32)], np.zeros((3, 10), np.float32))
-    text = recipe(site, '{ kind = "kl" }', 'teachers = [{ file = "few.safetensors" }]')
-    told, code = build(site, monkeypatch, text)
+def test_stored_logits_of_other_samples_are_refused_before_anything_is_trained(project, monkeypatch):
+    monkeypatch.chdir(project)
+    save_teacher_logits(project / "few.safetensors", [np.zeros((3, 1, 8, 8), np.float32)], np.zeros((3, 10), np.float32))
+    text = recipe(project, '{ kind = "kl" }', 'teachers = [{ file = "few.safetensors" }]')
+    output, code = build(project, monkeypatch, text)
     assert code == 2
-    assert "few.safetensors: has no answer to a sample" in told
-    assert not re.search(r"epoch \d+/\d+", told)
+    assert "few.safetensors: has no answer to a sample" in output
+    assert not re.search(r"epoch \d+/\d+", output)
 
 
-def test_a_hint_into_a_mobile_student_is_warned_of_and_one_into_a_plain_student_is_not(site, monkeypatch):
-    monkeypatch.chdir(site)
+def test_a_hint_into_a_mobile_student_gets_a_warning_and_one_into_a_plain_student_does_not(project, monkeypatch):
+    monkeypatch.chdir(project)
     hint = '{ kind = "ce" }, { kind = "hint", taps = [{ student = "1", teacher = "1" }] }'
-    told, code = build(site, monkeypatch, recipe(site, hint, "", BLOCKS), until="inspect")
-    assert code == 0, told
-    assert "warning: hint from a plain convolutional teacher into a depthwise (mobile) student did harm" in told
-    assert "did harm" not in build(site, monkeypatch, recipe(site, hint, "", ("teacher = deep",)), until="inspect")[0]
-    assert "did harm" not in build(site, monkeypatch, recipe(site, '{ kind = "kl" }', "", BLOCKS), until="inspect")[0]
+    output, code = build(project, monkeypatch, recipe(project, hint, "", BLOCKS), until="inspect")
+    assert code == 0, output
+    assert "warning: hint from a plain convolutional teacher into a depthwise (mobile) student did harm" in output
+    assert "did harm" not in build(project, monkeypatch, recipe(project, hint, "", ("teacher = deep",)), until="inspect")[0]
+    assert "did harm" not in build(project, monkeypatch, recipe(project, '{ kind = "kl" }', "", BLOCKS), until="inspect")[0]
 
 
 @pytest.mark.parametrize(
@@ -319,14 +319,14 @@ def test_a_hint_into_a_mobile_student_is_warned_of_and_one_into_a_plain_student_
         ('{ kind = "kl" }', 'teachers = [{ model = "models.py:teacher", weights = "middle.safetensors" }]', "the weights lack"),
     ],
 )
-def test_what_is_wrong_is_told_before_the_first_epoch(site, monkeypatch, losses, lines, message):
-    monkeypatch.chdir(site)
-    (site / "models.py").write_text(
+def test_mistakes_are_reported_before_the_first_epoch(project, monkeypatch, losses, lines, message):
+    monkeypatch.chdir(project)
+    (project / "models.py").write_text(
         (EXAMPLE / "models.py").read_text() + MORE_MODELS + "\n\ndef three():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))\n"
     )
-    broken = kd_models.read_weights(site / "middle.safetensors")
-    (site / "nan.safetensors").write_bytes(kd_models.serialize_weights({name: value * float("nan") for name, value in broken.items()}))
-    told, code = build(site, monkeypatch, recipe(site, losses, lines))
-    assert code == 2, told
-    assert message in told
-    assert not re.search(r"epoch \d+/\d+", told)
+    broken = modules.read_weights(project / "middle.safetensors")
+    (project / "nan.safetensors").write_bytes(modules.serialize_weights({name: value * float("nan") for name, value in broken.items()}))
+    output, code = build(project, monkeypatch, recipe(project, losses, lines))
+    assert code == 2, output
+    assert message in output
+    assert not re.search(r"epoch \d+/\d+", output)

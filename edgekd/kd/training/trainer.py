@@ -120,6 +120,8 @@ class Trainer:
 
         ``inputs`` are those of the batch after augmentation, on the device.
         """
+        import torch
+
         job = self.job
         rows, sizes = distributed.shard(len(batch)), distributed.shard_sizes(len(batch))
         mode = job.settings.mode if self.module.training else replace(job.settings.mode, precision=FLOAT32)  # float32 is what ships
@@ -136,8 +138,8 @@ class Trainer:
                 teacher_logits[name] = distributed.all_gather(tensor, sizes)
         loss = job.objective(logits, teacher_logits, labels, epoch)
         # the means over the ranks' samples, weighted by their number
-        feature_loss = sum(callback.loss(shard, epoch) for callback in self.callbacks) * (len(shard[0]) / len(batch))
-        return loss + feature_loss, loss.item() + distributed.all_reduce(float(feature_loss)), logits.detach().cpu()
+        feature_loss = torch.as_tensor(sum(callback.loss(shard, epoch) for callback in self.callbacks)) * (len(shard[0]) / len(batch))
+        return loss + feature_loss, loss.item() + distributed.all_reduce(feature_loss.item()), logits.detach().cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""

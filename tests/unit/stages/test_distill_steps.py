@@ -61,21 +61,21 @@ def test_baselines_are_trained_alike_but_for_the_teacher_and_the_seed():
 
 
 def test_the_baseline_by_pseudo_labels_follows_the_student_without_a_teacher():
-    given = recipe(baselines=Baselines(seeds=2, pseudo_labels=True), teachers=(Teacher(entry("other"), "o.safetensors"),))
-    last = distill.steps(given, [])[-1]
+    changed = recipe(baselines=Baselines(seeds=2, pseudo_labels=True), teachers=(Teacher(entry("other"), "o.safetensors"),))
+    last = distill.steps(changed, [])[-1]
     assert last.id == "distill/pseudo_labels/1"
     assert [loss.kind for loss in last.params.losses] == ["ce", "hard"]
     assert {reference.partition(":")[0] for name, reference in last.inputs.items() if "soft_targets" in name} == {
         "soft_targets/pseudo_labels/1"
     }
-    assert given.soft_target_sources["soft_targets/pseudo_labels/1"].artifact == "distill/no_teacher/1:student.safetensors"
+    assert changed.soft_target_sources["soft_targets/pseudo_labels/1"].artifact == "distill/no_teacher/1:student.safetensors"
     assert (last.params.ensemble, last.params.checkpoints, last.params.teacher) == (None, 0, None)
 
 
 def test_each_link_of_a_chain_learns_from_the_one_before():
     middle, small = (Assistant(entry(name)) for name in ("middle", "small"))
-    given = recipe(assistants=(middle, replace(small, epochs=3)), teachers=(Teacher(file="o.onnx", weight=0.5),))
-    first, second, last = distill.steps(given, [])
+    changed = recipe(assistants=(middle, replace(small, epochs=3)), teachers=(Teacher(file="o.onnx", weight=0.5),))
+    first, second, last = distill.steps(changed, [])
     assert [step.id for step in (first, second, last)] == ["distill/assistant/0", "distill/assistant/1", "distill"]
     assert [step.params.settings.epochs for step in (first, second, last)] == [8, 3, 8]
     assert first.params.ensemble == Ensemble((1.0, 0.5), "fixed")
@@ -98,21 +98,21 @@ def test_students_of_other_sizes_differ_from_the_student_in_their_module_only():
 def test_all_students_are_trained_in_the_mode_that_autotune_chose_once(monkeypatch):
     facts = distill.runner.facts()
     monkeypatch.setattr(distill.runner, "facts", lambda: {**facts, "features": ["avx512_bf16"]})
-    given = recipe(
+    changed = recipe(
         precision="auto", sizes=(entry("wide"),), assistants=(Assistant(entry("middle")),), baselines=Baselines(seeds=2, pseudo_labels=True)
     )
-    autotune, *others = distill.steps(given, [])
+    autotune, *others = distill.steps(changed, [])
     assert autotune.id == "distill/autotune"
     assert [step.inputs["execution_mode"] for step in others] == ["distill/autotune:execution_mode.json"] * 10
     monkeypatch.setattr(distill.runner, "facts", lambda: {**facts, "features": ["avx2"]})
-    assert all("execution_mode" not in step.inputs for step in distill.steps(given, []))
-    requested = distill.steps(replace(given, distill=replace(given.distill, precision="bfloat16")), [])
+    assert all("execution_mode" not in step.inputs for step in distill.steps(changed, []))
+    requested = distill.steps(replace(changed, distill=replace(changed.distill, precision="bfloat16")), [])
     assert {step.params.settings.mode.precision for step in requested} == {"bfloat16"}
 
 
 def test_what_is_auto_is_searched_once_for_all_seeds_and_for_the_baselines_too():
-    given = recipe(losses=(Loss("kl", temperature="auto"), CE), baselines=Baselines(seeds=2, pseudo_labels=True), search_share=0.5)
-    steps = distill.steps(given, [])
+    changed = recipe(losses=(Loss("kl", temperature="auto"), CE), baselines=Baselines(seeds=2, pseudo_labels=True), search_share=0.5)
+    steps = distill.steps(changed, [])
     assert [step.id for step in steps] == [
         "distill/search",
         "distill",

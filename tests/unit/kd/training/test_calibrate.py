@@ -82,9 +82,9 @@ def test_weights_come_back_calibrated_with_a_remark():
     logits, labels = _answers(8.0)
     module = nn.Sequential(nn.Linear(5, 5))
     weights = {"0.weight": torch.eye(5), "0.bias": torch.zeros(5)}
-    found, told = calibrate.calibrate(module, weights, Samples((logits,), labels), ENTRY, 1)
-    torch.testing.assert_close(found["0.weight"], torch.eye(5) / calibrate.fit_temperature(logits, labels))
-    assert "is folded into the last layer" in told
-    same, told = calibrate.calibrate(module, weights, Samples((logits,), torch.full((2000,), -1)), ENTRY, 1)
+    calibrated, note = calibrate.calibrate(module, weights, Samples((logits,), labels), ENTRY, 1)
+    torch.testing.assert_close(calibrated["0.weight"], torch.eye(5) / calibrate.fit_temperature(logits, labels))
+    assert "is folded into the last layer" in note
+    same, note = calibrate.calibrate(module, weights, Samples((logits,), torch.full((2000,), -1)), ENTRY, 1)
     assert same is weights
-    assert "not calibrated: too few samples" in told
+    assert "not calibrated: too few samples" in note
