@@ -38,7 +38,7 @@ def _id(path):
     return str(path.relative_to(ROOT))
 
 
-def test_documents_with_programs_are_found():
+def test_all_documents_are_collected():
     assert [path.name for path in PROGRAMS] == ["python.md"]
     assert len(DOCUMENTS) >= 40
 
