@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process: an internal error is exit code 70, never 1, which means FAIL."""
+"""The process. An internal error ends with exit code 70, never with 1, which means FAIL."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def main() -> None:
 
         code = cli.run(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.stderr.write("\nedgekd: interrupted; what is finished is kept, and the same command goes on\n")
+        sys.stderr.write("\nedgekd: interrupted; finished steps are in the cache, and the same command resumes the build\n")
         code = INTERRUPTED
-    except Exception:  # noqa: BLE001  (the outermost edge: anything here is a bug)
+    except Exception:  # noqa: BLE001  (the outermost level: any error here is a bug)
         import traceback
 
         traceback.print_exc()

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole recipe from a program or a notebook: what ``edgekd build`` does."""
+"""Build a whole recipe from a program or a notebook, as ``edgekd build`` does."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgekd.build import run
+from edgekd.build.run import Request, build
 from edgekd.report import text
 from edgekd.store.cache import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from edgekd.build.judge import Result
 
 
 def build_recipe(
@@ -22,24 +24,24 @@ def build_recipe(
     cache: Path | None = None,
     remeasure: bool = False,
     inconclusive_ok: bool = False,
-) -> list[run.Result]:
-    """Build a recipe for its targets, and judge what came out; progress goes to stderr.
+) -> list[Result]:
+    """Build a recipe for its targets, and judge each; progress goes to stderr.
 
     Args:
         recipe: The file ``edgekd.toml``.
-        targets: Names of profiles, or their paths; none: those that the recipe names, else ``host``.
-        out: Each target gets a folder below it; ``build`` beside the recipe unless it is given.
-        cache: The folder of finished steps, as ``--cache``.
-        remeasure: Measure anew although the last verdict stands.
+        targets: Names or paths of profiles. By default, those that the recipe names, else ``host``.
+        out: The output folder, in which each target gets a folder. By default, ``build`` beside the recipe.
+        cache: The folder of completed steps, as ``--cache``.
+        remeasure: Measure again, even if there is a cached verdict.
         inconclusive_ok: Ship the model although the verdict is INCONCLUSIVE.
 
     Returns:
-        One result a target: ``document`` is its report (as ``report.json``), ``exit_code`` 0 for PASS, 1 FAIL, 4 INCONCLUSIVE.
+        One result per target: ``document`` is its report (as ``report.json``), ``exit_code`` is 0 for PASS, 1 for FAIL, 4 for INCONCLUSIVE.
 
     Raises:
-        EdgekdError: of the class that its exit code asks for.
+        EdgekdError: with the exit code of its class.
     """
-    request = run.Request(
+    request = Request(
         recipe=recipe,
         targets=tuple(targets),
         out=out or recipe.parent / "build",
@@ -48,4 +50,4 @@ def build_recipe(
         inconclusive_ok=inconclusive_ok,
     )
     with text.reporter() as reporter:
-        return run.build(request, reporter)
+        return build(request, reporter)

@@ -30,7 +30,7 @@ targets_option = click.option(
     "targets",
     multiple=True,
     metavar="NAME|FILE",
-    help="A profile's name or file; may be repeated. Default: the recipe's [target.*], else host.",
+    help="Name or file of a target profile; may be repeated.  [default: the recipe's [target.*] tables, else host]",
 )
 cache_option = click.option(
     "--cache",
@@ -52,9 +52,9 @@ def run(arguments: Sequence[str]) -> int:
         error.show()
         return error.exit_code if error.exit_code != 1 else 2
     except EdgekdError as error:
-        _tell_error(error)
+        _print_error(error)
         return error.exit_code
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code if isinstance(code, int) else 0
@@ -63,17 +63,17 @@ def run(arguments: Sequence[str]) -> int:
 @click.group(context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="edgekd")
 def main() -> None:
-    """From a teacher network to a small model that provably runs on the device.
+    """Distill a teacher network into a small model that provably runs on the device.
 
-    Every build ends in PASS (0), FAIL (1) or INCONCLUSIVE (4). Other exit codes: 2 usage or recipe, 3 a device, runtime or
-    tool is missing, 5 a stage failed.
+    Every build ends with PASS (0), FAIL (1) or INCONCLUSIVE (4). Other exit codes: 2 usage or recipe error, 3 a device,
+    runtime or tool is missing, 5 a stage failed.
     """
 
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path())
 def init(folder: Path) -> None:
-    """Write a commented recipe that runs."""
+    """Write a commented recipe that can be built."""
     from edgekd import scaffold
 
     for path in scaffold.write(folder):
@@ -91,27 +91,27 @@ def init(folder: Path) -> None:
     type=click.Path(path_type=Path),
     help="The output folder; each target gets a folder below it.  [default: build beside the recipe]",
 )
-@click.option("--until", type=click.Choice(UNTIL), help="Stop after this stage and write what it made to OUT/until-STAGE.")
-@click.option("--depfile", type=click.Path(path_type=Path), help="Write what the build read, as make rules.")
-@click.option("--remeasure", is_flag=True, help="Measure anew although the last verdict stands.")
-@click.option("--inconclusive-ok", is_flag=True, help="End with 0 and ship the model although the verdict is INCONCLUSIVE.")
+@click.option("--until", type=click.Choice(UNTIL), help="Stop after this stage and write its output to OUT/until-STAGE.")
+@click.option("--depfile", type=click.Path(path_type=Path), help="Write the files that the build read, as make rules.")
+@click.option("--remeasure", is_flag=True, help="Measure again, even if there is a cached verdict.")
+@click.option("--inconclusive-ok", is_flag=True, help="If the verdict is INCONCLUSIVE, ship the model and exit with 0.")
 @json_option
 def build(recipe: Path, out: Path | None, cache: Path | None, *, as_json: bool, **options: Any) -> int:
-    """Build the recipe for its targets, and judge what came out."""
-    from edgekd.build import run as building
+    """Build the recipe for its targets, and judge each."""
+    from edgekd.build import run as builds
     from edgekd.report import text
     from edgekd.store.cache import cache_folder
 
-    request = building.Request(recipe=recipe, out=out or recipe.parent / "build", cache=cache_folder(cache), **options)
+    request = builds.Request(recipe=recipe, out=out or recipe.parent / "build", cache=cache_folder(cache), **options)
     with text.reporter() as reporter:
-        results = building.build(request, reporter)
-    if not results:  # a rank that helped
+        results = builds.build(request, reporter)
+    if not results:  # a rank other than the first
         return 0
     if as_json:
         click.echo(json.dumps([result.document for result in results], indent=1, sort_keys=True))
     else:
         for result in results:
-            click.echo(text.render_verdict(result.document, standing=result.standing), nl=False)
+            click.echo(text.render_verdict(result.document, cached=result.cached), nl=False)
     codes = {result.exit_code for result in results}
     return next((code for code in EXIT_ORDER if code in codes), 0)
 
@@ -120,18 +120,18 @@ def build(recipe: Path, out: Path | None, cache: Path | None, *, as_json: bool, 
 @recipe_option
 @targets_option
 @cache_option
-@click.option("--explain", is_flag=True, help="Say for each step whether it would run, and why.")
+@click.option("--explain", is_flag=True, help="Show for each step whether it would run, and why.")
 @json_option
 def plan(recipe: Path, targets: tuple[str, ...], cache: Path | None, *, explain: bool, as_json: bool) -> None:
-    """Show what a build would do; runs nothing."""
-    from edgekd.build import run as building
+    """Show what a build would do, without running anything."""
+    from edgekd.build import run as builds
     from edgekd.store.cache import cache_folder
 
-    shown = building.show_plan(recipe, targets, cache_folder(cache), explain=explain)
+    shown = builds.show_plan(recipe, targets, cache_folder(cache), explain=explain)
     if as_json:
         click.echo(json.dumps(shown, indent=1, sort_keys=True))
         return
-    for line in building.plan_lines(shown):
+    for line in builds.plan_lines(shown):
         click.echo(line)
 
 
@@ -147,31 +147,31 @@ def targets(name: str | None, *, as_json: bool) -> None:
         config.load_target(name)
         click.echo(path.read_text(encoding="utf-8"), nl=False)
         return
-    found = [config.load_target(known) for known in config.target_names()]
+    profiles = [config.load_target(known) for known in config.target_names()]
     if as_json:
         rows = [
             {"name": target.name, "title": target.title, "runtimes": [r.name for r in target.runtimes], "schemes": list(target.schemes)}
-            for target in found
+            for target in profiles
         ]
         click.echo(json.dumps(rows, indent=1, sort_keys=True))
         return
-    width = max(len(target.name) for target in found)
-    for target in found:
+    width = max(len(target.name) for target in profiles)
+    for target in profiles:
         click.echo(f"{target.name:<{width}}  {target.title}")
 
 
 @main.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--target", "-t", default="host", show_default=True, metavar="NAME|FILE", help="The profile whose protocol and threads hold.")
+@click.option("--target", "-t", default="host", show_default=True, metavar="NAME|FILE", help="The profile with the protocol and threads.")
 @click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Measure at these thread counts instead of the profile's.")
 @json_option
 def measure(models: tuple[Path, ...], target: str, threads: tuple[int, ...], *, as_json: bool) -> None:
     """Measure model files (.tflite, .onnx) on this machine, interleaved; the first is the reference."""
-    from edgekd.build import run as building
+    from edgekd.build import run as builds
     from edgekd.report import text
 
     with text.reporter() as reporter:
-        rows = building.measure_files(models, target, threads, reporter)
+        rows = builds.measure_files(models, target, threads, reporter)
     if as_json:
         click.echo(json.dumps(rows, indent=1, sort_keys=True))
     else:
@@ -180,17 +180,19 @@ def measure(models: tuple[Path, ...], target: str, threads: tuple[int, ...], *, 
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
-def report(folder: Path, form: str) -> int:
-    """Tell the verdict of an earlier build again (FOLDER is build/TARGET); the exit code is the verdict's."""
+@click.option("--format", "output_format", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
+def report(folder: Path, output_format: str) -> int:
+    """Show the verdict of an earlier build (FOLDER is build/TARGET); the exit code is the verdict's."""
     from edgekd.report import document, markdown, text
 
-    found = document.read(folder)
-    if form == "json":
-        click.echo(json.dumps(found, indent=1, sort_keys=True))
+    content = document.read(folder)
+    if output_format == "json":
+        click.echo(json.dumps(content, indent=1, sort_keys=True))
+    elif output_format == "markdown":
+        click.echo(markdown.render(content), nl=False)
     else:
-        click.echo(markdown.render(found) if form == "markdown" else text.render_verdict(found, standing=True), nl=False)
-    return document.exit_code(found)
+        click.echo(text.render_verdict(content, cached=True), nl=False)
+    return document.exit_code(content)
 
 
 @main.group()
@@ -202,7 +204,7 @@ def cache() -> None:
 @cache_option
 @json_option
 def cache_list(cache: Path | None, *, as_json: bool) -> None:
-    """List the stored steps."""
+    """List the cached steps."""
     from edgekd.store.cache import cache_folder
 
     rows = [
@@ -213,7 +215,7 @@ def cache_list(cache: Path | None, *, as_json: bool) -> None:
             "bytes": size,
             "used": used,
         }
-        for key, entry, size, used in _cache(cache).entries()
+        for key, entry, size, used in _open_cache(cache).entries()
     ]
     if as_json:
         click.echo(json.dumps(rows, indent=1, sort_keys=True))
@@ -227,9 +229,9 @@ def cache_list(cache: Path | None, *, as_json: bool) -> None:
 @cache_option
 def cache_verify(cache: Path | None) -> int:
     """Read every byte of the cache; damaged entries are removed, and their steps run again."""
-    store = _cache(cache)
+    store = _open_cache(cache)
     keys = [key for key, *_ in store.entries()]
-    damaged = {key: names for key in keys if (names := store.damaged(key))}
+    damaged = {key: names for key in keys if (names := store.damaged_files(key))}
     for key, names in damaged.items():
         store.remove(key)
         click.echo(f"{key[:12]}: damaged and removed: {', '.join(names)}")
@@ -240,12 +242,12 @@ def cache_verify(cache: Path | None) -> int:
 @cache.command("prune")
 @cache_option
 @click.option("--max-gib", type=click.FloatRange(min=0), help="Remove the least recently used entries above this size.")
-@click.option("--older-than-days", type=click.FloatRange(min=0), help="Remove entries that were not used for so long.")
+@click.option("--older-than-days", type=click.FloatRange(min=0), help="Remove entries that were not used for this many days.")
 def cache_prune(cache: Path | None, max_gib: float | None, older_than_days: float | None) -> None:
-    """Remove entries that were not used for long, or that exceed a size."""
+    """Remove entries that were not used for some days, or that exceed a size."""
     if max_gib is None and older_than_days is None:
         raise UsageError("cache prune: nothing to prune by; give --max-gib or --older-than-days")
-    removed, freed = _cache(cache).prune(max_gib, older_than_days)
+    removed, freed = _open_cache(cache).prune(max_gib, older_than_days)
     click.echo(f"removed {removed} entries, {freed / 2**20:.1f} MiB")
 
 
@@ -253,7 +255,7 @@ def cache_prune(cache: Path | None, max_gib: float | None, older_than_days: floa
 @click.option("--deep", is_flag=True, help="Import each package, which takes half a minute.")
 @json_option
 def doctor(*, deep: bool, as_json: bool) -> int:
-    """Say what of the environment is missing, and the command that mends it."""
+    """Show what is missing in the environment, and the command that fixes it."""
     from edgekd import doctor as diagnosis
     from edgekd.store.cache import cache_folder
 
@@ -262,7 +264,7 @@ def doctor(*, deep: bool, as_json: bool) -> int:
     return diagnosis.exit_code(findings)
 
 
-def _cache(folder: Path | None) -> Any:
+def _open_cache(folder: Path | None) -> Any:
     from edgekd.store.cache import Cache, cache_folder
 
     store = Cache(cache_folder(folder), lambda text: click.echo(text, err=True))
@@ -270,9 +272,9 @@ def _cache(folder: Path | None) -> Any:
     return store
 
 
-def _tell_error(error: EdgekdError) -> None:
+def _print_error(error: EdgekdError) -> None:
     from edgekd.kd.training import distributed
 
-    who = f"rank {distributed.rank()}: " if distributed.rank() else ""
+    prefix = f"rank {distributed.rank()}: " if distributed.rank() else ""
     for line in str(error).splitlines() or [type(error).__name__]:
-        click.echo(f"edgekd: {who}{line}", err=True)
+        click.echo(f"edgekd: {prefix}{line}", err=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of the environment is missing for which work, and the command that mends it: ``edgekd doctor``."""
+"""What is missing in the environment, what it is needed for, and the command that fixes it: ``edgekd doctor``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BUILD = "build"
-# distribution -> (module, what it is for, the command that brings it)
+# distribution -> (module, what it is for, the command that installs it)
 PACKAGES = {
     "ai-edge-litert": ("ai_edge_litert.interpreter", "measuring and evaluating .tflite", "pip install 'edgekd[litert]'"),
     "onnxruntime": ("onnxruntime", "measuring and evaluating .onnx", "pip install 'edgekd[onnx]'"),
@@ -45,19 +45,19 @@ SLOW_CLOCKS = {"acpi_pm", "hpet", "jiffies"}  # reading one costs microseconds, 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at; ``mend`` is the command, or the deed, for what is missing. ``needed``: a build cannot do without."""
+    """The result of one check. ``required``: a build needs it; ``fix``: the command or the change that fixes it."""
 
     name: str
     ok: bool
-    found: str
-    needed: bool
-    mend: str | None = None
+    detail: str
+    required: bool
+    fix: str | None = None
 
 
 def check(cache: Path, *, deep: bool) -> list[Finding]:
-    """Return what was found; ``deep`` imports each package in a process of its own."""
-    packages, tools = (_package(name, deep=deep) for name in PACKAGES), (_tool(name) for name in TOOLS)
-    return [_python(), *packages, *tools, _cache(cache), _temp(), *_machine()]
+    """Return the results of all checks; ``deep`` imports each package in its own process."""
+    packages, tools = (_check_package(name, deep=deep) for name in PACKAGES), (_check_tool(name) for name in TOOLS)
+    return [_check_python(), *packages, *tools, _check_cache(cache), _check_temp(), *_check_machine()]
 
 
 def as_text(findings: Sequence[Finding]) -> str:
@@ -65,10 +65,9 @@ def as_text(findings: Sequence[Finding]) -> str:
     width = max(len(finding.name) for finding in findings)
     lines = []
     for finding in findings:
-        mark = "ok     " if finding.ok else "MISSING" if finding.needed else "note   "
+        mark = "ok     " if finding.ok else "MISSING" if finding.required else "note   "
         lines.append(
-            f"{mark}  {finding.name:<{width}}  {finding.found}"
-            + ("" if finding.ok or not finding.mend else f"; to mend it: {finding.mend}")
+            f"{mark}  {finding.name:<{width}}  {finding.detail}" + ("" if finding.ok or not finding.fix else f"; fix: {finding.fix}")
         )
     return "\n".join(lines) + "\n"
 
@@ -79,79 +78,82 @@ def as_json(findings: Sequence[Finding]) -> str:
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """Return 0, or that of a missing tool if something is missing that a build needs."""
-    return 0 if all(finding.ok or not finding.needed for finding in findings) else UnavailableError.exit_code
+    """Return 0, or that of a missing tool if something that a build needs is missing."""
+    return 0 if all(finding.ok or not finding.required for finding in findings) else UnavailableError.exit_code
 
 
-def _python() -> Finding:
+def _check_python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("python", sys.version_info >= (3, 11), version, needed=True, mend="install Python 3.11 or newer")
+    return Finding("python", sys.version_info >= (3, 11), version, required=True, fix="install Python 3.11 or newer")
 
 
-def _package(name: str, *, deep: bool) -> Finding:
-    module, purpose, mend = PACKAGES[name]
+def _check_package(name: str, *, deep: bool) -> Finding:
+    module, purpose, fix = PACKAGES[name]
     version = tool_version(name)
     if version is None:
-        return Finding(name, ok=False, found=f"not installed: {purpose}", needed=True, mend=mend)
-    least = _least(name)
-    if least is not None and _numbers(version) < _numbers(least):
-        return Finding(name, ok=False, found=f"{version}; edgekd needs at least {least}", needed=True, mend=f"{mend} --upgrade")
+        return Finding(name, ok=False, detail=f"not installed: {purpose}", required=True, fix=fix)
+    minimum = _minimum_version(name)
+    if minimum is not None and _version_numbers(version) < _version_numbers(minimum):
+        return Finding(name, ok=False, detail=f"{version}; edgekd needs at least {minimum}", required=True, fix=f"{fix} --upgrade")
     if deep:
-        tried = subprocess.run([sys.executable, "-P", "-c", f"import {module}"], capture_output=True, text=True, check=False)
-        if tried.returncode != 0:
-            said = (tried.stderr.strip().splitlines() or ["nothing said"])[-1]
-            return Finding(name, ok=False, found=f"{version}, but cannot be imported: {said}", needed=True, mend=mend)
-    return Finding(name, ok=True, found=version, needed=True)
+        process = subprocess.run([sys.executable, "-P", "-c", f"import {module}"], capture_output=True, text=True, check=False)
+        if process.returncode != 0:
+            error = (process.stderr.strip().splitlines() or ["no error message"])[-1]
+            return Finding(name, ok=False, detail=f"{version}, but cannot be imported: {error}", required=True, fix=fix)
+    return Finding(name, ok=True, detail=version, required=True)
 
 
-def _least(name: str) -> str | None:
-    """Return the lowest version that our own package declares for another."""
+def _minimum_version(name: str) -> str | None:
+    """Return the lowest version of a package that edgekd's own metadata allows."""
     from importlib.metadata import PackageNotFoundError, requires
 
     try:
         declared = requires("edgekd") or []
-    except PackageNotFoundError:  # run from its source, without being installed
+    except PackageNotFoundError:  # run from source, not installed
         return None
-    found = (re.match(rf"{re.escape(name)}>=([0-9.]+)", line) for line in declared)
-    return next((match[1] for match in found if match), None)
+    matches = (re.match(rf"{re.escape(name)}>=([0-9.]+)", line) for line in declared)
+    return next((match[1] for match in matches if match), None)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _version_numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])[:3]))
 
 
-def _tool(name: str) -> Finding:
+def _check_tool(name: str) -> Finding:
     path = shutil.which(name)
-    return Finding(name, path is not None, path or "not installed: devices that are not this machine", needed=False, mend=TOOLS[name])
+    detail = path or "not installed: needed for devices other than this machine"
+    return Finding(name, path is not None, detail, required=False, fix=TOOLS[name])
 
 
-def _cache(folder: Path) -> Finding:
-    mend = "edgekd cache prune --max-gib 5, or set EDGEKD_CACHE to another folder"
-    return _folder("cache", folder, MIN_FREE_BYTES, mend)
+def _check_cache(folder: Path) -> Finding:
+    fix = "edgekd cache prune --max-gib 5, or set EDGEKD_CACHE to another folder"
+    return _check_folder("cache", folder, MIN_FREE_BYTES, fix)
 
 
-def _temp() -> Finding:
-    return _folder("temporary", Path(tempfile.gettempdir()), MIN_TEMP_BYTES, "free space there, or set TMPDIR to another folder")
+def _check_temp() -> Finding:
+    return _check_folder("temporary", Path(tempfile.gettempdir()), MIN_TEMP_BYTES, "free space there, or set TMPDIR to another folder")
 
 
-def _folder(name: str, folder: Path, least_bytes: int, mend: str) -> Finding:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    found = f"{folder}, {free / 2**30:.1f} GiB free of at least {least_bytes / 2**30:g}" + ("" if writable else ", not writable")
-    return Finding(name, writable and free >= least_bytes, found, needed=True, mend=mend)
+def _check_folder(name: str, folder: Path, min_bytes: int, fix: str) -> Finding:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    detail = f"{folder}, {free / 2**30:.1f} GiB free, needs {min_bytes / 2**30:g} GiB" + ("" if writable else ", not writable")
+    return Finding(name, writable and free >= min_bytes, detail, required=True, fix=fix)
 
 
-def _machine() -> list[Finding]:
+def _check_machine() -> list[Finding]:
     facts = runner.facts()
-    found = [Finding("processor", ok=True, found=f"{facts['cpu_model']}, {facts['cores']} cores, {facts['instruction_set']}", needed=False)]
-    here = ", ".join(f"{kind} ({name})" for kind, name in execution.accelerators().items())
-    found.append(Finding("accelerator", ok=True, found=here or "none that the installed torch can use", needed=False))
-    quiet = (facts["load"] or 0) < facts["cores"] / 2
-    found.append(Finding("load", quiet, f"{facts['load']}", needed=False, mend="end other work before you measure"))
-    steady = facts["governor"] in {"performance", "unknown"}
-    found.append(Finding("governor", steady, f"{facts['governor']}", needed=False, mend="cpupower frequency-set --governor performance"))
+    cpu = f"{facts['cpu_model']}, {facts['cores']} cores, {facts['instruction_set']}"
+    accelerators = ", ".join(f"{kind} ({name})" for kind, name in execution.accelerators().items())
+    is_quiet = (facts["load"] or 0) < facts["cores"] / 2
+    is_steady = facts["governor"] in {"performance", "unknown"}
     clock = CLOCK.read_text(encoding="utf-8").strip() if CLOCK.is_file() else "unknown"
-    mend = "boot with clocksource=tsc; short latencies are not to be trusted with this one"
-    found.append(Finding("clock", clock not in SLOW_CLOCKS, clock, needed=False, mend=mend))
-    return found
+    clock_fix = "boot with clocksource=tsc; short latencies cannot be trusted with this clock"
+    return [
+        Finding("cpu", ok=True, detail=cpu, required=False),
+        Finding("accelerator", ok=True, detail=accelerators or "none that the installed torch can use", required=False),
+        Finding("load", is_quiet, f"{facts['load']}", required=False, fix="stop other processes before measuring"),
+        Finding("governor", is_steady, f"{facts['governor']}", required=False, fix="cpupower frequency-set --governor performance"),
+        Finding("clock", clock not in SLOW_CLOCKS, clock, required=False, fix=clock_fix),
+    ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
-from edgekd.domain.artifact import Candidate
+from edgekd.domain.candidate import Candidate
 from edgekd.domain.scheme import FLOAT32, needs_calibration
 from edgekd.errors import RecipeError, expected_one_of
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One target's end: scores, measurements, the choice, the verdict, the output folder; or the last verdict, where it stands."""
+"""One target, from its completed steps to a verdict and an output folder; or the cached verdict, if nothing has changed."""
 
 from __future__ import annotations
 
@@ -7,154 +7,165 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekd import config, registry
-from edgekd.store import digests
-from edgekd.report.target_run import TargetRun, TargetScores, artifacts, candidates, concerns_target, model_file, read_json, read_scores, teacher_measurement
-from edgekd.store.digests import digest
+from edgekd.domain.candidate import Accuracy, Option
+from edgekd.domain.measurement import TEACHER
 from edgekd.domain.units import fraction_to_pp
 from edgekd.domain.verdict import Outcome
 from edgekd.harness import runner
-from edgekd.report import document, markdown
+from edgekd.report import collect, document, markdown
+from edgekd.report.target_run import read_json, read_scores, teacher_measurement
 from edgekd.stages import gate, measure, package, select
-from edgekd.report.collect import manifest, collect_report
+from edgekd.store.digests import digest, tool_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
-    from edgekd.domain.artifact import Candidate
+    from edgekd.domain.candidate import Candidate, Choice
     from edgekd.domain.measurement import Measurement
-    from edgekd.domain.target import Target
+    from edgekd.domain.verdict import Verdict
     from edgekd.ports import Reporter
+    from edgekd.report.target_run import TargetRun, TargetScores
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedTarget:
-    """The report's document, and whether the last verdict stands."""
+class Result:
+    """The result of one target: its report, whether that is a cached verdict, and the exit code."""
 
     document: Mapping[str, Any]
-    standing: bool
+    cached: bool
+    exit_code: int
 
 
-def judge_target(case: TargetRun, reporter: Reporter) -> JudgedTarget:
+def judge_target(target_run: TargetRun, reporter: Reporter) -> Result:
     """Judge one target and write its output folder.
 
     Raises:
         EdgekdError: if measuring or writing fails.
     """
     machine = runner.facts()
-    why_not_here = config.why_not_this_machine(case.target, machine)
-    standing = _standing(case, machine)
-    previous = None if case.remeasure else package.read_previous(case.folder)
-    if previous is not None and previous.get("standing") == standing and _stands(previous, case, why_not_here):
-        package.touch(case.folder)
-        return JudgedTarget(previous, standing=True)
-    scores = read_scores(case)
-    accuracies = {candidate.id: _accuracy(case, candidate, scores) for candidate in candidates(case)}
-    budget = case.plan.recipe.overrides_for(case.target.name).budget
-    outcomes = {name: _worst(gate.accuracy_checks(budget, accuracy)) for name, accuracy in accuracies.items()}
-    measurements = [] if why_not_here else _measured(case, outcomes, reporter)
-    options = [_option(case, candidate, outcomes[candidate.id], accuracies[candidate.id], measurements) for candidate in candidates(case)]
-    choice = select.select(options, case.plan.recipe.overrides_for(case.target.name).quantize.max_float_ops, budget.max_size_kib)
-    evidence = gate.Evidence(
-        accuracies[choice.option.candidate.id],
-        read_json(artifacts(case, f"export/student/{choice.option.candidate.runtime}")["parity.json"]),
-        choice.option.size_bytes,
-        choice.measurement,
-        teacher_measurement(choice.measurement, measurements),
-        why_not_here or "no candidate within the accuracy budget was measured",
-        _advice(case.target, why_not_here),
-    )
-    verdict = gate.judge(case.target.name, budget, case.target.limits, evidence)
-    ships = verdict.outcome is Outcome.PASS or (verdict.outcome is Outcome.INCONCLUSIVE and case.inconclusive_ok)
-    name = f"{case.plan.recipe.name}.{registry.runtime(choice.option.candidate.runtime).FORMAT}" if ships else None
-    told_parts = collect_report(case, scores, accuracies, options, choice, measurements)
-    told = document.with_verdict(
-        {**told_parts, "standing": standing, "shipped": name, "inconclusive_ok": bool(name) and case.inconclusive_ok}, verdict
-    )
-    summary = markdown.render(told)
-    if name is None:
-        package.withhold(case.folder, told, summary)
-    else:
-        model = model_file(case, choice.option.candidate)
-        package.ship(case.folder, model.path, name, manifest(case, told, name, model), told, summary)
-    return JudgedTarget(told, standing=False)
+    verdict_key = _verdict_key(target_run, machine)
+    why_not_here = config.why_not_this_machine(target_run.target, machine)
+    cached = _cached_verdict(target_run, verdict_key, why_not_here)
+    if cached is not None:
+        package.touch(target_run.folder)
+        return Result(cached, cached=True, exit_code=document.exit_code(cached, inconclusive_ok=target_run.inconclusive_ok))
+    scores = read_scores(target_run)
+    accuracies = {candidate.id: _accuracy(target_run, candidate, scores, why_not_here) for candidate in target_run.candidates}
+    outcomes = {name: gate.accuracy_outcome(target_run.settings.budget, accuracy) for name, accuracy in accuracies.items()}
+    measurements = [] if why_not_here else _measure(target_run, outcomes, reporter)
+    options = [_option(target_run, item, outcomes[item.id], accuracies[item.id], measurements) for item in target_run.candidates]
+    choice = select.select(options, target_run.settings.quantize.max_float_ops, target_run.settings.budget.max_size_kib)
+    verdict = _judge_choice(target_run, choice, accuracies[choice.option.candidate.id], measurements, why_not_here)
+    report = collect.collect_report(target_run, scores, accuracies, options, choice, measurements)
+    report = document.with_verdict({**report, "verdict_key": verdict_key, **_shipped(target_run, choice, verdict)}, verdict)
+    _write_output(target_run, choice, report)
+    return Result(report, cached=False, exit_code=document.exit_code(report, inconclusive_ok=target_run.inconclusive_ok))
 
 
-def _standing(case: TargetRun, machine: Mapping[str, Any]) -> str:
-    """Return a digest of all that a verdict follows from, but for the noise of measuring."""
-    steps = {name: item.entry.key for name, item in case.done.items() if concerns_target(case, name)}
-    identity = runner.identity(machine)
-    wanted = case.plan.recipe.overrides_for(case.target.name)
-    versions = {entry.package: digests.tool_version(entry.package) for entry in case.target.runtimes}
-    return digest([steps, asdict(wanted), asdict(case.target), identity, versions])
+def _verdict_key(target_run: TargetRun, machine: Mapping[str, Any]) -> str:
+    """Return a digest of everything that a verdict depends on, except the noise of measuring."""
+    steps = {name: completed.entry.key for name, completed in target_run.completed.items() if target_run.concerns(name)}
+    versions = {entry.package: tool_version(entry.package) for entry in target_run.target.runtimes}
+    return digest([steps, asdict(target_run.settings), asdict(target_run.target), runner.identity(machine), versions])
 
 
-def _stands(previous: Mapping[str, Any], case: TargetRun, why_not_here: str | None) -> bool:
-    if previous["outcome"] != Outcome.INCONCLUSIVE:
-        return True
-    # nothing can be measured, so the same numbers would give the same verdict
-    return why_not_here is not None and (previous["shipped"] is not None) == case.inconclusive_ok
+def _cached_verdict(target_run: TargetRun, verdict_key: str, why_not_here: str | None) -> Mapping[str, Any] | None:
+    """Return the report of the last build if its verdict is still valid, or None."""
+    report = None if target_run.remeasure else package.read_previous(target_run.folder)
+    if report is None or report.get("verdict_key") != verdict_key:
+        return None
+    if report["outcome"] == Outcome.INCONCLUSIVE:
+        # measuring again may end it; if nothing can be measured here, the same numbers would give the same verdict
+        is_final = why_not_here is not None and (report["shipped"] is not None) == target_run.inconclusive_ok
+        return report if is_final else None
+    return report
 
 
-def _accuracy(case: TargetRun, candidate: Candidate, scored: TargetScores) -> gate.Accuracy:
-    from edgekd.stats import scores
+def _accuracy(target_run: TargetRun, candidate: Candidate, scores: TargetScores, why_not_here: str | None) -> Accuracy:
+    from edgekd.stats.scores import accuracy_interval, class_drops, difference
 
-    own = scored.of[candidate.evaluate_step]
+    student, teacher = scores.by_step[candidate.evaluate_step], scores.teacher
     variant = {key: value for key, value in candidate.quantize.items() if key not in {"scheme", "io"}}
-    unfit = registry.runtime(candidate.runtime).why_unfit(candidate.scheme, variant, own.instruction_set)
-    if unfit is not None and case.target.device.arch == "x86_64":
-        unfit = None if config.why_not_this_machine(case.target, runner.facts()) is None else unfit
-    return gate.Accuracy(
-        own.accuracy,
-        scores.accuracy_interval(own, scored.groups),
-        scores.difference(scored.teacher, own, scored.groups),
-        scores.class_drops(scored.teacher, own, scored.labels, scored.groups),
+    unfit = registry.runtime(candidate.runtime).why_unfit(candidate.scheme, variant, student.instruction_set)
+    if target_run.target.device.arch == "x86_64" and why_not_here is None:  # evaluated with the target's own instructions
+        unfit = None
+    return Accuracy(
+        student.accuracy,
+        accuracy_interval(student, scores.groups),
+        difference(teacher, student, scores.groups),
+        class_drops(teacher, student, scores.labels, scores.groups),
         unfit,
     )
 
 
-def _worst(checks: Sequence[Any]) -> Outcome:
-    found = {check.outcome for check in checks}
-    return next((outcome for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE) if outcome in found), Outcome.PASS)
-
-
-def _measured(case: TargetRun, outcomes: Mapping[str, Outcome], reporter: Reporter) -> list[Measurement]:
-    """Measure what may ship, and the teacher on each runtime of those."""
-    fit = [candidate for candidate in candidates(case) if outcomes[candidate.id] is not Outcome.FAIL]
-    if not fit:
+def _measure(target_run: TargetRun, outcomes: Mapping[str, Outcome], reporter: Reporter) -> list[Measurement]:
+    """Measure the candidates that may ship, and the teacher on their runtimes."""
+    subjects = _subjects(target_run, [item for item in target_run.candidates if outcomes[item.id] is not Outcome.FAIL])
+    if not subjects:
         return []
-    inputs = _probe_inputs(case)
+    reporter.log(f"measure: {len(subjects)} settings on {target_run.target.name}, with exclusive access to the machine")
+
+    def on_wait() -> None:
+        reporter.log("measure: waits until other builds on this machine have finished training")
+
+    with reporter.step(f"measure/{target_run.target.name}") as progress:
+        return measure.measure(subjects, target_run.target.protocol, registry.device("local"), progress, on_wait)
+
+
+def _subjects(target_run: TargetRun, candidates: Sequence[Candidate]) -> list[measure.Subject]:
+    """Return the model files to measure: each candidate, and the teacher, at each of their thread counts."""
+    inputs = target_run.evaluation_inputs()
     subjects = [
-        measure.Subject(item.id, item.runtime, model_file(case, item).path, threads, inputs) for item in fit for threads in item.settings
+        measure.Subject(candidate.id, candidate.runtime, target_run.model_file(candidate).path, threads, inputs)
+        for candidate in candidates
+        for threads in candidate.settings
     ]
-    for name, threads in sorted({(item.runtime, threads) for item in fit for threads in item.settings}):
-        model = artifacts(case, f"export/teacher/{name}").get(f"model.{registry.runtime(name).FORMAT}")
+    for runtime, threads in sorted({(subject.runtime, subject.threads) for subject in subjects}):
+        model = target_run.teacher_file(runtime)
         if model is not None:
-            subjects.append(measure.Subject("teacher", name, model.path, threads, inputs))
-    reporter.log(f"measure: {len(subjects)} settings on {case.target.name}, the machine to itself")
-    with reporter.step(f"measure/{case.target.name}") as progress:
-        device = registry.device("local")
-
-        def waiting() -> None:
-            reporter.log("measure: waits until other builds on this machine have trained")
-
-        return measure.measure(subjects, case.target.protocol, device, progress, waiting)
-
-
-def _probe_inputs(case: TargetRun) -> list[Path]:
-    inspected = artifacts(case, "inspect")
-    return [inspected[f"evaluation.inputs.{index}.npy"].path for index in range(len(case.plan.recipe.student.inputs))]
+            subjects.append(measure.Subject(TEACHER, runtime, model.path, threads, inputs))
+    return subjects
 
 
 def _option(
-    case: TargetRun, candidate: Candidate, outcome: Outcome, accuracy: gate.Accuracy, measurements: Sequence[Measurement]
-) -> select.Option:
-    floating = case.done[candidate.model_step].entry.metrics.get("float_ops", 0)
-    own = tuple(item for item in measurements if item.subject == candidate.id)
-    return select.Option(candidate, model_file(case, candidate).size_bytes, int(floating), outcome, fraction_to_pp(accuracy.drop.value), own)  # type: ignore[arg-type]  # a count
+    target_run: TargetRun, candidate: Candidate, outcome: Outcome, accuracy: Accuracy, measurements: Sequence[Measurement]
+) -> Option:
+    float_ops = int(target_run.completed[candidate.model_step].entry.metrics.get("float_ops", 0))  # type: ignore[arg-type]  # a count
+    measured = tuple(item for item in measurements if item.subject == candidate.id)
+    size = target_run.model_file(candidate).size_bytes
+    return Option(candidate, size, float_ops, outcome, fraction_to_pp(accuracy.drop.value), measured)
 
 
-def _advice(target: Target, why_not_here: str | None) -> str:
-    if why_not_here is None:
-        return "edgekd build --remeasure"
-    return f"run this build on a {target.title}, or accept that with --inconclusive-ok"
+def _judge_choice(
+    target_run: TargetRun, choice: Choice, accuracy: Accuracy, measurements: Sequence[Measurement], why_not_here: str | None
+) -> Verdict:
+    target = target_run.target
+    advice = "edgekd build --remeasure"
+    if why_not_here is not None:
+        advice = f"run this build on a {target.title}, or accept that with --inconclusive-ok"
+    evidence = gate.Evidence(
+        accuracy=accuracy,
+        parity=read_json(target_run.artifacts(f"export/student/{choice.option.candidate.runtime}")["parity.json"]),
+        size_bytes=choice.option.size_bytes,
+        measurement=choice.measurement,
+        teacher=teacher_measurement(choice.measurement, measurements),
+        unmeasured=why_not_here or "no candidate within the accuracy budget was measured",
+        advice=advice,
+    )
+    return gate.judge(target.name, target_run.settings.budget, target.limits, evidence)
+
+
+def _shipped(target_run: TargetRun, choice: Choice, verdict: Verdict) -> dict[str, Any]:
+    """Return the name of the model that ships, or None, and whether it would have shipped with an INCONCLUSIVE verdict."""
+    ships = verdict.outcome is Outcome.PASS or (verdict.outcome is Outcome.INCONCLUSIVE and target_run.inconclusive_ok)
+    name = f"{target_run.plan.recipe.name}.{registry.runtime(choice.option.candidate.runtime).FORMAT}"
+    return {"shipped": name if ships else None, "inconclusive_ok": ships and target_run.inconclusive_ok}
+
+
+def _write_output(target_run: TargetRun, choice: Choice, report: Mapping[str, Any]) -> None:
+    name, summary = report["shipped"], markdown.render(report)
+    if name is None:
+        package.withhold(target_run.folder, report, summary)
+        return
+    model = target_run.model_file(choice.option.candidate)
+    package.ship(target_run.folder, model.path, name, collect.manifest(target_run, report, model), report, summary)

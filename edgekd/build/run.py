@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole build: the recipe and the targets are read, the steps run, and each target ends in a verdict."""
+"""A whole build: read the recipe and the targets, run the steps, and judge each target."""
 
 from __future__ import annotations
 
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.build import judge, keys, pipeline
 from edgekd import config, registry
-from edgekd.report import collect
-from edgekd.store.cache import Cache
-from edgekd.report.target_run import TargetRun
-from edgekd.store.digests import digest
+from edgekd.build import keys, pipeline
+from edgekd.build.judge import Result, judge_target
 from edgekd.domain.verdict import Outcome
 from edgekd.errors import RecipeError, did_you_mean
 from edgekd.harness import runner
 from edgekd.kd.training import distributed
 from edgekd.plan import Plan, resolve
-from edgekd.stages import package
+from edgekd.report import collect, document
+from edgekd.report.target_run import TargetRun
+from edgekd.stages import measure, package
+from edgekd.store.cache import Cache
+from edgekd.store.digests import digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
-    from edgekd.ports import CompletedStep, Reporter
-    from edgekd.ports import Step
+    from edgekd.ports import CompletedStep, Reporter, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,160 +42,157 @@ class Request:
     remeasure: bool = False
     inconclusive_ok: bool = False
 
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How one target ended. ``standing``: the last verdict stands and was not made anew."""
-
-    document: Mapping[str, Any]
-    standing: bool
-    exit_code: int
+    @property
+    def recipe_dir(self) -> Path:
+        """Return the absolute path of the recipe's folder."""
+        return self.recipe.parent.absolute()
 
 
 def build(request: Request, reporter: Reporter) -> list[Result]:
-    """Build a recipe for its targets; a rank of torchrun's that is not the first helps it to train, and has no result.
+    """Build a recipe for its targets. A torchrun rank other than the first helps it to train, and returns no result.
 
     Raises:
-        EdgekdError: of the class that its exit code asks for; nothing is half-written then.
+        EdgekdError: with the exit code of its class; no output is half-written then.
     """
     started = time.monotonic()
     if distributed.rank():
         pipeline.run_rank()
         return []
-    plan = _plan(request.recipe, request.targets)
-    for line in misspelt_targets(plan):
+    plan = load_plan(request.recipe, request.targets)
+    for line in unknown_target_tables(plan):
         reporter.log(f"warning: {line}")
-    folders = {target.name: request.out / target.name for target in plan.targets}
-    for folder in folders.values():
-        package.check_writable(folder)
-    if request.depfile is not None:
-        package.check_writable(request.depfile.parent)
+    _check_outputs(request, plan)
     cache = Cache(request.cache, reporter.log)
     cache.prepare()
-    recipe_dir = request.recipe.parent.absolute()
     try:
-        done = pipeline.run(plan, pipeline.BuildContext(cache, recipe_dir, reporter, _warner(plan, reporter)), request.until)
+        context = pipeline.BuildContext(cache, request.recipe_dir, reporter, _warn_before_training(plan, reporter))
+        completed = pipeline.run(plan, context, request.until)
         if request.until is not None:
-            return [_stopped(request, plan, done)]
-        read = _files_read(request, plan, cache, done)
+            return [_write_stage_output(request, plan, completed, request.until)]
+        input_files = _input_files(request, plan, cache, completed)
         results = []
         for target in plan.targets:
-            concluded = judge.judge_target(
-                TargetRun(plan, target, done, folders[target.name], read, request.inconclusive_ok, request.remeasure, started), reporter
-            )
-            results.append(Result(concluded.document, concluded.standing, _exit_code(concluded.document, request)))
-        if request.depfile is not None:
-            stamps = [folder / package.STAMP for folder in folders.values()]
-            package.write_depfile(request.depfile, stamps, [recipe_dir / name for name, known in read.items() if known is not None])
+            folder = request.out / target.name
+            target_run = TargetRun(plan, target, completed, folder, input_files, request.inconclusive_ok, request.remeasure, started)
+            results.append(judge_target(target_run, reporter))
+        _write_depfile(request, plan, input_files)
     finally:
         cache.close()
     return results
 
 
-def show_plan(recipe: Path, names: Sequence[str], cache_folder: Path, *, explain: bool) -> dict[str, Any]:
-    """Return the plan as a mapping: targets with their candidates, and the steps (with hit or miss if asked)."""
-    plan = _plan(recipe, tuple(names))
-    shown: dict[str, Any] = {
-        "recipe": plan.recipe.name,
-        "targets": {
-            target.name: [{"candidate": candidate.id, "threads": list(candidate.settings)} for candidate in plan.candidates[target.name]]
-            for target in plan.targets
-        },
-    }
-    if not explain:
-        shown["steps"] = [{"step": step.id} for step in plan.steps]
-        return shown
-    cache = Cache(cache_folder, lambda _: None)
-    cache.prepare()
-    told = keys.explain(plan, pipeline.STAGES, cache, recipe.parent.absolute())
-    cache.close()
-    shown["steps"] = [{"step": item.step.id, "outcome": item.outcome, "reason": item.reason} for item in told]
-    return shown
+def load_plan(recipe_path: Path, target_names: Sequence[str]) -> Plan:
+    """Return the plan of a recipe for targets.
 
-
-def plan_lines(shown: Mapping[str, Any]) -> list[str]:
-    """Return a plan as lines for people."""
-    lines = [f"recipe {shown['recipe']}"]
-    for name, rows in shown["targets"].items():
-        lines.append(f"target {name}")
-        lines += [f"  candidate {row['candidate']}  threads {', '.join(map(str, row['threads']))}" for row in rows]
-    width = max(len(row["step"]) for row in shown["steps"])
-    lines.append("steps")
-    lines += [f"  {row['step']:<{width}}  {row.get('outcome', '')} {row.get('reason', '')}".rstrip() for row in shown["steps"]]
-    return lines
-
-
-def measure_files(models: Sequence[Path], target_name: str, threads: Sequence[int], reporter: Reporter) -> list[dict[str, Any]]:
-    """Measure model files on this machine, interleaved; the first is the reference of the speed-up."""
-    from edgekd.stages import measure
-
-    target = config.load_target(target_name, runner.facts())
-
-    def waiting() -> None:
-        reporter.log("measure: waits until builds on this machine have trained")
-
-    with reporter.step("measure") as progress:
-        return collect.measurement_rows(measure.measure_files(models, target, threads, registry.device("local"), progress, waiting))
-
-
-def _plan(recipe_path: Path, names: tuple[str, ...]) -> Plan:
+    Raises:
+        RecipeError: if the recipe or a profile is wrong, or a target is named twice.
+    """
     recipe = config.load_recipe(recipe_path)
     facts = runner.facts()
-    wanted = names or tuple(recipe.target) or ("host",)
-    targets = [config.load_target(name, facts) for name in wanted]
-    twice = sorted({target.name for target in targets if [other.name for other in targets].count(target.name) > 1})
-    if twice:
-        raise RecipeError(*(f"target {name}: named twice; each target has one output folder" for name in twice))
+    targets = [config.load_target(name, facts) for name in target_names or tuple(recipe.target) or ("host",)]
+    names = [target.name for target in targets]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise RecipeError(*(f"target {name}: named twice; each target has one output folder" for name in repeated))
     return resolve(recipe, targets, pipeline.PIPELINE)
 
 
-def misspelt_targets(plan: Plan) -> list[str]:
-    """Return a line for each ``[target.NAME]`` that is read by no target here; it may be that of a user's own profile."""
+def unknown_target_tables(plan: Plan) -> list[str]:
+    """Return a line for each ``[target.NAME]`` table that no known target uses; it may be that of a user's own profile."""
     known = {*config.target_names(), *(target.name for target in plan.targets)}
     return [
-        f"[target.{name}] is the table of no target that edgekd ships or that is built now{did_you_mean(name, known)}: it is not read"
+        f"[target.{name}] is ignored: edgekd has no target of that name, and none is built now{did_you_mean(name, known)}"
         for name in plan.recipe.target
         if name not in known
     ]
 
 
-def _warner(plan: Plan, reporter: Reporter) -> Callable[[Step[Any], Mapping[str, CompletedStep]], None]:
-    told: list[str] = []
+def _check_outputs(request: Request, plan: Plan) -> None:
+    for target in plan.targets:
+        package.check_writable(request.out / target.name)
+    if request.depfile is not None:
+        package.check_writable(request.depfile.parent)
 
-    def before(step: Step[Any], done: Mapping[str, CompletedStep]) -> None:
-        if step.stage in pipeline.DISTRIBUTED and not told:
-            told.append(step.id)
-            for line in collect.provable_warnings(plan, done):
+
+def _warn_before_training(plan: Plan, reporter: Reporter) -> Callable[[Step[Any], Mapping[str, CompletedStep]], None]:
+    """Return a hook that logs the warnings about budgets once, before the first long step."""
+    has_warned = False
+
+    def before_step(step: Step[Any], completed: Mapping[str, CompletedStep]) -> None:
+        nonlocal has_warned
+        if step.stage in pipeline.DISTRIBUTED and not has_warned:
+            has_warned = True
+            for line in collect.budget_warnings(plan, completed):
                 reporter.log(f"warning: {line}")
 
-    return before
+    return before_step
 
 
-def _files_read(request: Request, plan: Plan, cache: Cache, done: Mapping[str, CompletedStep]) -> dict[str, str | None]:
-    """Return the files that the build read, with digests, by their names from the recipe's folder."""
-    recipe_dir = request.recipe.parent.absolute()
-    names = {request.recipe.name: cache.digest_of(request.recipe)}
-    for target in plan.targets:
-        path = config.find_target(
-            next((name for name in request.targets if name.endswith(".toml") and Path(name).stem == target.name), target.name)
+def _input_files(request: Request, plan: Plan, cache: Cache, completed: Mapping[str, CompletedStep]) -> dict[str, str | None]:
+    """Return the digests of the files that the build read, by their paths from the recipe's folder."""
+    digests = {request.recipe.name: cache.digest_of(request.recipe)}
+    for name in request.targets or [target.name for target in plan.targets]:
+        path = config.find_target(name)
+        digests[os.path.relpath(path.absolute(), request.recipe_dir)] = cache.digest_of(path)
+    record = cache.matching_record(digest(completed["inspect"].entry.material), request.recipe_dir) or {}
+    return {**digests, **record.get("files", {})}
+
+
+def _write_depfile(request: Request, plan: Plan, input_files: Mapping[str, str | None]) -> None:
+    if request.depfile is not None:
+        stamps = [request.out / target.name / package.STAMP for target in plan.targets]
+        package.write_depfile(
+            request.depfile, stamps, [request.recipe_dir / name for name, sha256 in input_files.items() if sha256 is not None]
         )
-        names[os.path.relpath(path.absolute(), recipe_dir)] = cache.digest_of(path)
-    record = cache.matching_record(digest(done["inspect"].entry.material), recipe_dir) or {}
-    return {**names, **record.get("files", {})}
 
 
-def _stopped(request: Request, plan: Plan, done: Mapping[str, CompletedStep]) -> Result:
-    stage = str(request.until)
+def _write_stage_output(request: Request, plan: Plan, completed: Mapping[str, CompletedStep], stage: str) -> Result:
+    """Copy the files that a stage wrote to the output folder; there is no verdict yet."""
     folder = request.out / f"until-{stage}"
-    for item in done.values():
+    for item in completed.values():
         if item.step.stage == stage:
-            below = folder.joinpath(*item.step.id.split("/")[1:])
+            step_folder = folder.joinpath(*item.step.id.split("/")[1:])
             for name, artifact in item.entry.artifacts.items():
-                package.copy(artifact.path, below / name)
-    document = {"schema": 1, "recipe": plan.recipe.name, "outcome": Outcome.INCONCLUSIVE.value, "until": stage, "folder": str(folder)}
-    return Result(document, standing=False, exit_code=_exit_code(document, request))
+                package.copy(artifact.path, step_folder / name)
+    report = {"schema": 1, "recipe": plan.recipe.name, "outcome": Outcome.INCONCLUSIVE.value, "until": stage, "folder": str(folder)}
+    return Result(report, cached=False, exit_code=document.exit_code(report, inconclusive_ok=request.inconclusive_ok))
 
 
-def _exit_code(document: Mapping[str, Any], request: Request) -> int:
-    outcome = Outcome(document["outcome"])
-    return 0 if outcome is Outcome.INCONCLUSIVE and request.inconclusive_ok else outcome.exit_code
+def show_plan(recipe: Path, target_names: Sequence[str], cache_folder: Path, *, explain: bool) -> dict[str, Any]:
+    """Return the plan as a mapping: targets with their candidates, and the steps (with hit or miss if asked)."""
+    plan = load_plan(recipe, target_names)
+    targets = {
+        target.name: [{"candidate": candidate.id, "threads": list(candidate.settings)} for candidate in plan.candidates[target.name]]
+        for target in plan.targets
+    }
+    steps = [{"step": step.id} for step in plan.steps]
+    if explain:
+        cache = Cache(cache_folder, lambda _: None)
+        cache.prepare()
+        explanations = keys.explain(plan, pipeline.STAGES, cache, recipe.parent.absolute())
+        cache.close()
+        steps = [{"step": item.step.id, "outcome": item.outcome, "reason": item.reason} for item in explanations]
+    return {"recipe": plan.recipe.name, "targets": targets, "steps": steps}
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Return a plan from ``show_plan`` as lines of text."""
+    lines = [f"recipe {plan['recipe']}"]
+    for name, rows in plan["targets"].items():
+        lines.append(f"target {name}")
+        lines += [f"  candidate {row['candidate']}  threads {', '.join(map(str, row['threads']))}" for row in rows]
+    width = max(len(row["step"]) for row in plan["steps"])
+    lines.append("steps")
+    lines += [f"  {row['step']:<{width}}  {row.get('outcome', '')} {row.get('reason', '')}".rstrip() for row in plan["steps"]]
+    return lines
+
+
+def measure_files(models: Sequence[Path], target_name: str, threads: Sequence[int], reporter: Reporter) -> list[dict[str, Any]]:
+    """Measure model files on this machine, interleaved; the first is the reference of the speed-up."""
+    target = config.load_target(target_name, runner.facts())
+
+    def on_wait() -> None:
+        reporter.log("measure: waits until builds on this machine have finished training")
+
+    with reporter.step("measure") as progress:
+        return collect.measurement_rows(measure.measure_files(models, target, threads, registry.device("local"), progress, on_wait))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Artifacts: immutable files with a digest, and the candidates made of them."""
+"""Artifacts: immutable files with a digest, and the cache entries that hold them."""
 
 from __future__ import annotations
 
@@ -20,25 +20,6 @@ class Artifact:
     path: Path
     digest: str
     size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A model file that the target allows: one runtime, one scheme, one rung.
-
-    ``model_step`` made the file and ``evaluate_step`` scored it (step ids; ``id`` is ``model_step``). ``settings`` are the
-    thread counts to measure. ``quantize`` holds the parameters of the quantize step: ``scheme``, ``io`` and the runtime's
-    variant for the target's processor.
-    """
-
-    id: str
-    runtime: str
-    scheme: str
-    rung: str
-    model_step: str
-    evaluate_step: str
-    settings: tuple[int, ...]
-    quantize: Mapping[str, Json]
 
 
 @dataclass(frozen=True, slots=True)

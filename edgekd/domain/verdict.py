@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks and verdicts."""
+"""Intervals, differences, checks and verdicts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class Outcome(StrEnum):
-    """What a check, or all of them, ended in."""
+    """The outcome of a check, or of all checks."""
 
     PASS = "PASS"  # noqa: S105  (an outcome, not a password)
     FAIL = "FAIL"
@@ -16,7 +16,7 @@ class Outcome(StrEnum):
 
     @property
     def exit_code(self) -> int:
-        """Return the exit code of a build that ended so."""
+        """Return the exit code of a build with this outcome."""
         return {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}[self.value]
 
 
@@ -30,11 +30,20 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """First less second: value and interval as fractions, exact p where each sample is right or wrong."""
+
+    value: float
+    interval: Interval
+    p: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
-    """One budget line, or one limit of the target, judged.
+    """The result for one budget line or one limit of the target.
 
     ``name`` is the key of the budget (``max_accuracy_drop_pp``), ``limit.memory_mib`` or ``limit.storage_mib``, or
-    ``parity``. ``value``, ``interval`` and ``limit`` are in the unit of the key. ``reason`` says why, where the outcome
+    ``parity``. ``value``, ``interval`` and ``limit`` are in the unit of the key. ``reason`` says why the outcome
     is not PASS; ``advice`` is the next command or the next thing to change.
     """
 
@@ -58,9 +67,9 @@ class Verdict:
     @property
     def outcome(self) -> Outcome:
         """Return the worst outcome."""
-        found = {check.outcome for check in self.checks}
-        if Outcome.FAIL in found:
+        outcomes = {check.outcome for check in self.checks}
+        if Outcome.FAIL in outcomes:
             return Outcome.FAIL
-        if Outcome.INCONCLUSIVE in found or not found:
+        if Outcome.INCONCLUSIVE in outcomes or not outcomes:
             return Outcome.INCONCLUSIVE
         return Outcome.PASS

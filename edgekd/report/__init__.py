@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A verdict, told."""
+"""The report of a verdict: collected once, rendered as JSON, Markdown and text."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report tells of one target, gathered from steps, scores and measurements."""
+"""Collect what the report of one target contains, from steps, scores and measurements."""
 
 from __future__ import annotations
 
@@ -7,286 +7,299 @@ import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from edgekd.domain.measurement import TEACHER
 from edgekd.domain.units import fraction_to_pp
 from edgekd.domain.verdict import Outcome
 from edgekd.report import cost
-from edgekd.report.target_run import artifacts, concerns_target, model_file, read_json, teacher_measurement
+from edgekd.report.target_run import read_json, teacher_measurement
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from edgekd.domain.artifact import Artifact, Candidate
+    from edgekd.domain.artifact import Artifact
+    from edgekd.domain.candidate import Accuracy, Candidate, Choice, Option
     from edgekd.domain.measurement import Measurement
     from edgekd.plan import Plan
     from edgekd.ports import CompletedStep
     from edgekd.report.target_run import TargetRun, TargetScores
-    from edgekd.stages import gate, select
 
-_TOLD = ("inspect", "teach", "soft_targets", "distill")  # stages whose notes are about the whole build
+NOTED_STAGES = ("inspect", "teach", "soft_targets", "distill")  # their notes are about the whole build
 CAPACITY_GAP_PP, CAPACITY_OVERFIT_PP = 3.0, 1.0
 
 
-def provable_warnings(plan: Plan, done: Mapping[str, CompletedStep]) -> list[str]:
-    """Return warnings where a budget is below what the evaluation set can prove."""
-    from edgekd.stats import intervals
-
-    inspected: Any = done["inspect"].entry.metrics
-    samples, groups = inspected["splits"]["evaluation"]["samples"], inspected["groups"]
-    best, usual = fraction_to_pp(intervals.provable_drop(samples)[0]), fraction_to_pp(intervals.provable_drop(groups)[1])
-    what = f"{samples} evaluation samples" if groups == samples else f"{samples} evaluation samples in {groups} groups"
-    told = []
-    for target in plan.targets:
-        limit = plan.recipe.overrides_for(target.name).budget.max_accuracy_drop_pp
-        if limit is not None and limit < usual:
-            verdict = "cannot pass, whatever the student" if limit < best else "may well end INCONCLUSIVE"
-            told.append(
-                f"{target.name}: {what} prove a drop of {usual:.2f} pp where 5 % of answers differ "
-                f"({best:.2f} pp at best); the budget max_accuracy_drop_pp = {limit:g} {verdict}"
-            )
-    return told
-
-
-def measurement_rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Return measurements of model files as rows; the speed-up is against the first file at the same threads."""
-    rows = []
-    for item in measurements:
-        first = next(other for other in measurements if other.subject == measurements[0].subject)
-        reference = next((other for other in measurements if other.subject == first.subject and other.threads == item.threads), None)
-        rows.append({"model": item.subject, **_latency(item, None if reference is item else reference), "notes": list(item.notes)})
-    return rows
-
-
 def collect_report(
-    case: TargetRun,
-    scored: TargetScores,
-    accuracies: Mapping[str, gate.Accuracy],
-    options: Sequence[select.Option],
-    choice: select.Choice,
+    target_run: TargetRun,
+    scores: TargetScores,
+    accuracies: Mapping[str, Accuracy],
+    options: Sequence[Option],
+    choice: Choice,
     measurements: Sequence[Measurement],
 ) -> dict[str, Any]:
-    """Return all that a report tells but for the verdict."""
-    from edgekd.stats import scores
+    """Return everything in a report except the verdict."""
+    from edgekd.stats.scores import shared_errors
 
-    inspected = case.done["inspect"].entry.metrics
     chosen = choice.option.candidate
-    own = scored.of[chosen.evaluate_step]
-    rows = [_candidate_row(case, scored, accuracies[option.candidate.id], option, choice, measurements) for option in options]
-    steps = [
-        {"step": name, "key": item.entry.key[:12], "hit": item.hit, "seconds": item.entry.seconds}
-        for name, item in case.done.items()
-        if concerns_target(case, name)
-    ]
-    costs = cost.training_cost(case, choice.measurement, measurements)
-    tools = {tool: version for item in case.done.values() for tool, version in item.entry.material["tools"].items()}
-    teacher_threads = [item for item in measurements if item.subject == "teacher"]
+    student = scores.by_step[chosen.evaluate_step]
+    rows = [_candidate_row(target_run, scores, accuracies[option.candidate.id], option, choice, measurements) for option in options]
+    costs = cost.training_cost(target_run, choice.measurement, measurements)
+    completed = target_run.completed
     return {
-        "recipe": case.plan.recipe.name,
-        "target": {"name": case.target.name, "title": case.target.title},
+        "recipe": target_run.plan.recipe.name,
+        "target": {"name": target_run.target.name, "title": target_run.target.title},
         "choice": next(row for row in rows if row["id"] == chosen.id)
-        | {"threads": choice.threads, "selected_by": choice.selected_by, "speedup": _speedup(choice.measurement, measurements)},
+        | {"threads": choice.threads, "selected_by": choice.selected_by, "speedup": _teacher_speedup(choice.measurement, measurements)},
         "candidates": rows,
-        "teacher": {
-            "parameters": inspected["teacher"]["parameters"],  # type: ignore[call-overload,index]  # inspect's own mapping
-            "accuracy": scored.teacher.accuracy,
-            "interval": scores.interval_row(scores.accuracy_interval(scored.teacher, scored.groups)),
-            "latency": [_latency(item, None) for item in teacher_threads],
+        "teacher": _teacher(target_run, scores, measurements),
+        "student": {
+            "parameters": _inspected(completed)["student"]["parameters"],
+            "curve": read_json(target_run.artifacts("distill")["curve.json"]),
         },
-        "student": {"parameters": inspected["student"]["parameters"], "curve": read_json(artifacts(case, "distill")["curve.json"])},  # type: ignore[call-overload,index]
-        "charges": _charges(scored, chosen),
-        "distillation": _distillation(case, scored),
+        "accuracy_drop_by_stage": _accuracy_drop_by_stage(scores, chosen),
+        "distillation": _distillation(target_run, scores),
         "cost": costs,
         "classes": dict(accuracies[chosen.id].classes),
-        "shared_errors": scores.shared_errors(scored.teacher, own, scored.labels),
-        "instruction_set": own.instruction_set,
+        "shared_errors": shared_errors(scores.teacher, student, scores.labels),
+        "instruction_set": student.instruction_set,
         "environment": dict(measurements[0].environment) if measurements else None,
-        "steps": steps,
-        "tools": tools,
-        "notes": _notes(case, measurements, costs),
-        "seconds": _seconds(case, measurements),
+        "steps": [
+            {"step": name, "key": item.entry.key[:12], "hit": item.hit, "seconds": item.entry.seconds}
+            for name, item in completed.items()
+            if target_run.concerns(name)
+        ],
+        "tools": {tool: version for item in completed.values() for tool, version in item.entry.material["tools"].items()},
+        "notes": _notes(target_run, measurements, costs),
+        "seconds": _seconds(target_run, measurements),
         "measured_at": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
 
+def manifest(target_run: TargetRun, report: Mapping[str, Any], model: Artifact) -> dict[str, Any]:
+    """Return the manifest of the model that ships: digests of the inputs and the output, and versions."""
+    manifest: dict[str, Any] = {
+        "schema": 1,
+        "recipe": target_run.plan.recipe.name,
+        "target": target_run.target.name,
+        "outcome": report["outcome"],
+        "inputs": {name: sha256 for name, sha256 in target_run.input_files.items() if sha256 is not None},
+        "outputs": {report["shipped"]: {"sha256": model.digest, "bytes": model.size_bytes}},
+        "candidate": report["choice"]["id"],
+        "steps": {row["step"]: row["key"] for row in report["steps"]},
+        "tools": report["tools"],
+    }
+    if report["inconclusive_ok"] and report["outcome"] == Outcome.INCONCLUSIVE:
+        manifest["inconclusive-ok"] = True
+    return manifest
+
+
+def measurement_rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """Return measurements of model files as rows; the speed-up is relative to the first file at the same thread count."""
+    references = {item.threads: item for item in reversed(measurements) if item.subject == measurements[0].subject}
+    rows = []
+    for item in measurements:
+        reference = references.get(item.threads)
+        rows.append({"model": item.subject, **_latency(item, None if reference is item else reference), "notes": list(item.notes)})
+    return rows
+
+
+def budget_warnings(plan: Plan, completed: Mapping[str, CompletedStep]) -> list[str]:
+    """Return a warning for each target whose accuracy budget is tighter than the evaluation set can prove."""
+    from edgekd.stats.intervals import provable_drop
+
+    inspected = _inspected(completed)
+    samples, groups = inspected["splits"]["evaluation"]["samples"], inspected["groups"]
+    best, usual = fraction_to_pp(provable_drop(samples)[0]), fraction_to_pp(provable_drop(groups)[1])
+    evaluation_set = f"{samples} evaluation samples" if groups == samples else f"{samples} evaluation samples in {groups} groups"
+    warnings = []
+    for target in plan.targets:
+        limit = plan.recipe.overrides_for(target.name).budget.max_accuracy_drop_pp
+        if limit is not None and limit < usual:
+            prediction = "no student can PASS" if limit < best else "the verdict may be INCONCLUSIVE"
+            warnings.append(
+                f"{target.name}: with {evaluation_set}, a drop of less than {usual:.2f} pp cannot be proved if 5 % of predictions differ "
+                f"({best:.2f} pp if none does); the budget is max_accuracy_drop_pp = {limit:g}: {prediction}"
+            )
+    return warnings
+
+
+def _inspected(completed: Mapping[str, CompletedStep]) -> Any:
+    """Return the metrics of the inspect step, a mapping of its own."""
+    return completed["inspect"].entry.metrics
+
+
+def _teacher(target_run: TargetRun, scores: TargetScores, measurements: Sequence[Measurement]) -> dict[str, Any]:
+    from edgekd.stats.scores import accuracy_interval, interval_row
+
+    return {
+        "parameters": _inspected(target_run.completed)["teacher"]["parameters"],
+        "accuracy": scores.teacher.accuracy,
+        "interval": interval_row(accuracy_interval(scores.teacher, scores.groups)),
+        "latency": [_latency(item, None) for item in measurements if item.subject == TEACHER],
+    }
+
+
 def _candidate_row(
-    case: TargetRun,
-    scored: TargetScores,
-    accuracy: gate.Accuracy,
-    option: select.Option,
-    choice: select.Choice,
+    target_run: TargetRun,
+    scores: TargetScores,
+    accuracy: Accuracy,
+    option: Option,
+    choice: Choice,
     measurements: Sequence[Measurement],
 ) -> dict[str, Any]:
-    from edgekd.stats import scores
+    from edgekd.stats.scores import agreement, difference_row, interval_row
 
-    candidate = option.candidate
+    candidate, student = option.candidate, target_run.plan.recipe.student
     return {
         "id": candidate.id,
         "runtime": candidate.runtime,
         "scheme": candidate.scheme,
         "rung": candidate.rung,
         "size_bytes": option.size_bytes,
-        "digest": model_file(case, candidate).digest,
+        "digest": target_run.model_file(candidate).digest,
         "float_ops": option.float_ops,
         "accuracy": accuracy.value,
-        "interval": scores.interval_row(accuracy.interval),
-        "drop": scores.difference_row(accuracy.drop),
-        "agreement": scores.agreement(scored.teacher, scored.of[candidate.evaluate_step], **case.plan.recipe.student.form),
+        "interval": interval_row(accuracy.interval),
+        "drop": difference_row(accuracy.drop),
+        "agreement": agreement(scores.teacher, scores.by_step[candidate.evaluate_step], student.task, student.heads),
         "outcome": option.accuracy.value,
         "latency": [_latency(item, teacher_measurement(item, measurements)) for item in option.measurements],
         "why_not": choice.why_not.get(candidate.id),
-        "notes": list(case.done[candidate.model_step].entry.notes),
+        "notes": list(target_run.completed[candidate.model_step].entry.notes),
     }
 
 
-def _latency(item: Measurement, reference: Measurement | None) -> dict[str, Any]:
-    from edgekd.stats import intervals
+def _latency(measurement: Measurement, reference: Measurement | None) -> dict[str, Any]:
+    from edgekd.stats.intervals import quantile_interval
 
-    samples = item.samples_ns()
-    found: dict[str, Any] = {
-        "runtime": item.runtime,
-        "runtime_version": item.runtime_version,
-        "threads": item.threads,
+    samples = measurement.samples_ns()
+    row: dict[str, Any] = {
+        "runtime": measurement.runtime,
+        "runtime_version": measurement.runtime_version,
+        "threads": measurement.threads,
         "runs": len(samples),
     }
     for name, quantile in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
-        value, interval = intervals.quantile_interval(samples, quantile)
-        found[name] = {"ms": value / 1e6, "interval": None if interval is None else [interval.low / 1e6, interval.high / 1e6]}
-    found["first_ms"], found["load_ms"] = item.first_ns / 1e6, item.load_ns / 1e6
-    found["peak_rss_mib"] = None if item.peak_rss_bytes is None else item.peak_rss_bytes / 2**20
-    found["speedup"] = None if reference is None else _ratio(reference, item)
-    return found
+        value, interval = quantile_interval(samples, quantile)
+        row[name] = {"ms": value / 1e6, "interval": None if interval is None else [interval.low / 1e6, interval.high / 1e6]}
+    row["first_ms"], row["load_ms"] = measurement.first_ns / 1e6, measurement.load_ns / 1e6
+    row["peak_rss_mib"] = None if measurement.peak_rss_bytes is None else measurement.peak_rss_bytes / 2**20
+    row["speedup"] = None if reference is None else _speedup(reference, measurement)
+    return row
 
 
-def _speedup(measurement: Measurement | None, measurements: Sequence[Measurement]) -> dict[str, Any] | None:
+def _teacher_speedup(measurement: Measurement | None, measurements: Sequence[Measurement]) -> dict[str, Any] | None:
     teacher = teacher_measurement(measurement, measurements)
-    return None if teacher is None or measurement is None else _ratio(teacher, measurement)
+    return None if teacher is None or measurement is None else _speedup(teacher, measurement)
 
 
-def _ratio(reference: Measurement, item: Measurement) -> dict[str, Any]:
-    from edgekd.stats import intervals
+def _speedup(reference: Measurement, measurement: Measurement) -> dict[str, Any]:
+    from edgekd.stats.intervals import ratio_of_medians
 
-    value, interval = intervals.ratio_of_medians(reference.blocks_ns, item.blocks_ns)
+    value, interval = ratio_of_medians(reference.blocks_ns, measurement.blocks_ns)
     return {"x": value, "interval": [interval.low, interval.high]}
 
 
-def _seconds(case: TargetRun, measurements: Sequence[Measurement]) -> dict[str, float]:
-    """Return how long the build took so far, and how long the stages that ran in it worked: the rest is overhead."""
-    ran = sum(item.entry.seconds for item in case.done.values() if not item.hit)
-    ran += measurements[0].environment["seconds"] if measurements else 0.0  # type: ignore[operator]  # a number of seconds
-    return {"total": round(time.monotonic() - case.started, 3), "stages": round(ran, 3)}
+def _seconds(target_run: TargetRun, measurements: Sequence[Measurement]) -> dict[str, float]:
+    """Return how long the build took so far, and how long the stages that ran in it took; the rest is overhead."""
+    stages = sum(item.entry.seconds for item in target_run.completed.values() if not item.hit)
+    stages += measurements[0].environment["seconds"] if measurements else 0.0  # type: ignore[operator]  # a number of seconds
+    return {"total": round(time.monotonic() - target_run.started, 3), "stages": round(stages, 3)}
 
 
-def _charges(scored: TargetScores, chosen: Candidate) -> list[dict[str, Any]]:
-    """Return what each stage cost, in points, each paired with what went in."""
-    from edgekd.stats import scores
+def _accuracy_drop_by_stage(scores: TargetScores, chosen: Candidate) -> list[dict[str, Any]]:
+    """Return the accuracy drop of each stage, in points, each paired with the model that the stage started from."""
+    from edgekd.stats.scores import difference, difference_row
 
-    student = scored.of["evaluate/student"]
-    exported = scored.of[f"evaluate/export/student/{chosen.runtime}"]
-    pairs = [("distill", scored.teacher, student), ("export", student, exported)]
-    if chosen.evaluate_step != f"evaluate/export/student/{chosen.runtime}":
-        pairs.append(("quantize", exported, scored.of[chosen.evaluate_step]))
-    pairs.append(("in all", scored.teacher, scored.of[chosen.evaluate_step]))
-    return [{"stage": name, **scores.difference_row(scores.difference(first, second, scored.groups))} for name, first, second in pairs]
+    export_step = f"evaluate/export/student/{chosen.runtime}"
+    student, exported, shipped = (scores.by_step[name] for name in ("evaluate/student", export_step, chosen.evaluate_step))
+    pairs = [("distill", scores.teacher, student), ("export", student, exported)]
+    if chosen.evaluate_step != export_step:
+        pairs.append(("quantize", exported, shipped))
+    pairs.append(("total", scores.teacher, shipped))
+    return [{"stage": name, **difference_row(difference(before, after, scores.groups))} for name, before, after in pairs]
 
 
-def _distillation(case: TargetRun, scored: TargetScores) -> dict[str, Any] | None:
-    """Return whether distillation helped, and what it took; None if the recipe has no control."""
-    from edgekd.stats import distillation
+def _distillation(target_run: TargetRun, scores: TargetScores) -> dict[str, Any] | None:
+    """Return whether distillation helped, and how long it took; None if the recipe has no baselines."""
+    from edgekd.stats.distillation import judge_distillation
 
-    recipe = case.plan.recipe
+    recipe = target_run.plan.recipe
     if not recipe.arms:
         return None
-    entries = {arm: [case.done[name].entry for name in names] for arm, names in recipe.arms.items()}
-    found = distillation.judge_distillation(
+    entries = {method: [target_run.completed[name].entry for name in names] for method, names in recipe.arms.items()}
+    verdict = judge_distillation(
         {
-            arm: [scored.of["evaluate/student" if name == "distill" else f"evaluate/{name}"] for name in names]
-            for arm, names in recipe.arms.items()
+            method: [scores.by_step["evaluate/student" if name == "distill" else f"evaluate/{name}"] for name in names]
+            for method, names in recipe.arms.items()
         },
-        {arm: [_validation(entry.metrics) for entry in of_arm] for arm, of_arm in entries.items()},
-        scored.teacher,
-        scored.labels,
-        scored.groups,
+        {method: [_validation_score(entry.metrics) for entry in seeds] for method, seeds in entries.items()},
+        scores.teacher,
+        scores.labels,
+        scores.groups,
         calibrated=recipe.evaluate.metric == "top1" and recipe.evaluate.score is None,
     )
-    for row in found["arms"]:
-        row["seconds"] = sum(entry.seconds for entry in entries[row["arm"]])
-    return found
+    for row in verdict["methods"]:
+        row["seconds"] = sum(entry.seconds for entry in entries[row["method"]])
+    return verdict
 
 
-def _capacity(case: TargetRun) -> str | None:
-    """Return the remark that the student is too small for what its teacher knows, or None.
-
-    It is, if it stays behind the teacher on validation although it does no better on what it was trained on: it does not
-    overfit, so neither more data nor more epochs would close the gap. Views are harder than what they were made of: no remark then.
-    """
-    distill = case.done["distill"].entry.metrics
-    trained, found = distill["train_accuracy"], distill["validation_accuracy"]
-    teacher = case.done["soft_targets"].entry.metrics["validation_accuracy"]
-    if case.plan.recipe.distill.augment is not None or trained is None or found is None or teacher is None:
-        return None
-    behind, overfit = fraction_to_pp(teacher - found), fraction_to_pp(trained - found)  # type: ignore[operator]  # numbers, as these stages write them
-    if behind < CAPACITY_GAP_PP or overfit > CAPACITY_OVERFIT_PP:
-        return None
-    advice = "" if case.plan.recipe.sizes else "; a wider or deeper student would gain more than data or epochs: name some in distill.sizes"
-    return (
-        f"the student's capacity is the limit: {behind:.1f} pp behind its teacher on validation, and only {max(overfit, 0.0):.1f} "
-        f"pp better on what it was trained on{advice}"
-    )
-
-
-def _sizes(case: TargetRun) -> str | None:
-    """Return what students of other sizes reached, and the smallest that is close enough to its teacher; None if there are none.
-
-    Close enough is what the recipe's budget allows between teacher and student, or 3 points. All on validation.
-    """
-    metrics: Any = {name: item.entry.metrics for name, item in case.done.items()}
-    recipe, teacher = case.plan.recipe, metrics["soft_targets"]["validation_accuracy"]
-    if not recipe.sizes or teacher is None:
-        return None
-    counts = {str(recipe.student.model): metrics["inspect"]["student"]["parameters"], **metrics["inspect"]["sizes"]}
-    steps = {"distill": recipe.student.model, **recipe.sizes}
-    rows = [(counts[str(entry)], str(entry), metrics[name]["validation_accuracy"]) for name, entry in steps.items()]
-    told = ", ".join(f"{entry} ({count:,} parameters) {100 * found:.2f} %" for count, entry, found in sorted(rows))
-    limit = recipe.overrides_for(case.target.name).budget.max_accuracy_drop_pp
-    allowed = CAPACITY_GAP_PP if limit is None else limit
-    enough = [row for row in sorted(rows) if fraction_to_pp(teacher - row[2]) <= allowed]
-    advice = f"the smallest within {allowed:g} pp is {enough[0][1]}" if enough else f"none is within {allowed:g} pp: try larger ones"
-    return f"sizes, on validation, where the teacher has {100 * teacher:.2f} %: {told}; {advice}"
-
-
-def _validation(metrics: Mapping[str, Any]) -> float:
+def _validation_score(metrics: Mapping[str, Any]) -> float:
+    """Return the accuracy on the validation split, or the negative loss where there is no accuracy."""
     accuracy = metrics["validation_accuracy"]
     return -float(metrics["validation_loss"]) if accuracy is None else float(accuracy)
 
 
-def _notes(case: TargetRun, measurements: Sequence[Measurement], costs: cost.Cost) -> list[str]:
-    # twins, and what teaches the one by pseudo-labels, tell again what the student's steps and its teacher tell
-    arms = {name for names in case.plan.recipe.arms.values() for name in names} - {"distill"}
-    repeated = arms | {name.replace("distill/", "soft_targets/", 1) for name in arms}
+def _notes(target_run: TargetRun, measurements: Iterable[Measurement], costs: Mapping[str, Any]) -> list[str]:
+    # the steps of the baselines and their soft targets repeat the notes of the student's steps
+    baselines = {name for names in target_run.plan.recipe.arms.values() for name in names} - {"distill"}
+    repeated = baselines | {name.replace("distill/", "soft_targets/", 1) for name in baselines}
     notes = [
         note
-        for name, item in case.done.items()
-        if (item.step.stage in _TOLD or name.startswith("export/teacher/")) and name not in repeated
-        for note in item.entry.notes
+        for name, completed in target_run.completed.items()
+        if (completed.step.stage in NOTED_STAGES or name.startswith("export/teacher/")) and name not in repeated
+        for note in completed.entry.notes
     ]
-    notes += provable_warnings(case.plan, case.done) if len(case.plan.targets) == 1 else []
-    notes += filter(None, [_capacity(case), _sizes(case), cost.break_even_note(case, costs)])
-    notes += sorted({note for item in measurements for note in item.notes})
+    notes += budget_warnings(target_run.plan, target_run.completed) if len(target_run.plan.targets) == 1 else []
+    notes += filter(None, [_capacity_note(target_run), _sizes_note(target_run), cost.break_even_note(target_run, costs)])
+    notes += sorted({note for measurement in measurements for note in measurement.notes})
     return notes
 
 
-def manifest(case: TargetRun, told: Mapping[str, Any], name: str, model: Artifact) -> dict[str, Any]:
-    """Return the manifest: digests of what went in and what came out, and versions."""
-    manifest: dict[str, Any] = {
-        "schema": 1,
-        "recipe": case.plan.recipe.name,
-        "target": case.target.name,
-        "outcome": told["outcome"],
-        "inputs": {name: known for name, known in case.read.items() if known is not None},
-        "outputs": {name: {"sha256": model.digest, "bytes": model.size_bytes}},
-        "candidate": told["choice"]["id"],
-        "steps": {row["step"]: row["key"] for row in told["steps"]},
-        "tools": told["tools"],
-    }
-    if told["inconclusive_ok"] and told["outcome"] == Outcome.INCONCLUSIVE:
-        manifest["inconclusive-ok"] = True
-    return manifest
+def _capacity_note(target_run: TargetRun) -> str | None:
+    """Return a note that the student is too small to learn what its teacher knows, or None.
+
+    It is too small if its validation accuracy is below the teacher's although its training accuracy is no better: it does not
+    overfit, so neither more data nor more epochs would close the gap. Views are harder than their samples, so there is no note then.
+    """
+    recipe, metrics = target_run.plan.recipe, target_run.completed["distill"].entry.metrics
+    train, validation = metrics["train_accuracy"], metrics["validation_accuracy"]
+    teacher = target_run.completed["soft_targets"].entry.metrics["validation_accuracy"]
+    if recipe.distill.augment is not None or train is None or validation is None or teacher is None:
+        return None
+    gap, overfit = fraction_to_pp(teacher - validation), fraction_to_pp(train - validation)  # type: ignore[operator]  # these stages write numbers
+    if gap < CAPACITY_GAP_PP or overfit > CAPACITY_OVERFIT_PP:
+        return None
+    advice = "" if recipe.sizes else "; a wider or deeper student would gain more than data or epochs: name some in distill.sizes"
+    return (
+        f"the student's capacity is the limit: its validation accuracy is {gap:.1f} pp below the teacher's, and its training accuracy "
+        f"only {max(overfit, 0.0):.1f} pp above that{advice}"
+    )
+
+
+def _sizes_note(target_run: TargetRun) -> str | None:
+    """Return the accuracy of students of other sizes, and the smallest that is close enough to the teacher; None if there are none.
+
+    Close enough is the recipe's budget for the accuracy drop, or 3 points. All accuracies are those on the validation split.
+    """
+    metrics: Any = {name: completed.entry.metrics for name, completed in target_run.completed.items()}
+    recipe, teacher = target_run.plan.recipe, metrics["soft_targets"]["validation_accuracy"]
+    if not recipe.sizes or teacher is None:
+        return None
+    parameters = {str(recipe.student.model): metrics["inspect"]["student"]["parameters"], **metrics["inspect"]["sizes"]}
+    students = {"distill": recipe.student.model, **recipe.sizes}
+    rows = sorted((parameters[str(model)], str(model), metrics[step]["validation_accuracy"]) for step, model in students.items())
+    accuracies = ", ".join(f"{model} ({count:,} parameters) {100 * accuracy:.2f} %" for count, model, accuracy in rows)
+    limit = recipe.overrides_for(target_run.target.name).budget.max_accuracy_drop_pp
+    allowed = CAPACITY_GAP_PP if limit is None else limit
+    smallest = next((model for _, model, accuracy in rows if fraction_to_pp(teacher - accuracy) <= allowed), None)
+    advice = f"none is within {allowed:g} pp: try larger ones" if smallest is None else f"the smallest within {allowed:g} pp is {smallest}"
+    return f"sizes, on validation, where the teacher has {100 * teacher:.2f} %: {accuracies}; {advice}"

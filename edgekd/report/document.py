@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report as one mapping (``report.json``, described by ``report.schema.json``): what every other form is made from."""
+"""The report as one mapping (``report.json``, described by ``report.schema.json``), from which every other format is rendered."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edgekd.domain.verdict import Check, Verdict
 
 SCHEMA = 1
-DESCRIPTION = Path(__file__).with_name("report.schema.json")
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
 
 def check_row(check: Check) -> dict[str, Any]:
@@ -34,33 +34,34 @@ def check_row(check: Check) -> dict[str, Any]:
 
 
 def with_verdict(parts: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
-    """Return the whole document: the parts that the build gathered, and the verdict."""
+    """Return the whole report: the parts that the build collected, and the verdict."""
     return {"schema": SCHEMA, "outcome": verdict.outcome.value, "checks": [check_row(check) for check in verdict.checks], **parts}
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return the document of an earlier build, by its folder or by its file.
+    """Return the report of an earlier build, by its folder or by its file.
 
     Raises:
-        UsageError: if there is none in the folder, or not a whole one, or if the model that it says ships is gone.
+        UsageError: if there is no report, if it is incomplete, or if the model that it says ships is missing.
     """
     path = folder / "report.json" if folder.is_dir() else folder
     try:
-        found = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes())
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; expected the folder of a target, as in: edgekd report build/host") from None
     except ValueError:
-        raise UsageError(f"{path}: is no JSON; build again") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise UsageError(f"{path}: is no report of schema {SCHEMA}; build again")
-    missing = sorted(set(json.loads(DESCRIPTION.read_bytes())["required"]) - set(found))
+        raise UsageError(f"{path}: is not valid JSON; build again") from None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise UsageError(f"{path}: is not a report of schema {SCHEMA}; build again")
+    missing = sorted(set(json.loads(SCHEMA_FILE.read_bytes())["required"]) - set(document))
     if missing:
-        raise UsageError(f"{path}: is no whole report: {', '.join(missing)} missing; build again")
-    if folder.is_dir() and found["shipped"] is not None and not (folder / str(found["shipped"])).is_file():
-        raise UsageError(f"{path}: says that {found['shipped']} ships, which is not there; build again")
-    return found
+        raise UsageError(f"{path}: is not a complete report: {', '.join(missing)} missing; build again")
+    if folder.is_dir() and document["shipped"] is not None and not (folder / str(document["shipped"])).is_file():
+        raise UsageError(f"{path}: says that {document['shipped']} ships, but that file is missing; build again")
+    return document
 
 
-def exit_code(document: Mapping[str, Any]) -> int:
-    """Return the exit code of a document's verdict."""
-    return Outcome(document["outcome"]).exit_code
+def exit_code(document: Mapping[str, Any], *, inconclusive_ok: bool = False) -> int:
+    """Return the exit code of a report's outcome; 0 for INCONCLUSIVE if that is allowed."""
+    outcome = Outcome(document["outcome"])
+    return 0 if outcome is Outcome.INCONCLUSIVE and inconclusive_ok else outcome.exit_code

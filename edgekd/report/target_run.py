@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one target's verdict is about: its plan, the steps that are done, and what they made."""
+"""One target of a build: its plan, the completed steps, and what they wrote."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
+from edgekd.domain.measurement import TEACHER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from edgekd.domain.artifact import Artifact, Candidate
+    from edgekd.domain.artifact import Artifact
+    from edgekd.domain.candidate import Candidate
     from edgekd.domain.measurement import Measurement
+    from edgekd.domain.recipe import TargetOverrides
     from edgekd.domain.target import Target
     from edgekd.plan import Plan
     from edgekd.ports import CompletedStep
@@ -25,77 +28,87 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TargetRun:
-    """What a verdict is about. ``read``: the user's files, for the manifest; ``started``: when the build did (monotonic)."""
+    """What a verdict is about. ``input_files``: digests of the user's files, for the manifest; ``started``: of the build (monotonic)."""
 
     plan: Plan
     target: Target
-    done: Mapping[str, CompletedStep]
+    completed: Mapping[str, CompletedStep]
     folder: Path
-    read: Mapping[str, str | None]
+    input_files: Mapping[str, str | None]
     inconclusive_ok: bool
     remeasure: bool
     started: float
 
+    @property
+    def settings(self) -> TargetOverrides:
+        """Return the recipe's budget and quantization settings for this target."""
+        return self.plan.recipe.overrides_for(self.target.name)
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Return the target's candidates."""
+        return self.plan.candidates[self.target.name]
+
+    def concerns(self, step: str) -> bool:
+        """Return whether a step belongs to this target: the candidates of other targets do not affect its verdict."""
+        steps = {name for candidate in self.candidates for name in (candidate.model_step, candidate.evaluate_step)}
+        return step in steps or "quantize/" not in step
+
+    def artifacts(self, step: str) -> Mapping[str, Artifact]:
+        """Return the files that a step wrote, by name."""
+        return self.completed[step].entry.artifacts
+
+    def model_file(self, candidate: Candidate) -> Artifact:
+        """Return the model file of a candidate."""
+        return self.artifacts(candidate.model_step)[f"model.{registry.runtime(candidate.runtime).FORMAT}"]
+
+    def teacher_file(self, runtime: str) -> Artifact | None:
+        """Return the teacher's model file for a runtime, or None if it could not be exported."""
+        return self.artifacts(f"export/teacher/{runtime}").get(f"model.{registry.runtime(runtime).FORMAT}")
+
+    def evaluation_inputs(self) -> list[Path]:
+        """Return the arrays of the evaluation inputs."""
+        artifacts = self.artifacts("inspect")
+        return [artifacts[f"evaluation.inputs.{index}.npy"].path for index in range(len(self.plan.recipe.student.inputs))]
+
 
 @dataclass(frozen=True, slots=True)
 class TargetScores:
-    """All that was scored, by step id, and what the comparisons need."""
+    """The scores of all models, by the id of the step that evaluated them, with the evaluation labels and groups."""
 
-    of: Mapping[str, ModelScores]
+    by_step: Mapping[str, ModelScores]
     labels: np.ndarray
     groups: np.ndarray
 
     @property
     def teacher(self) -> ModelScores:
-        """Return the reference."""
-        return self.of["evaluate/teacher"]
-
-
-def concerns_target(case: TargetRun, step: str) -> bool:
-    """Return whether a step is this target's: another target's candidates do not move its verdict."""
-    own = {name for candidate in case.plan.candidates[case.target.name] for name in (candidate.model_step, candidate.evaluate_step)}
-    return step in own or "quantize/" not in step
-
-
-def candidates(case: TargetRun) -> tuple[Candidate, ...]:
-    """Return the target's candidates."""
-    return case.plan.candidates[case.target.name]
-
-
-def artifacts(case: TargetRun, step: str) -> Mapping[str, Artifact]:
-    """Return what a step made, by file name."""
-    return case.done[step].entry.artifacts
-
-
-def model_file(case: TargetRun, candidate: Candidate) -> Artifact:
-    """Return the model file of a candidate."""
-    return artifacts(case, candidate.model_step)[f"model.{registry.runtime(candidate.runtime).FORMAT}"]
+        """Return the teacher's scores, the reference."""
+        return self.by_step["evaluate/teacher"]
 
 
 def read_json(artifact: Artifact) -> Any:
-    """Return a JSON artifact."""
+    """Return the content of a JSON artifact."""
     return json.loads(artifact.path.read_text())
 
 
-def read_scores(case: TargetRun) -> TargetScores:
-    """Return all scores that concern the target."""
+def read_scores(target_run: TargetRun) -> TargetScores:
+    """Return the scores of the teacher, the students and the target's candidates."""
     import numpy as np
 
     from edgekd.stats import scores
 
-    found = {
-        name: scores.read_scores(item.entry.artifacts)
-        for name, item in case.done.items()
-        if item.step.stage == "evaluate" and concerns_target(case, name)
+    by_step = {
+        name: scores.read_scores(completed.entry.artifacts)
+        for name, completed in target_run.completed.items()
+        if completed.step.stage == "evaluate" and target_run.concerns(name)
     }
-    inspected = artifacts(case, "inspect")
-    return TargetScores(found, np.load(inspected["evaluation.labels.npy"].path), np.load(inspected["evaluation.groups.npy"].path))
+    artifacts = target_run.artifacts("inspect")
+    return TargetScores(by_step, np.load(artifacts["evaluation.labels.npy"].path), np.load(artifacts["evaluation.groups.npy"].path))
 
 
 def teacher_measurement(measurement: Measurement | None, measurements: Sequence[Measurement]) -> Measurement | None:
-    """Return the teacher as it was measured beside a measurement: on its runtime, at its threads."""
+    """Return the teacher's measurement with the same runtime and thread count as a student's, or None."""
     if measurement is None:
         return None
-    return next(
-        (m for m in measurements if m.subject == "teacher" and (m.runtime, m.threads) == (measurement.runtime, measurement.threads)), None
-    )
+    setting = (measurement.runtime, measurement.threads)
+    return next((item for item in measurements if item.subject == TEACHER and (item.runtime, item.threads) == setting), None)

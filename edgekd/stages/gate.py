@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gate: each budget line and each limit of the target judged. A function of numbers; missing data never passes."""
+"""Gate: check each budget line and each limit of the target. A function of numbers; missing data never passes."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.units import bytes_to_kib, bytes_to_mib, ns_to_ms
@@ -14,28 +14,18 @@ from edgekd.stats import intervals
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from edgekd.domain.candidate import Accuracy
     from edgekd.domain.measurement import Measurement
     from edgekd.domain.recipe import Budget
     from edgekd.domain.target import Limits
-    from edgekd.stats.scores import Difference
 
-PERCENTILES = {"max_latency_p50_ms": 0.50, "max_latency_p95_ms": 0.95, "max_latency_p99_ms": 0.99}
-
-
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """What is known of a candidate's accuracy (fractions). ``unfit``: why it does not stand for the target, or None."""
-
-    value: float
-    interval: Interval
-    drop: Difference
-    classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    unfit: str | None = None
+QUANTILES = {"max_latency_p50_ms": 0.50, "max_latency_p95_ms": 0.95, "max_latency_p99_ms": 0.99}
+_SEVERITY = {Outcome.PASS: 0, Outcome.INCONCLUSIVE: 1, Outcome.FAIL: 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that a verdict is made of. ``unmeasured``: why there is no Measurement."""
+    """Everything that a verdict is based on. ``unmeasured``: why there is no Measurement."""
 
     accuracy: Accuracy
     parity: Mapping[str, Any]
@@ -47,72 +37,76 @@ class Evidence:
 
 
 def judge(target: str, budget: Budget, limits: Limits, evidence: Evidence) -> Verdict:
-    """Return the verdict on what would ship."""
+    """Return the verdict on the chosen candidate."""
     checks = accuracy_checks(budget, evidence.accuracy)
-    for name, quantile in PERCENTILES.items():
+    for name, quantile in QUANTILES.items():
         limit = getattr(budget, name)
         if limit is not None:
-            checks.append(_latency(name, quantile, limit, evidence))
+            checks.append(_check_latency(name, quantile, limit, evidence))
     if budget.min_speedup_x is not None:
-        checks.append(_speedup(budget.min_speedup_x, evidence))
+        checks.append(_check_speedup(budget.min_speedup_x, evidence))
     if budget.max_peak_rss_mib is not None:
-        checks.append(_memory("max_peak_rss_mib", budget.max_peak_rss_mib, evidence))
+        checks.append(_check_memory("max_peak_rss_mib", budget.max_peak_rss_mib, evidence))
     if budget.max_size_kib is not None:
-        checks.append(_exact("max_size_kib", bytes_to_kib(evidence.size_bytes), budget.max_size_kib, "KiB", "size"))
-    checks.append(_parity(evidence.parity))
-    checks.append(_memory("limit.memory_mib", limits.memory_mib, evidence))
-    checks.append(_exact("limit.storage_mib", bytes_to_mib(evidence.size_bytes), limits.storage_mib, "MiB", "size"))
+        checks.append(_check_exact("max_size_kib", bytes_to_kib(evidence.size_bytes), budget.max_size_kib, "KiB", "size"))
+    checks.append(_check_parity(evidence.parity))
+    checks.append(_check_memory("limit.memory_mib", limits.memory_mib, evidence))
+    checks.append(_check_exact("limit.storage_mib", bytes_to_mib(evidence.size_bytes), limits.storage_mib, "MiB", "size"))
     return Verdict(target, tuple(checks))
 
 
 def accuracy_checks(budget: Budget, accuracy: Accuracy) -> list[Check]:
-    """Return the checks of accuracy alone: what decides which candidates are measured."""
+    """Return the accuracy checks, which decide which candidates are measured."""
     checks = []
     if budget.max_accuracy_drop_pp is not None:
-        value, interval = 100 * accuracy.drop.value, _times(accuracy.drop.interval, 100)
+        value, interval = 100 * accuracy.drop.value, _scale(accuracy.drop.interval, 100)
         advice = "more evaluation samples would narrow the interval"
         checks.append(at_most("max_accuracy_drop_pp", value, interval, budget.max_accuracy_drop_pp, "pp", "accuracy drop", advice))
     if budget.min_accuracy_pct is not None:
-        value, interval = 100 * accuracy.value, _times(accuracy.interval, 100)
+        value, interval = 100 * accuracy.value, _scale(accuracy.interval, 100)
         checks.append(at_least("min_accuracy_pct", value, interval, budget.min_accuracy_pct, "%", "accuracy"))
     if budget.max_class_drop_pp is not None:
-        checks.append(_classes(budget.max_class_drop_pp, accuracy))
+        checks.append(_check_classes(budget.max_class_drop_pp, accuracy))
     if accuracy.unfit is not None:
         advice = "evaluate on the target, or on a machine with VNNI"
         checks = [Check(c.name, Outcome.INCONCLUSIVE, c.limit, c.unit, c.value, c.interval, accuracy.unfit, advice) for c in checks]
     return checks
 
 
+def accuracy_outcome(budget: Budget, accuracy: Accuracy) -> Outcome:
+    """Return the worst outcome of the accuracy checks; PASS if the budget has none."""
+    return max((check.outcome for check in accuracy_checks(budget, accuracy)), key=_SEVERITY.__getitem__, default=Outcome.PASS)
+
+
 def at_most(name: str, value: float, interval: Interval | None, limit: float, unit: str, what: str, advice: str | None = None) -> Check:
-    """Judge a value that must not exceed a limit, by the far end of its interval."""
-    return _judged(name, value, interval, limit, unit, what, advice, sign=1)
+    """Check a value that must not exceed a limit, by the far end of its interval."""
+    return _check_interval(name, value, interval, limit, unit, what, advice, sign=1)
 
 
 def at_least(name: str, value: float, interval: Interval | None, limit: float, unit: str, what: str, advice: str | None = None) -> Check:
-    """Judge a value that must reach a limit, by the far end of its interval."""
-    return _judged(name, value, interval, limit, unit, what, advice, sign=-1)
+    """Check a value that must reach a limit, by the far end of its interval."""
+    return _check_interval(name, value, interval, limit, unit, what, advice, sign=-1)
 
 
-def _judged(
+def _check_interval(
     name: str, value: float, interval: Interval | None, limit: float, unit: str, what: str, advice: str | None, *, sign: int
 ) -> Check:
     if interval is None or not all(map(math.isfinite, (value, interval.low, interval.high))):
-        return Check(
-            name, Outcome.INCONCLUSIVE, limit, unit, value if math.isfinite(value) else None, None, f"{what} has no interval", advice
-        )
+        finite_value = value if math.isfinite(value) else None
+        return Check(name, Outcome.INCONCLUSIVE, limit, unit, finite_value, None, f"{what} has no interval", advice)
     near, far = (interval.low, interval.high) if sign > 0 else (interval.high, interval.low)
-    told = f"{what} {value:.4g} {unit} [{interval.low:.4g}, {interval.high:.4g}]"
+    description = f"{what} {value:.4g} {unit} [{interval.low:.4g}, {interval.high:.4g}]"
     if sign * far <= sign * limit:
         return Check(name, Outcome.PASS, limit, unit, value, interval)
     if sign * near > sign * limit:
         verb = "exceeds" if sign > 0 else "misses"
-        return Check(name, Outcome.FAIL, limit, unit, value, interval, f"{told} {verb} the budget {limit:g} {unit}")
-    return Check(
-        name, Outcome.INCONCLUSIVE, limit, unit, value, interval, f"{told} holds the budget {limit:g} {unit}: it cannot be decided", advice
-    )
+        return Check(name, Outcome.FAIL, limit, unit, value, interval, f"{description} {verb} the budget {limit:g} {unit}")
+    reason = f"the interval of {description} includes the budget {limit:g} {unit}"
+    return Check(name, Outcome.INCONCLUSIVE, limit, unit, value, interval, reason, advice)
 
 
-def _classes(limit: float, accuracy: Accuracy) -> Check:
+def _check_classes(limit: float, accuracy: Accuracy) -> Check:
+    """Return the check of the class that is furthest from its budget."""
     if not accuracy.classes:
         return Check("max_class_drop_pp", Outcome.INCONCLUSIVE, limit, "pp", reason="there are no scores by class")
     checks = [
@@ -126,24 +120,22 @@ def _classes(limit: float, accuracy: Accuracy) -> Check:
         )
         for label, row in accuracy.classes.items()
     ]
-    rank = {Outcome.FAIL: 0, Outcome.INCONCLUSIVE: 1, Outcome.PASS: 2}
-    return min(checks, key=lambda check: (rank[check.outcome], -(check.value or 0.0)))
+    return max(checks, key=lambda check: (_SEVERITY[check.outcome], check.value or 0.0))
 
 
-def _latency(name: str, quantile: float, limit: float, evidence: Evidence) -> Check:
-    measured = evidence.measurement
-    if measured is None:
+def _check_latency(name: str, quantile: float, limit: float, evidence: Evidence) -> Check:
+    if evidence.measurement is None:
         return Check(name, Outcome.INCONCLUSIVE, limit, "ms", reason=f"latency is unknown: {evidence.unmeasured}", advice=evidence.advice)
-    samples = measured.samples_ns()
+    samples = evidence.measurement.samples_ns()
     value, interval = intervals.quantile_interval(samples, quantile)
     if interval is None:
-        reason = f"{len(samples)} runs cannot carry a p{quantile * 100:g}; it needs {intervals.runs_needed(quantile)}"
+        reason = f"{len(samples)} runs are too few for a p{quantile * 100:g}; it needs {intervals.runs_needed(quantile)}"
         return Check(name, Outcome.INCONCLUSIVE, limit, "ms", reason=reason, advice="raise protocol.min_runs in the profile")
-    scaled = Interval(ns_to_ms(interval.low), ns_to_ms(interval.high), interval.level)
-    return at_most(name, ns_to_ms(value), scaled, limit, "ms", f"latency p{quantile * 100:g}", "measure longer: protocol.min_seconds")
+    interval_ms = Interval(ns_to_ms(interval.low), ns_to_ms(interval.high), interval.level)
+    return at_most(name, ns_to_ms(value), interval_ms, limit, "ms", f"latency p{quantile * 100:g}", "measure longer: protocol.min_seconds")
 
 
-def _speedup(limit: float, evidence: Evidence) -> Check:
+def _check_speedup(limit: float, evidence: Evidence) -> Check:
     if evidence.measurement is None or evidence.teacher is None:
         missing = evidence.unmeasured if evidence.measurement is None else "the teacher has no model on this runtime"
         return Check("min_speedup_x", Outcome.INCONCLUSIVE, limit, "x", reason=f"speed-up is unknown: {missing}", advice=evidence.advice)
@@ -151,22 +143,21 @@ def _speedup(limit: float, evidence: Evidence) -> Check:
     return at_least("min_speedup_x", value, interval, limit, "x", "speed-up", "measure longer: protocol.min_seconds")
 
 
-def _memory(name: str, limit: float, evidence: Evidence) -> Check:
+def _check_memory(name: str, limit: float, evidence: Evidence) -> Check:
     peak = None if evidence.measurement is None else evidence.measurement.peak_rss_bytes
     if peak is None:
-        return Check(
-            name, Outcome.INCONCLUSIVE, limit, "MiB", reason=f"peak memory is unknown: {evidence.unmeasured}", advice=evidence.advice
-        )
-    return _exact(name, bytes_to_mib(peak), limit, "MiB", "peak memory")
+        reason = f"peak memory is unknown: {evidence.unmeasured}"
+        return Check(name, Outcome.INCONCLUSIVE, limit, "MiB", reason=reason, advice=evidence.advice)
+    return _check_exact(name, bytes_to_mib(peak), limit, "MiB", "peak memory")
 
 
-def _exact(name: str, value: float, limit: float, unit: str, what: str) -> Check:
+def _check_exact(name: str, value: float, limit: float, unit: str, what: str) -> Check:
     if value <= limit:
         return Check(name, Outcome.PASS, limit, unit, value)
     return Check(name, Outcome.FAIL, limit, unit, value, reason=f"{what} {value:.4g} {unit} exceeds {limit:g} {unit}")
 
 
-def _parity(parity: Mapping[str, Any]) -> Check:
+def _check_parity(parity: Mapping[str, Any]) -> Check:
     error, tolerance = parity["max_abs_error"], parity["tolerance"]
     if parity["ok"]:
         return Check("parity", Outcome.PASS, tolerance, "abs", error)
@@ -174,5 +165,5 @@ def _parity(parity: Mapping[str, Any]) -> Check:
     return Check("parity", Outcome.FAIL, tolerance, "abs", error, reason=reason)
 
 
-def _times(interval: Interval, factor: float) -> Interval:
+def _scale(interval: Interval, factor: float) -> Interval:
     return Interval(factor * interval.low, factor * interval.high, interval.level)

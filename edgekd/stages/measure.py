@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure: candidates and the teacher in float32 on the same runtime, interleaved, on a device. Never from the cache."""
+"""Measure: candidates and the float32 teacher on the same runtime, interleaved, on a device. Never cached."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from edgekd.domain.target import Protocol, Target
     from edgekd.ports import Device, Progress
 
-GENERATIONS = 3  # processes are started anew so often: what differs from process to process is part of the interval
-MAX_SECONDS = 600.0  # for all subjects of a job: a model of seconds gets fewer runs than the protocol asks for, and a note
-BUSY_CORES = 0.1  # other work beside the measurement: above it a note is made
-STEAL_SHARE = 0.02  # of the processor's time that a hypervisor took
+GENERATIONS = 3  # so many processes, one after another: what differs between processes is part of the interval
+MAX_SECONDS = 600.0  # for all subjects of a job: a slow model gets fewer runs than the protocol asks for, and a note
+BUSY_CORES = 0.1  # used by other processes during the measurement: more than this is noted
+STEAL_SHARE = 0.02  # of CPU time taken by a hypervisor: more than this is noted
 PI_THROTTLED_NOW = 0xF  # under-voltage, frequency capped, throttled, soft temperature limit
 
 
@@ -38,15 +38,15 @@ class Subject:
 
 
 def measure(
-    subjects: Sequence[Subject], protocol: Protocol, device: Device, progress: Progress, waiting: Callable[[], None] | None = None
+    subjects: Sequence[Subject], protocol: Protocol, device: Device, progress: Progress, on_wait: Callable[[], None] | None = None
 ) -> list[Measurement]:
-    """Measure subjects; the machine is held alone meanwhile.
+    """Measure subjects, with exclusive access to the machine; ``on_wait`` is called if it must be waited for.
 
     Raises:
-        UnavailableError: if the device or a runtime is not there.
+        UnavailableError: if the device or a runtime is missing.
         StageError: if the harness fails.
     """
-    named = _named(subjects)
+    named = _name_subjects(subjects)
     job: dict[str, Any] = {
         "subjects": [
             {
@@ -62,12 +62,12 @@ def measure(
         "generations": GENERATIONS,
         "max_seconds": MAX_SECONDS,
     }
-    with locks.machine_exclusive(waiting):
-        found: Any = device.measure(job, progress)
-    environment = {name: found[name] for name in ("before", "after", "seconds", "own_s")}
+    with locks.machine_exclusive(on_wait):
+        output: Any = device.measure(job, progress)
+    environment = {name: output[name] for name in ("before", "after", "seconds", "own_s")}
     environment |= {"device": device.KIND, "generations": GENERATIONS}
-    notes = remarks(environment, protocol)
-    return [_measurement(subject, found["subjects"][name], protocol, environment, notes) for name, subject in named.items()]
+    notes = environment_notes(environment, protocol)
+    return [_measurement(subject, output["subjects"][name], protocol, environment, notes) for name, subject in named.items()]
 
 
 def measure_files(
@@ -76,11 +76,11 @@ def measure_files(
     threads: Sequence[int],
     device: Device,
     progress: Progress,
-    waiting: Callable[[], None] | None = None,
+    on_wait: Callable[[], None] | None = None,
 ) -> list[Measurement]:
     """Measure model files without a recipe, on random inputs; the runtime follows from the suffix.
 
-    A file that is named twice is measured twice, which shows the noise. Threads: those that are given, else the target's.
+    A file that is named twice is measured twice, which shows the noise. ``threads`` replaces the target's thread counts.
 
     Raises:
         UsageError: if a file is missing or of no known format.
@@ -90,7 +90,7 @@ def measure_files(
     formats = {registry.runtime(name).FORMAT: name for name in registry.names("runtimes")}
     problems = [f"{path}: no such file" for path in paths if not path.is_file()]
     problems += [
-        f"{path}: is no model file; expected one that ends in .{' or .'.join(sorted(formats))}"
+        f"{path}: is not a model file; expected one that ends in .{' or .'.join(sorted(formats))}"
         for path in paths
         if path.suffix[1:] not in formats
     ]
@@ -101,25 +101,25 @@ def measure_files(
     for path in paths:
         name = formats[path.suffix[1:]]
         subjects += [Subject(str(path), name, path, count) for count in (tuple(threads) or settings.get(name, (1,)))]
-    return measure(subjects, target.protocol, device, progress, waiting)
+    return measure(subjects, target.protocol, device, progress, on_wait)
 
 
-def remarks(environment: Mapping[str, Any], protocol: Protocol) -> tuple[str, ...]:
-    """Return what about the machine's state may have moved the numbers.
+def environment_notes(environment: Mapping[str, Any], protocol: Protocol) -> tuple[str, ...]:
+    """Return notes on whatever in the machine's state may have affected the numbers.
 
     Args:
-        environment: ``before`` and ``after`` (facts), ``seconds`` between them, ``own_s`` of processor time that was ours.
+        environment: ``before`` and ``after`` (facts), ``seconds`` between them, ``own_s``: CPU time of the measurement itself.
         protocol: The target's.
     """
     before, after, seconds = environment["before"], environment["after"], environment["seconds"]
     notes = []
     if before["busy_s"] is not None and after["busy_s"] is not None:
-        others = (after["busy_s"] - before["busy_s"] - environment["own_s"]) / seconds
-        if others > BUSY_CORES:
-            notes.append(f"noisy: other work took {others:.1f} of {before['cores']} cores while measuring")
-        steal = (after["steal_s"] - before["steal_s"]) / seconds / before["cores"]
-        if steal > STEAL_SHARE:
-            notes.append(f"noisy: the hypervisor took {100 * steal:.0f} % of the processor's time while measuring")
+        busy_cores = (after["busy_s"] - before["busy_s"] - environment["own_s"]) / seconds
+        if busy_cores > BUSY_CORES:
+            notes.append(f"noisy: other processes used {busy_cores:.1f} of {before['cores']} cores while measuring")
+        steal_share = (after["steal_s"] - before["steal_s"]) / seconds / before["cores"]
+        if steal_share > STEAL_SHARE:
+            notes.append(f"noisy: the hypervisor took {100 * steal_share:.0f} % of the CPU time while measuring")
     if protocol.governor and before["governor"] not in {protocol.governor, "unknown"}:
         notes.append(f"the governor is {before['governor']}; the profile asks for {protocol.governor}")
     if before["governor"] == "unknown":
@@ -128,16 +128,16 @@ def remarks(environment: Mapping[str, Any], protocol: Protocol) -> tuple[str, ..
     if protocol.max_temp_c is not None and hottest is not None and hottest > protocol.max_temp_c:
         notes.append(f"the machine was at {hottest:.0f} C; the profile allows {protocol.max_temp_c} C")
     if after["throttled"] is not None and (before["throttled"] != after["throttled"] or _is_throttled(after)):
-        notes.append(f"noisy: the processor was throttled while measuring (state {before['throttled']} -> {after['throttled']})")
+        notes.append(f"noisy: the CPU was throttled while measuring (state {before['throttled']} -> {after['throttled']})")
     return tuple(notes)
 
 
 def _is_throttled(fact: Mapping[str, Any]) -> bool:
-    return fact["arch"] != "x86_64" and bool(fact["throttled"] & PI_THROTTLED_NOW)  # x86 tells a count since the start
+    return fact["arch"] != "x86_64" and bool(fact["throttled"] & PI_THROTTLED_NOW)  # on x86 it is a count since boot
 
 
-def _named(subjects: Sequence[Subject]) -> dict[str, Subject]:
-    """Return the subjects by a name that is unique in the job."""
+def _name_subjects(subjects: Sequence[Subject]) -> dict[str, Subject]:
+    """Return the subjects by names that are unique in the job."""
     named: dict[str, Subject] = {}
     for subject in subjects:
         name = f"{subject.name} on {subject.runtime}, {subject.threads} thread{'s' if subject.threads > 1 else ''}"
@@ -150,7 +150,10 @@ def _measurement(
 ) -> Measurement:
     runs = sum(map(len, raw["blocks_ns"]))
     if runs < protocol.min_runs:
-        notes = (*notes, f"{subject.name}: {runs} runs in the {MAX_SECONDS:.0f} s that a measurement may take, of {protocol.min_runs}")
+        notes = (
+            *notes,
+            f"{subject.name}: {runs} runs in the {MAX_SECONDS:.0f} s that a measurement may take; the profile asks for {protocol.min_runs}",
+        )
     return Measurement(
         subject=subject.name,
         runtime=subject.runtime,

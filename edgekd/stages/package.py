@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Package: the output folder of one target. A model that lies there has passed, and the manifest beside it says so.
+"""Package: the output folder of one target. A model in it has passed, and the manifest beside it says so.
 
-Order of writing: the stamp goes first, then an earlier model; then come reports and manifest, then the model that they are
-about, and the stamp last. So, wherever a build is killed, a model never lies beside a manifest or a report of another, and make
-never takes a build for current that was killed or failed.
+Order of writing: first the stamp and an earlier model are removed; then the reports and the manifest are written, then the
+model that they describe, and the stamp last. So, whenever a build is killed, a model is never beside a manifest or a report of
+another one, and make never takes a build for current that was killed or failed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MANIFEST = "manifest.json"
 REPORT = "report.json"
 SUMMARY = "report.md"
 MIN_FREE_BYTES = 16 * 2**20
-EQUALS = "edgekd.equals"  # a make variable: written plainly, a name with "=" would make its rule an assignment
-# what make cannot read in a name, however it is escaped (tried with GNU make 4.3): separators, archive members, grouped targets
-NO_NAME = re.compile(r"[\x00-\x1f\x7f;|\\]|\(.*\)$|&$")
+EQUALS = "edgekd.equals"  # a make variable: with a literal "=" in a name, its rule would be an assignment
+# what make cannot read in a name, even escaped (checked with GNU make 4.3): separators, archive members, grouped targets
+UNESCAPABLE = re.compile(r"[\x00-\x1f\x7f;|\\]|\(.*\)$|&$")
 
 
 def check_writable(folder: Path) -> None:
-    """Create a folder and try it, before any long stage.
+    """Create a folder and write to it, before any long stage.
 
     Raises:
         UsageError: if it cannot be written.
@@ -56,15 +56,15 @@ def ship(folder: Path, model: Path, name: str, manifest: Mapping[str, Any], repo
     """Write model, manifest, reports and stamp.
 
     Raises:
-        StorageError: if the folder cannot be written; the stamp is gone then.
+        StorageError: if the folder cannot be written; the stamp has been removed then.
     """
-    told = {REPORT: as_json(report), SUMMARY: summary.encode(), MANIFEST: as_json(manifest)}
+    texts = {REPORT: as_json(report), SUMMARY: summary.encode(), MANIFEST: as_json(manifest)}
     try:
         (folder / STAMP).unlink(missing_ok=True)
         for path in _models(folder):
             if path.name != name or _differs(path, model):
                 path.unlink()
-        for file, content in told.items():
+        for file, content in texts.items():
             _write(folder / file, content)
         copy(model, folder / name)
         write_atomically(folder / STAMP, f"{manifest['outputs'][name]['sha256']}\n".encode())
@@ -73,51 +73,51 @@ def ship(folder: Path, model: Path, name: str, manifest: Mapping[str, Any], repo
 
 
 def withhold(folder: Path, report: Mapping[str, Any], summary: str) -> None:
-    """Write reports only; what an earlier build shipped is taken away, the stamp first.
+    """Write reports only; remove what an earlier build shipped, the stamp first.
 
     Raises:
         StorageError: if the folder cannot be written.
     """
-    told = {REPORT: as_json(report), SUMMARY: summary.encode()}
+    texts = {REPORT: as_json(report), SUMMARY: summary.encode()}
     try:
         for path in (folder / STAMP, *_models(folder), folder / MANIFEST):
             path.unlink(missing_ok=True)
-        for file, content in told.items():
+        for file, content in texts.items():
             _write(folder / file, content)
     except OSError as error:
         raise _unwritable(folder, error) from error
 
 
 def touch(folder: Path) -> None:
-    """Move the stamp of a build whose last verdict stands."""
+    """Update the time of the stamp, for a build with a cached verdict."""
     with suppress(FileNotFoundError):
         os.utime(folder / STAMP)
 
 
 def read_previous(folder: Path) -> dict[str, Any] | None:
-    """Return the last report, or None if there is none that can be believed: its model must be there, byte for byte."""
-    report, manifest = _read(folder / REPORT), _read(folder / MANIFEST)
+    """Return the last report, or None if there is none that can be trusted: its model must be there, byte for byte."""
+    report, manifest = _read_mapping(folder / REPORT), _read_mapping(folder / MANIFEST)
     if report is None or (report.get("shipped") is not None) != (manifest is not None) or not (folder / SUMMARY).is_file():
         return None
     if manifest is None:
         return None if _models(folder) or (folder / STAMP).exists() else report
     try:
-        model, known = folder / report["shipped"], manifest["outputs"][report["shipped"]]["sha256"]
+        model, sha256 = folder / report["shipped"], manifest["outputs"][report["shipped"]]["sha256"]
     except (KeyError, TypeError):
         return None
-    whole = _models(folder) == [model] and (folder / STAMP).is_file() and file_digest(model) == known
-    return report if whole else None
+    is_intact = _models(folder) == [model] and (folder / STAMP).is_file() and file_digest(model) == sha256
+    return report if is_intact else None
 
 
 def write_depfile(path: Path, targets: Sequence[Path], prerequisites: Iterable[Path]) -> None:
-    """Write make rules as ``gcc -MD -MP`` does: the stamps depend on what was read, and a file that is gone is no error.
+    """Write make rules as ``gcc -MD -MP`` does: the stamps depend on the files that the build read, and a missing file is not an error.
 
     Raises:
-        UsageError: if a name cannot stand in a makefile.
+        UsageError: if a name cannot be written in a makefile.
     """
-    names = list(dict.fromkeys(_near(item) for item in prerequisites))
-    rule = f"{' '.join(_as_target(_near(item)) for item in targets)}: {' '.join(map(_escape, names))}\n"
-    text = rule + "".join(f"\n{_as_target(name)}:\n" for name in names)
+    names = list(dict.fromkeys(map(_path_for_make, prerequisites)))
+    rule = f"{' '.join(_escape_target(_path_for_make(path)) for path in targets)}: {' '.join(map(_escape, names))}\n"
+    text = rule + "".join(f"\n{_escape_target(name)}:\n" for name in names)
     if EQUALS in text:
         text = f"{EQUALS} := =\n{text}"
     try:
@@ -127,7 +127,7 @@ def write_depfile(path: Path, targets: Sequence[Path], prerequisites: Iterable[P
 
 
 def copy(source: Path, path: Path) -> None:
-    """Copy a file, unless it is there already byte for byte."""
+    """Copy a file, unless the destination has the same bytes already."""
     if _differs(path, source):
         write_atomically(path, source.read_bytes())
 
@@ -150,32 +150,32 @@ def _write(path: Path, content: bytes) -> None:
         write_atomically(path, content)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_mapping(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
-def _near(path: Path) -> str:
-    """Return a path as make will see it: relative to where the build runs, if it lies below (and is not like a user's home)."""
-    whole = os.path.normpath(path.absolute())
-    near = os.path.relpath(whole)
-    return whole if near.startswith((os.pardir, "~")) else near
+def _path_for_make(path: Path) -> str:
+    """Return a path for make: relative if it is below the working directory (and does not look like a user's home)."""
+    absolute = os.path.normpath(path.absolute())
+    relative = os.path.relpath(absolute)
+    return absolute if relative.startswith((os.pardir, "~")) else relative
 
 
 def _escape(name: str) -> str:
-    """Return a name as make reads it among the prerequisites of a rule."""
-    found = NO_NAME.search(name)
-    if found is not None:
-        what = "a line break" if found[0] in {"\n", "\r"} else repr(found[0])
-        raise UsageError(f"{name!r}: a file name with {what} cannot stand in a depfile; rename it, or build without --depfile")
+    """Return a name as it must be written among the prerequisites of a rule."""
+    match = UNESCAPABLE.search(name)
+    if match is not None:
+        what = "a line break" if match[0] in {"\n", "\r"} else repr(match[0])
+        raise UsageError(f"{name!r}: a file name with {what} cannot be written in a depfile; rename it, or build without --depfile")
     return re.sub(r"[ #:*?\[\]]", r"\\\g<0>", name.replace("$", "$$").replace("=", f"$({EQUALS})"))
 
 
-def _as_target(name: str) -> str:
-    """Return a name as make reads it before a colon, where ``%`` would make the rule a pattern."""
+def _escape_target(name: str) -> str:
+    """Return a name as it must be written before a colon, where ``%`` would make the rule a pattern."""
     return _escape(name).replace("%", "\\%")
 
 

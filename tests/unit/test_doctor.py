@@ -8,16 +8,16 @@ import pytest
 from edgekd import doctor
 
 
-def test_what_is_missing_is_told_with_the_command_that_mends_it(tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_with_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "tool_version", lambda name: None if name == "onnxsim" else "99.0")
     findings = doctor.check(tmp_path / "cache", deep=False)
     line = next(line for line in doctor.as_text(findings).splitlines() if "onnxsim" in line)
     assert line.startswith("MISSING")
-    assert line.endswith("to mend it: pip install 'edgekd[build]'")
+    assert line.endswith("fix: pip install 'edgekd[build]'")
     assert doctor.exit_code(findings) == 3
 
 
-def test_an_optional_tool_that_is_absent_is_no_failure(tmp_path, monkeypatch):
+def test_a_missing_optional_tool_is_not_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "tool_version", lambda name: "99.0")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     findings = doctor.check(tmp_path, deep=False)
@@ -25,18 +25,18 @@ def test_an_optional_tool_that_is_absent_is_no_failure(tmp_path, monkeypatch):
     assert "apt-get install adb" in doctor.as_text(findings)
 
 
-def test_deep_imports_in_a_process_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "PACKAGES", {"numpy": ("no_such_module", "x", "mend it"), "click": ("click", "x", "mend it")})
-    found = {finding.name: finding for finding in doctor.check(tmp_path, deep=True)}
-    assert not found["numpy"].ok
-    assert "No module named 'no_such_module'" in found["numpy"].found
-    assert found["click"].ok
+def test_deep_imports_each_package_in_its_own_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "PACKAGES", {"numpy": ("no_such_module", "x", "fix it"), "click": ("click", "x", "fix it")})
+    findings = {finding.name: finding for finding in doctor.check(tmp_path, deep=True)}
+    assert not findings["numpy"].ok
+    assert "No module named 'no_such_module'" in findings["numpy"].detail
+    assert findings["click"].ok
 
 
-def test_a_cache_without_room_is_told(tmp_path, monkeypatch):
+def test_a_cache_without_free_space_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 2**80)
     (finding,) = [item for item in doctor.check(tmp_path, deep=False) if item.name == "cache"]
-    assert (finding.ok, finding.needed) == (False, True)
+    assert (finding.ok, finding.required) == (False, True)
 
 
 def test_json_holds_the_same(tmp_path):
@@ -44,52 +44,52 @@ def test_json_holds_the_same(tmp_path):
     assert [row["name"] for row in json.loads(doctor.as_json(findings))] == [finding.name for finding in findings]
 
 
-def test_a_version_below_what_the_package_declares_is_told_with_both(tmp_path, monkeypatch):
+def test_a_version_that_is_too_old_is_reported_with_the_lowest_one_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "tool_version", lambda name: {"torch": "2.8.1+cpu", "onnx": "1.9.1"}.get(name, "99.0"))
-    bad = [finding for finding in doctor.check(tmp_path, deep=False) if finding.needed and not finding.ok]
-    assert [(finding.name, finding.found) for finding in bad] == [
+    too_old = [finding for finding in doctor.check(tmp_path, deep=False) if finding.required and not finding.ok]
+    assert [(finding.name, finding.detail) for finding in too_old] == [
         ("torch", "2.8.1+cpu; edgekd needs at least 2.9"),
         ("onnx", "1.9.1; edgekd needs at least 1.17"),
     ]
-    assert bad[0].mend == "pip install 'edgekd[build]' --upgrade"
+    assert too_old[0].fix == "pip install 'edgekd[build]' --upgrade"
 
 
 @pytest.mark.parametrize(("version", "older"), [("2.9", False), ("2.10.0", False), ("2.13.0+cpu", False), ("2.8.9", True), ("1.99", True)])
-def test_versions_are_compared_as_numbers(version, older):
-    assert (doctor._numbers(version) < doctor._numbers("2.9")) is older
+def test_versions_are_compared_as_version_numbers(version, older):
+    assert (doctor._version_numbers(version) < doctor._version_numbers("2.9")) is older
 
 
 def test_every_package_has_a_lowest_version():
-    assert [name for name in doctor.PACKAGES if doctor._least(name) is None] == []
-    assert doctor._least("onnx") != doctor._least("onnxruntime")
+    assert [name for name in doctor.PACKAGES if doctor._minimum_version(name) is None] == []
+    assert doctor._minimum_version("onnx") != doctor._minimum_version("onnxruntime")
 
 
-def test_a_package_of_the_folder_does_not_stand_in_for_the_installed_one(tmp_path, monkeypatch):
+def test_a_module_in_the_working_directory_is_not_taken_for_the_installed_package(tmp_path, monkeypatch):
     (tmp_path / "click.py").write_text("raise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doctor, "PACKAGES", {"click": ("click", "x", "mend it")})
+    monkeypatch.setattr(doctor, "PACKAGES", {"click": ("click", "x", "fix it")})
     assert next(finding for finding in doctor.check(tmp_path, deep=True) if finding.name == "click").ok
 
 
-def test_a_cache_that_is_a_file_is_told(tmp_path):
+def test_a_cache_that_is_a_file_is_reported(tmp_path):
     (tmp_path / "cache").write_text("")
     (tmp_path / "cache").chmod(0o755)
     (finding,) = [item for item in doctor.check(tmp_path / "cache", deep=False) if item.name == "cache"]
-    assert (finding.ok, finding.found.endswith(", not writable")) == (False, True)
+    assert (finding.ok, finding.detail.endswith(", not writable")) == (False, True)
     (below,) = [item for item in doctor.check(tmp_path / "not" / "yet" / "there", deep=False) if item.name == "cache"]
-    assert below.found.startswith(f"{tmp_path}/not/yet/there, ")
+    assert below.detail.startswith(f"{tmp_path}/not/yet/there, ")
 
 
 @pytest.mark.parametrize(("clock", "ok"), [("tsc\n", True), ("hpet\n", False), ("arch_sys_counter\n", True), (None, True)])
-def test_a_slow_clock_is_told(tmp_path, monkeypatch, clock, ok):
+def test_a_slow_clock_is_reported(tmp_path, monkeypatch, clock, ok):
     monkeypatch.setattr(doctor, "CLOCK", tmp_path / "clock")
     if clock:
         (tmp_path / "clock").write_text(clock)
     (finding,) = [item for item in doctor.check(tmp_path, deep=False) if item.name == "clock"]
-    assert (finding.ok, finding.needed, finding.found) == (ok, False, (clock or "unknown").strip())
+    assert (finding.ok, finding.required, finding.detail) == (ok, False, (clock or "unknown").strip())
 
 
-def test_the_accelerator_that_training_would_try_is_told(tmp_path, monkeypatch):
+def test_the_accelerator_that_training_would_use_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.execution, "accelerators", lambda: {"cuda": "NVIDIA T1"})
-    (found,) = [item for item in doctor.check(tmp_path, deep=False) if item.name == "accelerator"]
-    assert (found.ok, found.found) == (True, "cuda (NVIDIA T1)")
+    (finding,) = [item for item in doctor.check(tmp_path, deep=False) if item.name == "accelerator"]
+    assert (finding.ok, finding.detail) == (True, "cuda (NVIDIA T1)")

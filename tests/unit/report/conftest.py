@@ -10,6 +10,6 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture
-def told():
-    """Return the document of a build that passed; the golden one, which follows the schema."""
+def report():
+    """Return the report of a build that passed: the golden one, which follows the schema."""
     return json.loads((GOLDEN / "report_pass.json").read_text())

@@ -7,88 +7,92 @@ from edgekd.domain.recipe import Budget, Quantize, TargetOverrides
 from edgekd.report import collect
 
 
-def _warned(limit, samples, groups):
+def _warnings(limit, samples, groups):
     metrics = {"splits": {"evaluation": {"samples": samples}}, "groups": groups}
     recipe = SimpleNamespace(overrides_for=lambda _: TargetOverrides(Budget(max_accuracy_drop_pp=limit), Quantize()))
     plan = SimpleNamespace(targets=(SimpleNamespace(name="board"),), recipe=recipe)
-    return collect.provable_warnings(plan, {"inspect": SimpleNamespace(entry=SimpleNamespace(metrics=metrics))})
+    return collect.budget_warnings(plan, {"inspect": SimpleNamespace(entry=SimpleNamespace(metrics=metrics))})
 
 
-def test_a_budget_that_the_evaluation_set_can_prove_is_not_warned_of():
-    assert _warned(2.5, 450, 450) == []
-    assert _warned(None, 10, 10) == []
+def test_a_budget_that_the_evaluation_set_can_prove_gets_no_warning():
+    assert _warnings(2.5, 450, 450) == []
+    assert _warnings(None, 10, 10) == []
 
 
-def test_a_budget_below_what_is_usually_proved_may_end_inconclusive():
-    (line,) = _warned(1.5, 450, 450)
-    assert line.startswith("board: 450 evaluation samples prove a drop of 2.07 pp")
-    assert line.endswith("the budget max_accuracy_drop_pp = 1.5 may well end INCONCLUSIVE")
+def test_a_budget_below_what_can_usually_be_proved_may_be_inconclusive():
+    (line,) = _warnings(1.5, 450, 450)
+    assert line.startswith("board: with 450 evaluation samples, a drop of less than 2.07 pp cannot be proved")
+    assert line.endswith("the budget is max_accuracy_drop_pp = 1.5: the verdict may be INCONCLUSIVE")
 
 
 def test_a_budget_below_what_can_be_proved_cannot_pass():
-    (line,) = _warned(0.5, 450, 450)
-    assert line.endswith("cannot pass, whatever the student")
+    (line,) = _warnings(0.5, 450, 450)
+    assert line.endswith("no student can PASS")
 
 
-def test_few_speakers_prove_less_than_their_samples_and_only_the_samples_say_what_cannot_be():
-    (line,) = _warned(5.0, 720, 6)
-    assert line.startswith("board: 720 evaluation samples in 6 groups prove a drop of 17.89 pp")
-    assert line.endswith("may well end INCONCLUSIVE")
-    assert _warned(0.1, 720, 6)[0].endswith("cannot pass, whatever the student")
+def test_groups_prove_less_than_their_samples_but_only_samples_rule_out_a_pass():
+    (line,) = _warnings(5.0, 720, 6)
+    assert line.startswith("board: with 720 evaluation samples in 6 groups, a drop of less than 17.89 pp cannot be proved")
+    assert line.endswith("the verdict may be INCONCLUSIVE")
+    assert _warnings(0.1, 720, 6)[0].endswith("no student can PASS")
 
 
-def _capacity(trained, validation, teacher, augment=None):
-    metrics = {"distill": {"train_accuracy": trained, "validation_accuracy": validation}, "soft_targets": {"validation_accuracy": teacher}}
-    done = {name: SimpleNamespace(entry=SimpleNamespace(metrics=found)) for name, found in metrics.items()}
+def _capacity_note(train, validation, teacher, augment=None):
+    metrics = {"distill": {"train_accuracy": train, "validation_accuracy": validation}, "soft_targets": {"validation_accuracy": teacher}}
+    completed = {name: SimpleNamespace(entry=SimpleNamespace(metrics=metric)) for name, metric in metrics.items()}
     recipe = SimpleNamespace(distill=SimpleNamespace(augment=augment), sizes={})
-    return collect._capacity(SimpleNamespace(done=done, plan=SimpleNamespace(recipe=recipe)))
+    return collect._capacity_note(SimpleNamespace(completed=completed, plan=SimpleNamespace(recipe=recipe)))
 
 
-def test_a_student_that_does_no_better_on_what_it_was_trained_on_lacks_capacity():
-    assert _capacity(0.80, 0.80, 0.92).startswith("the student's capacity is the limit: 12.0 pp behind its teacher")
+def test_a_student_that_does_not_overfit_and_is_below_its_teacher_lacks_capacity():
+    assert _capacity_note(0.80, 0.80, 0.92).startswith(
+        "the student's capacity is the limit: its validation accuracy is 12.0 pp below the teacher's"
+    )
 
 
-def test_a_student_that_overfits_or_is_near_its_teacher_does_not():
-    assert _capacity(0.99, 0.80, 0.92) is None
-    assert _capacity(0.91, 0.91, 0.92) is None
-    assert _capacity(None, None, 0.92) is None
-    assert _capacity(0.80, 0.80, None) is None
-    assert _capacity(0.80, 0.80, 0.92, augment="data.py:augment") is None
+def test_a_student_that_overfits_or_is_near_its_teacher_does_not_lack_capacity():
+    assert _capacity_note(0.99, 0.80, 0.92) is None
+    assert _capacity_note(0.91, 0.91, 0.92) is None
+    assert _capacity_note(None, None, 0.92) is None
+    assert _capacity_note(0.80, 0.80, None) is None
+    assert _capacity_note(0.80, 0.80, 0.92, augment="data.py:augment") is None
 
 
-def _sizes(teacher, found, limit=None):
-    """Return the remark on students of other sizes: ``found`` maps names to (parameters, accuracy), the student's own first."""
-    steps = {"distill" if number == 0 else f"distill/size/{number - 1}": name for number, name in enumerate(found)}
-    metrics = {step: {"validation_accuracy": found[name][1]} for step, name in steps.items()}
-    counts = {name: count for name, (count, _) in found.items()}
+def _sizes_note(teacher, students, limit=None):
+    """Return the note on students of other sizes: ``students`` maps names to (parameters, accuracy), the student's own first."""
+    steps = {"distill" if number == 0 else f"distill/size/{number - 1}": name for number, name in enumerate(students)}
+    metrics = {step: {"validation_accuracy": students[name][1]} for step, name in steps.items()}
+    counts = {name: count for name, (count, _) in students.items()}
     metrics |= {
         "soft_targets": {"validation_accuracy": teacher},
         "inspect": {"student": {"parameters": counts["student"]}, "sizes": counts},
     }
-    done = {name: SimpleNamespace(entry=SimpleNamespace(metrics=metric)) for name, metric in metrics.items()}
+    completed = {name: SimpleNamespace(entry=SimpleNamespace(metrics=metric)) for name, metric in metrics.items()}
     budget = TargetOverrides(Budget(max_accuracy_drop_pp=limit), Quantize())
     recipe = SimpleNamespace(
         student=SimpleNamespace(model="student"),
         sizes={name: model for name, model in steps.items() if "/" in name},
         overrides_for=lambda _: budget,
     )
-    return collect._sizes(SimpleNamespace(done=done, plan=SimpleNamespace(recipe=recipe), target=SimpleNamespace(name="board")))
+    return collect._sizes_note(
+        SimpleNamespace(completed=completed, plan=SimpleNamespace(recipe=recipe), target=SimpleNamespace(name="board"))
+    )
 
 
-def test_the_smallest_size_that_is_near_enough_is_named():
-    found = {"student": (1000, 0.80), "huge": (9000, 0.919), "wide": (4000, 0.90)}
-    told = _sizes(0.92, found)
-    assert told.startswith(
+def test_the_smallest_size_that_is_close_enough_is_named():
+    students = {"student": (1000, 0.80), "huge": (9000, 0.919), "wide": (4000, 0.90)}
+    note = _sizes_note(0.92, students)
+    assert note.startswith(
         "sizes, on validation, where the teacher has 92.00 %: student (1,000 parameters) 80.00 %, wide (4,000 parameters)"
     )
-    assert told.endswith("; the smallest within 3 pp is wide")
-    assert _sizes(0.92, found, limit=1.0).endswith("; the smallest within 1 pp is huge")
-    assert _sizes(0.95, found, limit=1.0).endswith("; none is within 1 pp: try larger ones")
-    assert _sizes(0.92, {"student": (1000, 0.80)}) is None
-    assert _sizes(None, found) is None
+    assert note.endswith("; the smallest within 3 pp is wide")
+    assert _sizes_note(0.92, students, limit=1.0).endswith("; the smallest within 1 pp is huge")
+    assert _sizes_note(0.95, students, limit=1.0).endswith("; none is within 1 pp: try larger ones")
+    assert _sizes_note(0.92, {"student": (1000, 0.80)}) is None
+    assert _sizes_note(None, students) is None
 
 
-def test_twins_and_what_teaches_them_tell_nothing_again():
+def test_the_notes_of_baselines_and_their_soft_targets_are_not_repeated():
     stages = {
         "soft_targets": "soft_targets",
         "soft_targets/pseudo_labels/0": "soft_targets",
@@ -102,7 +106,7 @@ def test_twins_and_what_teaches_them_tell_nothing_again():
         "export/student/litert": "export",
     }
     metrics = {"train_accuracy": None, "validation_accuracy": None}
-    done = {
+    completed = {
         name: SimpleNamespace(step=SimpleNamespace(stage=stage), entry=SimpleNamespace(notes=(f"of {name}",), metrics=metrics))
         for name, stage in stages.items()
     }
@@ -112,7 +116,7 @@ def test_twins_and_what_teaches_them_tell_nothing_again():
         "pseudo_labels": ("distill/pseudo_labels/0",),
     }
     recipe = SimpleNamespace(arms=arms, sizes={}, distill=SimpleNamespace(augment=None, break_even_inferences=None))
-    case = SimpleNamespace(done=done, plan=SimpleNamespace(recipe=recipe, targets=()))
-    told = collect._notes(case, [], {"break_even_inferences": None})
+    target_run = SimpleNamespace(completed=completed, plan=SimpleNamespace(recipe=recipe, targets=()))
+    notes = collect._notes(target_run, [], {"break_even_inferences": None})
     expected = ["soft_targets", "distill/search", "distill/search/label_smoothing/0", "distill", "export/teacher/litert"]
-    assert told == [f"of {name}" for name in expected]
+    assert notes == [f"of {name}" for name in expected]

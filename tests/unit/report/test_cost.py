@@ -24,45 +24,45 @@ STEPS = {  # seconds, samples, bytes
 }
 
 
-def _case(limit=None):
-    done = {}
+def _target_run(limit=None):
+    completed = {}
     for name, (stage, seconds, samples, size) in STEPS.items():
         entry = SimpleNamespace(
             seconds=seconds, metrics={"samples": samples} if samples else {}, artifacts={"file": SimpleNamespace(size_bytes=size)}
         )
-        done[name] = SimpleNamespace(step=SimpleNamespace(stage=stage), entry=entry)
+        completed[name] = SimpleNamespace(step=SimpleNamespace(stage=stage), entry=entry)
     recipe = SimpleNamespace(distill=SimpleNamespace(break_even_inferences=limit))
-    return SimpleNamespace(done=done, plan=SimpleNamespace(recipe=recipe))
+    return SimpleNamespace(completed=completed, plan=SimpleNamespace(recipe=recipe))
 
 
-def _measured(subject, ns):
+def _measurement(subject, ns):
     return SimpleNamespace(subject=subject, runtime="litert", threads=1, samples_ns=lambda: np.full(9, ns))
 
 
-def test_each_step_is_charged_to_its_part():
-    found = cost.training_cost(_case(), None, [])
-    rows = {row["part"]: (row["seconds"], row["samples"], row["bytes"]) for row in found["parts"]}
+def test_each_step_counts_in_its_part_of_the_cost():
+    costs = cost.training_cost(_target_run(), None, [])
+    rows = {row["part"]: (row["seconds"], row["samples"], row["bytes"]) for row in costs["parts"]}
     assert rows == {
         "teach": (8.0, 800, 80),
         "soft_targets": (4.0, 400, 40),
         "search": (2.0, 20, 2),
         "distill": (1.125, 100, 11),
         "sizes": (3.0, 300, 30),
-        "twins": (48.75, 4880, 488),
+        "baselines": (48.75, 4880, 488),
     }
-    assert found["break_even_inferences"] is None
+    assert costs["break_even_inferences"] is None
 
 
 @pytest.mark.parametrize(("student_ns", "expected"), [(1_000_000, 66_875), (2_000_000, None)])
-def test_all_of_it_is_won_back_after_as_many_inferences_as_save_it(student_ns, expected):
-    student = _measured("student", student_ns)
-    assert cost.training_cost(_case(), student, [_measured("teacher", 2_000_000), student])["break_even_inferences"] == expected
+def test_training_breaks_even_after_as_many_inferences_as_save_its_time(student_ns, expected):
+    student = _measurement("student", student_ns)
+    assert cost.training_cost(_target_run(), student, [_measurement("teacher", 2_000_000), student])["break_even_inferences"] == expected
 
 
-def test_training_that_costs_more_than_the_recipe_allows_is_remarked():
-    assert cost.break_even_note(_case(), {"break_even_inferences": None}) is None
-    assert cost.break_even_note(_case(1000), {"break_even_inferences": 1000}) is None
+def test_training_that_breaks_even_later_than_the_recipe_allows_is_noted():
+    assert cost.break_even_note(_target_run(), {"break_even_inferences": None}) is None
+    assert cost.break_even_note(_target_run(1000), {"break_even_inferences": 1000}) is None
     assert "takes 1,001 inferences as measured; distill.break_even_inferences = 1,000" in cost.break_even_note(
-        _case(1000), {"break_even_inferences": 1001}
+        _target_run(1000), {"break_even_inferences": 1001}
     )
-    assert "is unknown without a latency" in cost.break_even_note(_case(1000), {"break_even_inferences": None})
+    assert "is unknown without a latency" in cost.break_even_note(_target_run(1000), {"break_even_inferences": None})

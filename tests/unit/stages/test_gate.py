@@ -5,38 +5,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgekd.domain.candidate import Accuracy
 from edgekd.domain.measurement import Measurement
 from edgekd.domain.recipe import Budget
 from edgekd.domain.target import Limits
-from edgekd.domain.verdict import Interval, Outcome
+from edgekd.domain.verdict import Difference, Interval, Outcome
 from edgekd.stages import gate
-from edgekd.stats.scores import Difference
 
 LIMITS = Limits(memory_mib=64, storage_mib=1)
 PARITY = {"ok": True, "max_abs_error": 1e-6, "tolerance": 1e-3}
 
 
-def measured(ns=1_000_000, runs=300, peak=32 * 2**20, subject="c"):
+def measurement(ns=1_000_000, runs=300, peak=32 * 2**20, subject="c"):
     block = tuple(ns + index for index in range(10))
     return Measurement(subject, "litert", "2.3", 1, "d", (block,) * (runs // 10), 20, 1, 1, peak, {})
 
 
 def accuracy(drop=0.005, low=0.001, high=0.009, classes=None, unfit=None):
-    return gate.Accuracy(0.92, Interval(0.91, 0.93), Difference(drop, Interval(low, high), None), classes or {}, unfit)
+    return Accuracy(0.92, Interval(0.91, 0.93), Difference(drop, Interval(low, high), None), classes or {}, unfit)
 
 
-def judge(budget=None, **given):
+def judge(budget=None, **changed):
     evidence = {
         "accuracy": accuracy(),
         "parity": PARITY,
         "size_bytes": 10 * 1024,
-        "measurement": measured(),
-        "teacher": measured(5_000_000),
+        "measurement": measurement(),
+        "teacher": measurement(5_000_000),
     }
-    return gate.judge("board", budget or Budget(), LIMITS, gate.Evidence(**{**evidence, **given}))
+    return gate.judge("board", budget or Budget(), LIMITS, gate.Evidence(**{**evidence, **changed}))
 
 
-def check(verdict, name):
+def find_check(verdict, name):
     return next(item for item in verdict.checks if item.name == name)
 
 
@@ -50,26 +50,28 @@ def check(verdict, name):
     ],
 )
 def test_accuracy_drop_is_judged_by_the_far_end(interval, outcome):
-    found = check(judge(Budget(max_accuracy_drop_pp=1.0), accuracy=accuracy(low=interval[0], high=interval[1])), "max_accuracy_drop_pp")
-    assert found.outcome is outcome
-    assert (found.reason is None) == (outcome is Outcome.PASS)
+    check = find_check(
+        judge(Budget(max_accuracy_drop_pp=1.0), accuracy=accuracy(low=interval[0], high=interval[1])), "max_accuracy_drop_pp"
+    )
+    assert check.outcome is outcome
+    assert (check.reason is None) == (outcome is Outcome.PASS)
 
 
 @pytest.mark.parametrize(("floor", "outcome"), [(90.9, Outcome.PASS), (92.0, Outcome.INCONCLUSIVE), (93.1, Outcome.FAIL)])
-def test_accuracy_floor(floor, outcome):
-    assert check(judge(Budget(min_accuracy_pct=floor)), "min_accuracy_pct").outcome is outcome
+def test_the_lowest_allowed_accuracy(floor, outcome):
+    assert find_check(judge(Budget(min_accuracy_pct=floor)), "min_accuracy_pct").outcome is outcome
 
 
 @pytest.mark.parametrize(("limit", "outcome"), [(1.1, Outcome.PASS), (0.9, Outcome.FAIL)])
 @pytest.mark.parametrize("name", ["max_latency_p50_ms", "max_latency_p95_ms", "max_latency_p99_ms"])
-def test_latency(name, limit, outcome):
-    assert check(judge(Budget(**{name: limit})), name).outcome is outcome
+def test_latency_percentiles(name, limit, outcome):
+    assert find_check(judge(Budget(**{name: limit})), name).outcome is outcome
 
 
-def test_a_percentile_that_the_runs_cannot_carry_is_inconclusive_and_says_how_many_do():
-    found = check(judge(Budget(max_latency_p99_ms=100), measurement=measured(runs=290)), "max_latency_p99_ms")
-    assert found.outcome is Outcome.INCONCLUSIVE
-    assert "290 runs cannot carry a p99; it needs 299" in found.reason
+def test_a_percentile_of_too_few_runs_is_inconclusive_and_names_how_many_it_needs():
+    check = find_check(judge(Budget(max_latency_p99_ms=100), measurement=measurement(runs=290)), "max_latency_p99_ms")
+    assert check.outcome is Outcome.INCONCLUSIVE
+    assert "290 runs are too few for a p99; it needs 299" in check.reason
 
 
 def test_without_a_measurement_nothing_about_the_device_passes():
@@ -86,60 +88,60 @@ def test_an_unmeasured_target_is_inconclusive_without_any_budget():
     assert judge(measurement=None).outcome is Outcome.INCONCLUSIVE
 
 
-@pytest.mark.parametrize(("wanted", "outcome"), [(4.9, Outcome.PASS), (5.1, Outcome.FAIL)])
-def test_speed_up_against_the_teacher(wanted, outcome):
-    assert check(judge(Budget(min_speedup_x=wanted)), "min_speedup_x").outcome is outcome
+@pytest.mark.parametrize(("limit", "outcome"), [(4.9, Outcome.PASS), (5.1, Outcome.FAIL)])
+def test_speed_up_against_the_teacher(limit, outcome):
+    assert find_check(judge(Budget(min_speedup_x=limit)), "min_speedup_x").outcome is outcome
 
 
 def test_speed_up_without_a_teacher_on_this_runtime_is_unknown():
-    found = check(judge(Budget(min_speedup_x=1), teacher=None), "min_speedup_x")
-    assert found.outcome is Outcome.INCONCLUSIVE
-    assert "the teacher has no model on this runtime" in found.reason
+    check = find_check(judge(Budget(min_speedup_x=1), teacher=None), "min_speedup_x")
+    assert check.outcome is Outcome.INCONCLUSIVE
+    assert "the teacher has no model on this runtime" in check.reason
 
 
 def test_size_and_the_target_limits():
-    assert check(judge(Budget(max_size_kib=9)), "max_size_kib").outcome is Outcome.FAIL
-    assert check(judge(Budget(max_size_kib=10)), "max_size_kib").outcome is Outcome.PASS
-    assert check(judge(size_bytes=2 * 2**20), "limit.storage_mib").outcome is Outcome.FAIL
-    assert check(judge(measurement=measured(peak=65 * 2**20)), "limit.memory_mib").outcome is Outcome.FAIL
-    assert check(judge(measurement=measured(peak=None)), "limit.memory_mib").outcome is Outcome.INCONCLUSIVE
+    assert find_check(judge(Budget(max_size_kib=9)), "max_size_kib").outcome is Outcome.FAIL
+    assert find_check(judge(Budget(max_size_kib=10)), "max_size_kib").outcome is Outcome.PASS
+    assert find_check(judge(size_bytes=2 * 2**20), "limit.storage_mib").outcome is Outcome.FAIL
+    assert find_check(judge(measurement=measurement(peak=65 * 2**20)), "limit.memory_mib").outcome is Outcome.FAIL
+    assert find_check(judge(measurement=measurement(peak=None)), "limit.memory_mib").outcome is Outcome.INCONCLUSIVE
 
 
-def test_parity_that_is_off_fails():
+def test_an_export_that_differs_from_pytorch_fails():
     verdict = judge(parity={"ok": False, "max_abs_error": None, "tolerance": 1e-3})
-    assert check(verdict, "parity").outcome is Outcome.FAIL
+    assert find_check(verdict, "parity").outcome is Outcome.FAIL
     assert verdict.outcome is Outcome.FAIL
 
 
-def test_the_worst_class_speaks_for_all():
+def test_the_worst_class_decides():
     classes = {
         "0": {"drop": 0.0, "interval": [-0.01, 0.01]},
         "1": {"drop": 0.2, "interval": [0.1, 0.3]},
         "2": {"drop": 0.3, "interval": [0.0, 0.5]},
     }
-    found = check(judge(Budget(max_class_drop_pp=5), accuracy=accuracy(classes=classes)), "max_class_drop_pp")
-    assert found.outcome is Outcome.FAIL
-    assert "class 1" in found.reason
+    check = find_check(judge(Budget(max_class_drop_pp=5), accuracy=accuracy(classes=classes)), "max_class_drop_pp")
+    assert check.outcome is Outcome.FAIL
+    assert "class 1" in check.reason
 
 
 def test_a_class_budget_without_scores_by_class_is_inconclusive():
-    assert check(judge(Budget(max_class_drop_pp=5)), "max_class_drop_pp").outcome is Outcome.INCONCLUSIVE
+    assert find_check(judge(Budget(max_class_drop_pp=5)), "max_class_drop_pp").outcome is Outcome.INCONCLUSIVE
 
 
-def test_accuracy_from_an_instruction_set_that_saturates_does_not_count():
+def test_accuracy_computed_with_a_saturating_instruction_set_is_inconclusive():
     verdict = judge(Budget(max_accuracy_drop_pp=5.0), accuracy=accuracy(unfit="it saturates"))
-    found = check(verdict, "max_accuracy_drop_pp")
-    assert (found.outcome, found.reason) == (Outcome.INCONCLUSIVE, "it saturates")
+    check = find_check(verdict, "max_accuracy_drop_pp")
+    assert (check.outcome, check.reason) == (Outcome.INCONCLUSIVE, "it saturates")
 
 
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 100))
-def test_pass_means_that_the_whole_interval_is_inside(value, below, above, limit):
-    found = gate.at_most("x", value, Interval(value - below, value + above), limit, "", "it")
-    assert (found.outcome is Outcome.PASS) == (value + above <= limit)
-    assert (found.outcome is Outcome.FAIL) == (value - below > limit)
+def test_pass_means_that_the_whole_interval_is_within_the_limit(value, below, above, limit):
+    check = gate.at_most("x", value, Interval(value - below, value + above), limit, "", "it")
+    assert (check.outcome is Outcome.PASS) == (value + above <= limit)
+    assert (check.outcome is Outcome.FAIL) == (value - below > limit)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_never_passes(bad):
+def test_a_value_that_is_not_finite_never_passes(bad):
     assert gate.at_most("x", bad, Interval(0, 0), 1, "", "it").outcome is Outcome.INCONCLUSIVE
     assert gate.at_least("x", 5, Interval(bad, bad), 1, "", "it").outcome is Outcome.INCONCLUSIVE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure: what a device is asked, what becomes of its answer, and what is remarked about the machine; on scripted answers."""
+"""Measure: the job that a device gets, the Measurement made of its output, and the notes; on a scripted device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNREADABLE = {**QUIET, "governor": "unknown", "temp_c": None, "throttled": None,
 
 
 class Scripted:
-    """A device that keeps the job and gives each subject the same answer."""
+    """A device that stores its job and returns the same output for each subject."""
 
     KIND = "scripted"
 
@@ -53,14 +53,14 @@ def model(tmp_path):
     return path
 
 
-def _measured(device, subjects, protocol=PROTOCOL, **keywords):
+def _measure(device, subjects, protocol=PROTOCOL, **keywords):
     return measure.measure(subjects, protocol, device, lambda share, text: None, **keywords)
 
 
-def test_what_a_device_is_asked(model):
+def test_the_job_that_a_device_gets(model):
     device = Scripted()
     subjects = [measure.Subject("teacher", "litert", model, 1, [Path("x.npy")]), measure.Subject("teacher", "litert", model, 4)]
-    _measured(device, subjects)
+    _measure(device, subjects)
     first, second = device.job["subjects"]
     assert first == {"id": "teacher on litert, 1 thread", "runtime": "litert", "path": str(model), "threads": 1, "inputs": ["x.npy"]}
     assert (second["id"], second["threads"], second["inputs"]) == ("teacher on litert, 4 threads", 4, [])
@@ -69,69 +69,78 @@ def test_what_a_device_is_asked(model):
     assert device.job["max_seconds"] > 0
 
 
-def test_what_becomes_of_the_answer(model):
-    (found,) = _measured(Scripted(), [measure.Subject("a/candidate", "litert", model, 4)])
-    assert (found.subject, found.runtime, found.runtime_version, found.threads) == ("a/candidate", "litert", "9.9", 4)
-    assert found.model_digest == file_digest(model)
-    assert found.blocks_ns == ((5, 6), (7, 8))
-    assert (found.warmup_runs, found.load_ns, found.first_ns, found.peak_rss_bytes) == (20, 1, 2, 30)
-    assert (found.environment["rss_before_bytes"], found.environment["rounds"], found.environment["device"]) == (20, [1, 1], "scripted")
-    assert found.environment["before"] == QUIET
-    assert found.notes == ()
+def test_the_measurement_holds_the_output_of_the_device(model):
+    (measurement,) = _measure(Scripted(), [measure.Subject("a/candidate", "litert", model, 4)])
+    assert (measurement.subject, measurement.runtime, measurement.runtime_version, measurement.threads) == (
+        "a/candidate",
+        "litert",
+        "9.9",
+        4,
+    )
+    assert measurement.model_digest == file_digest(model)
+    assert measurement.blocks_ns == ((5, 6), (7, 8))
+    assert (measurement.warmup_runs, measurement.load_ns, measurement.first_ns, measurement.peak_rss_bytes) == (20, 1, 2, 30)
+    assert (measurement.environment["rss_before_bytes"], measurement.environment["rounds"], measurement.environment["device"]) == (
+        20,
+        [1, 1],
+        "scripted",
+    )
+    assert measurement.environment["before"] == QUIET
+    assert measurement.notes == ()
 
 
-def test_the_machine_is_held_alone_while_it_is_measured_and_no_longer(model):
+def test_measuring_has_exclusive_access_to_the_machine_and_releases_it(model):
     device = Scripted()
-    _measured(device, [measure.Subject("m", "litert", model, 1)])
+    _measure(device, [measure.Subject("m", "litert", model, 1)])
     assert device.shared_waits
     assert not _shared_waits()
     with pytest.raises(StageError, match="it broke"):
-        _measured(Scripted(fails=StageError("it broke")), [measure.Subject("m", "litert", model, 1)])
+        _measure(Scripted(fails=StageError("it broke")), [measure.Subject("m", "litert", model, 1)])
     assert not _shared_waits()
 
 
-def test_one_that_waits_for_the_machine_is_told(model):
+def test_waiting_for_the_machine_is_reported(model):
     program = "from edgekd.store import locks\nwith locks.machine_shared(): print(flush=True); input()"
     child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     child.stdout.readline()
-    told = []
+    calls = []
 
-    def waiting():
-        told.append("waits")
+    def on_wait():
+        calls.append("waits")
         child.communicate("\n")
 
-    _measured(Scripted(), [measure.Subject("m", "litert", model, 1)], waiting=waiting)
-    assert told == ["waits"]
+    _measure(Scripted(), [measure.Subject("m", "litert", model, 1)], on_wait=on_wait)
+    assert calls == ["waits"]
 
 
 def test_fewer_runs_than_asked_for_are_a_note_of_that_subject(model):
-    (found,) = _measured(Scripted([[5], [6]]), [measure.Subject("slow", "litert", model, 1)])
-    assert found.notes == ("slow: 2 runs in the 600 s that a measurement may take, of 4",)
+    (measurement,) = _measure(Scripted([[5], [6]]), [measure.Subject("slow", "litert", model, 1)])
+    assert measurement.notes == ("slow: 2 runs in the 600 s that a measurement may take; the profile asks for 4",)
 
 
-def _remarks(before=QUIET, after=None, seconds=10.0, own_s=9.0, protocol=PROTOCOL):
+def _notes(before=QUIET, after=None, seconds=10.0, own_s=9.0, protocol=PROTOCOL):
     after = {**before, "busy_s": None if before["busy_s"] is None else before["busy_s"] + own_s} if after is None else after
-    return measure.remarks({"before": before, "after": after, "seconds": seconds, "own_s": own_s}, protocol)
+    return measure.environment_notes({"before": before, "after": after, "seconds": seconds, "own_s": own_s}, protocol)
 
 
-def test_a_quiet_machine_has_no_remark():
-    assert _remarks() == ()
+def test_a_quiet_machine_has_no_notes():
+    assert _notes() == ()
 
 
-def test_what_cannot_be_read_is_told_once_and_is_no_noise():
-    assert _remarks(UNREADABLE) == ("the governor cannot be read on this machine: unknown",)
+def test_state_that_cannot_be_read_is_noted_once_and_is_not_noise():
+    assert _notes(UNREADABLE) == ("the governor cannot be read on this machine: unknown",)
 
 
 @pytest.mark.parametrize(("busy_s", "noisy"), [(109.9, False), (110.1, True)])
-def test_other_work_is_what_is_not_ours(busy_s, noisy):
-    found = _remarks(after={**QUIET, "busy_s": busy_s})  # in 10 s, of which 9 s are ours
-    assert (found == ("noisy: other work took 0.1 of 2 cores while measuring",)) == noisy
-    assert bool(found) == noisy
+def test_cpu_time_of_other_processes_is_noise(busy_s, noisy):
+    notes = _notes(after={**QUIET, "busy_s": busy_s})  # in 10 s, 9 s of them our own
+    assert (notes == ("noisy: other processes used 0.1 of 2 cores while measuring",)) == noisy
+    assert bool(notes) == noisy
 
 
-def test_what_a_hypervisor_takes_is_noise():
-    found = _remarks(after={**QUIET, "busy_s": 109.0, "steal_s": 2.0})
-    assert found == ("noisy: the hypervisor took 5 % of the processor's time while measuring",)
+def test_cpu_time_taken_by_a_hypervisor_is_noise():
+    notes = _notes(after={**QUIET, "busy_s": 109.0, "steal_s": 2.0})
+    assert notes == ("noisy: the hypervisor took 5 % of the CPU time while measuring",)
 
 
 @pytest.mark.parametrize(
@@ -139,59 +148,59 @@ def test_what_a_hypervisor_takes_is_noise():
     [
         (0, 0x4, "aarch64", True),
         (0x4, 0x4, "aarch64", True),
-        (0x50000, 0x50000, "aarch64", False),  # it was, before
-        (0, 0x50000, "aarch64", True),  # it was, meanwhile
-        (7, 7, "x86_64", False),  # a count since the start
+        (0x50000, 0x50000, "aarch64", False),  # throttled earlier
+        (0, 0x50000, "aarch64", True),  # throttled during the measurement
+        (7, 7, "x86_64", False),  # a count since boot
         (7, 9, "x86_64", True),
     ],
 )
 def test_throttling_is_noise(before, after, arch, noisy):
     fact = {**QUIET, "arch": arch}
-    found = _remarks({**fact, "throttled": before}, {**fact, "throttled": after, "busy_s": 109.0})
-    assert [note.partition(":")[0] for note in found] == ["noisy"] * noisy
+    notes = _notes({**fact, "throttled": before}, {**fact, "throttled": after, "busy_s": 109.0})
+    assert [note.partition(":")[0] for note in notes] == ["noisy"] * noisy
 
 
-def test_a_governor_and_a_temperature_that_the_profile_does_not_ask_for():
+def test_a_governor_and_a_temperature_outside_the_profile_are_noted():
     protocol = Protocol(warmup_runs=20, min_runs=4, min_seconds=2.0, governor="performance", max_temp_c=75)
-    assert _remarks(protocol=protocol) == ()
-    found = _remarks({**QUIET, "governor": "ondemand"}, {**QUIET, "busy_s": 109.0, "temp_c": 80.4}, protocol=protocol)
-    assert found == ("the governor is ondemand; the profile asks for performance", "the machine was at 80 C; the profile allows 75 C")
+    assert _notes(protocol=protocol) == ()
+    notes = _notes({**QUIET, "governor": "ondemand"}, {**QUIET, "busy_s": 109.0, "temp_c": 80.4}, protocol=protocol)
+    assert notes == ("the governor is ondemand; the profile asks for performance", "the machine was at 80 C; the profile allows 75 C")
 
 
-def _measured_files(paths, device, threads=()):
+def _measure_files(paths, device, threads=()):
     return measure.measure_files(paths, config.load_target("rpi4"), threads, device, lambda share, text: None)
 
 
 def test_the_runtime_of_a_file_follows_from_its_suffix_and_the_threads_from_the_profile(tmp_path, model):
     other = tmp_path / "m.onnx"
     other.write_bytes(b"another")
-    found = _measured_files([model, other], Scripted())
-    assert [(item.runtime, item.threads) for item in found] == [("litert", 1), ("litert", 4), ("onnxruntime", 1), ("onnxruntime", 4)]
-    assert [(item.runtime, item.threads) for item in _measured_files([model], Scripted(), [2])] == [("litert", 2)]
+    measurements = _measure_files([model, other], Scripted())
+    assert [(item.runtime, item.threads) for item in measurements] == [("litert", 1), ("litert", 4), ("onnxruntime", 1), ("onnxruntime", 4)]
+    assert [(item.runtime, item.threads) for item in _measure_files([model], Scripted(), [2])] == [("litert", 2)]
 
 
 def test_a_file_that_is_named_twice_is_measured_twice(model):
     device = Scripted()
-    assert len(_measured_files([model, model], device)) == 4
+    assert len(_measure_files([model, model], device)) == 4
     assert len({subject["id"] for subject in device.job["subjects"]}) == 4
 
 
-def test_all_files_that_cannot_be_measured_are_told_at_once(tmp_path):
+def test_all_files_that_cannot_be_measured_are_reported_at_once(tmp_path):
     (tmp_path / "data.py").write_text("")
     with pytest.raises(UsageError) as caught:
-        _measured_files([tmp_path / "none.onnx", tmp_path / "data.py"], Scripted())
+        _measure_files([tmp_path / "none.onnx", tmp_path / "data.py"], Scripted())
     none, other = str(caught.value).splitlines()
     assert none.endswith("none.onnx: no such file")
-    assert other.endswith("data.py: is no model file; expected one that ends in .onnx or .tflite")
+    assert other.endswith("data.py: is not a model file; expected one that ends in .onnx or .tflite")
 
 
-def test_a_model_file_is_measured_without_what_makes_models(tmp_path):
+def test_a_model_file_is_measured_without_torch_and_the_converters(tmp_path):
     node = helper.make_node("Relu", ["x"], ["y"])
     edges = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8]) for name in ("x", "y")]
-    made = helper.make_model(
+    model = helper.make_model(
         helper.make_graph([node], "g", edges[:1], edges[1:]), opset_imports=[helper.make_opsetid("", 17)], ir_version=9
     )
-    onnx.save(made, str(tmp_path / "m.onnx"))
+    onnx.save(model, str(tmp_path / "m.onnx"))
     program = (
         "import sys\nfor name in ('torch', 'onnx', 'litert_torch', 'ai_edge_quantizer', 'scipy'): sys.modules[name] = None\n"
         "from pathlib import Path\nfrom edgekd import config, registry\nfrom edgekd.stages import measure\nfrom dataclasses import replace\n"
@@ -200,5 +209,5 @@ def test_a_model_file_is_measured_without_what_makes_models(tmp_path):
         "(it,) = measure.measure_files([Path('m.onnx')], target, (1,), registry.device('local'), lambda share, text: None)\n"
         "print(len(it.samples_ns()) >= 8, it.runtime)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("True onnxruntime\n", "")
+    process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (process.stdout, process.stderr) == ("True onnxruntime\n", "")

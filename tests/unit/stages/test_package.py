@@ -36,20 +36,20 @@ def test_a_shipped_folder_holds_what_the_manifest_says(tmp_path, model):
     assert package.read_previous(out)["shipped"] == "toy.tflite"
 
 
-def test_an_output_is_rewritten_only_when_its_bytes_change_and_the_stamp_moves_always(tmp_path, model):
+def test_an_output_is_rewritten_only_when_its_bytes_change_but_the_stamp_always(tmp_path, model):
     out = tmp_path / "out"
     _ship(out, model)
     for path in out.iterdir():
         os.utime(path, (1, 1))
     _ship(out, model)
-    moved = {path.name for path in out.iterdir() if path.stat().st_mtime > 1}
-    assert moved == {"edgekd.stamp"}
+    rewritten = {path.name for path in out.iterdir() if path.stat().st_mtime > 1}
+    assert rewritten == {"edgekd.stamp"}
     model.write_bytes(b"other")
     _ship(out, model)
     assert (out / "toy.tflite").read_bytes() == b"other"
 
 
-def test_withholding_takes_away_what_an_earlier_build_shipped(tmp_path, model):
+def test_withholding_removes_what_an_earlier_build_shipped(tmp_path, model):
     out = tmp_path / "out"
     _ship(out, model)
     package.withhold(out, {"schema": 1, "outcome": "FAIL", "shipped": None}, "# failed")
@@ -57,7 +57,7 @@ def test_withholding_takes_away_what_an_earlier_build_shipped(tmp_path, model):
     assert package.read_previous(out)["outcome"] == "FAIL"
 
 
-def test_another_format_takes_the_place_of_the_last(tmp_path, model):
+def test_a_model_in_another_format_replaces_the_last_one(tmp_path, model):
     out = tmp_path / "out"
     _ship(out, model)
     _ship(out, model, "toy.onnx")
@@ -65,7 +65,7 @@ def test_another_format_takes_the_place_of_the_last(tmp_path, model):
 
 
 @pytest.mark.parametrize("name", ["toy.tflite", "manifest.json", "report.json", "edgekd.stamp"])
-def test_a_folder_that_was_touched_is_not_believed(tmp_path, model, name):
+def test_a_folder_that_was_changed_is_not_trusted(tmp_path, model, name):
     out = tmp_path / "out"
     _ship(out, model)
     (out / name).unlink()
@@ -92,8 +92,8 @@ def test_a_depfile_is_what_make_reads(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     package.write_depfile(tmp_path / "d.d", [tmp_path / "out" / "edgekd.stamp"], [tmp_path / name for name in [*names, "gone.py"]])
     (tmp_path / "Makefile").write_text("all: out/edgekd.stamp\nout/edgekd.stamp:\n\t@touch $@ && echo built\ninclude d.d\n")
-    run = lambda: subprocess.run(["make", "-s"], capture_output=True, text=True, check=False)  # noqa: E731  (once more and once more)
-    assert "built" in run().stdout  # a prerequisite that is gone is no error
+    run = lambda: subprocess.run(["make", "-s"], capture_output=True, text=True, check=False)  # noqa: E731  (called several times)
+    assert "built" in run().stdout  # a missing prerequisite is not an error
     (tmp_path / "gone.py").write_text("")
     os.utime(tmp_path / "gone.py", (1, 1))
     run()
@@ -105,11 +105,11 @@ def test_a_depfile_is_what_make_reads(tmp_path, monkeypatch):
         run()
 
 
-def test_a_name_that_make_cannot_hold_is_refused(tmp_path):
+def test_a_name_that_make_cannot_read_is_refused(tmp_path):
     with pytest.raises(UsageError, match="line break"):
         package.write_depfile(tmp_path / "d.d", [tmp_path / "stamp"], [tmp_path / "a\nb"])
     for name in ("a;b", "a|b", "a\tb", "a\\b", "a\\", "copy(1)", "a&"):
-        with pytest.raises(UsageError, match="cannot stand in a depfile; rename it, or build without --depfile"):
+        with pytest.raises(UsageError, match="cannot be written in a depfile; rename it, or build without --depfile"):
             package.write_depfile(tmp_path / "d.d", [tmp_path / "stamp"], [tmp_path / "recipe", tmp_path / name])
     assert not (tmp_path / "d.d").exists()
 
@@ -133,7 +133,7 @@ AWKWARD = (
 
 
 @pytest.mark.parametrize("name", [*AWKWARD, "all # of=it $%:"], ids=ascii)
-def test_an_awkward_name_is_the_file_of_that_name_to_make(tmp_path, monkeypatch, name):
+def test_make_finds_a_file_with_an_awkward_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -157,23 +157,23 @@ def test_an_awkward_name_is_the_file_of_that_name_to_make(tmp_path, monkeypatch,
     os.utime(path, (2**32, 2**32))
     assert built()
     path.unlink()
-    assert built()  # what is gone counts as changed, and is no error
+    assert built()  # a missing file counts as changed, and is not an error
 
 
 class Killed(BaseException):
-    """Nothing that follows happens, as after kill -9."""
+    """Raised where a real process would be killed."""
 
 
 @contextmanager
 def _killed_after(changes, monkeypatch):
-    """Let so many changes of files happen and no more; yields a list that is filled if that was enough."""
-    left, whole = [changes], []
+    """Allow a number of file changes, then raise Killed; yield a list that is filled if the code finished."""
+    remaining, finished = [changes], []
 
     def limited(function):
         def change(*arguments, **options):
-            if not left[0]:
+            if not remaining[0]:
                 raise Killed
-            left[0] -= 1
+            remaining[0] -= 1
             return function(*arguments, **options)
 
         return change
@@ -182,11 +182,11 @@ def _killed_after(changes, monkeypatch):
         patch.setattr(package, "write_atomically", limited(package.write_atomically))
         patch.setattr(Path, "unlink", limited(Path.unlink))
         with suppress(Killed):
-            yield whole
-            whole.append(True)
+            yield finished
+            finished.append(True)
 
 
-def _vouched_for(out):
+def _assert_consistent(out):
     models = [path for path in out.iterdir() if path.suffix in {".onnx", ".tflite"}]
     for model in models:
         assert json.loads((out / "manifest.json").read_text())["outputs"][model.name]["sha256"] == file_digest(model)
@@ -196,55 +196,58 @@ def _vouched_for(out):
         assert package.read_previous(out) is not None
 
 
-FIRST = {"nothing": None, "a pass": "toy.tflite", "another format": "toy.onnx", "a failure": ""}
+EARLIER_BUILDS = {"nothing": None, "a pass": "toy.tflite", "another format": "toy.onnx", "a failure": ""}
 
 
-@pytest.mark.parametrize("first", FIRST)
-@pytest.mark.parametrize("then", ["ship", "ship the same", "withhold"])
-def test_wherever_it_is_killed_no_model_lies_there_that_the_manifest_does_not_vouch_for(tmp_path, monkeypatch, first, then):
+@pytest.mark.parametrize("earlier", EARLIER_BUILDS)
+@pytest.mark.parametrize("action", ["ship", "ship the same", "withhold"])
+def test_whenever_it_is_killed_every_model_in_the_folder_is_described_by_the_manifest(tmp_path, monkeypatch, earlier, action):
     old, new = tmp_path / "old", tmp_path / "new"
     old.write_bytes(b"old model")
-    new.write_bytes(b"old model" if then == "ship the same" else b"new model")
+    new.write_bytes(b"old model" if action == "ship the same" else b"new model")
     for moment in range(20):
         out = tmp_path / f"out{moment}"
         out.mkdir()
-        if FIRST[first]:
-            _ship(out, old, FIRST[first])
-        elif first == "a failure":
+        if EARLIER_BUILDS[earlier]:
+            _ship(out, old, EARLIER_BUILDS[earlier])
+        elif earlier == "a failure":
             package.withhold(out, {"schema": 1, "outcome": "FAIL", "shipped": None}, "# failed")
-        with _killed_after(moment, monkeypatch) as whole:
-            if then == "withhold":
+        with _killed_after(moment, monkeypatch) as finished:
+            if action == "withhold":
                 package.withhold(out, {"schema": 1, "outcome": "INCONCLUSIVE", "shipped": None}, "# later")
             else:
                 _ship(out, new, text="# later")
-        _vouched_for(out)
+        _assert_consistent(out)
         _ship(out, new)
         assert package.read_previous(out)["shipped"] == "toy.tflite"
-        if whole:
+        if finished:
             break
     assert 3 <= moment < 19
 
 
 @pytest.mark.parametrize("manifest", [{}, [], {"outputs": {}}, {"outputs": {"toy.tflite": 3}}, {"outputs": {"other": {"sha256": "x"}}}])
-def test_a_manifest_that_does_not_name_the_model_is_not_believed(tmp_path, model, manifest):
+def test_a_manifest_that_does_not_name_the_model_is_not_trusted(tmp_path, model, manifest):
     out = tmp_path / "out"
     _ship(out, model)
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert package.read_previous(out) is None
 
 
-def test_a_second_model_in_the_folder_is_not_believed(tmp_path, model):
+def test_a_second_model_in_the_folder_is_not_trusted(tmp_path, model):
     out = tmp_path / "out"
     _ship(out, model)
     (out / "other.onnx").write_bytes(b"from elsewhere")
     assert package.read_previous(out) is None
 
 
-def test_a_report_that_is_no_json_changes_nothing(tmp_path, model):
+def test_a_report_that_is_not_valid_json_changes_nothing(tmp_path, model):
     out = tmp_path / "out"
     _ship(out, model)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    for change in (lambda bad: package.withhold(out, bad, "#"), lambda bad: package.ship(out, model, "toy.tflite", {}, bad, "#")):
+    for change in (
+        lambda report: package.withhold(out, report, "#"),
+        lambda report: package.ship(out, model, "toy.tflite", {}, report, "#"),
+    ):
         with pytest.raises(ValueError, match="JSON"):
             change({"schema": 1, "x": float("inf")})
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from edgekd.domain.artifact import Candidate
+from edgekd.domain.candidate import Candidate, Option
 from edgekd.domain.measurement import Measurement
 from edgekd.domain.verdict import Outcome
-from edgekd.stages.select import Option, select
+from edgekd.stages.select import select
 
 
-def measured(name, ns, threads=1, runtime="litert"):
+def measurement(name, ns, threads=1, runtime="litert"):
     return Measurement(name, runtime, "2.3", threads, "d", tuple((ns, ns + 1, ns + 2) for _ in range(8)), 20, 1, 1, 1, {})
 
 
 def option(name, ns=None, size=1000, outcome=Outcome.PASS, drop=0.1, scheme="static_wi8_ai8", float_ops=0):
     candidate = Candidate(name, "litert", scheme, "ptq", name, f"evaluate/{name}", (1,), {})
-    return Option(candidate, size, float_ops, outcome, drop, () if ns is None else (measured(name, ns),))
+    return Option(candidate, size, float_ops, outcome, drop, () if ns is None else (measurement(name, ns),))
 
 
 def test_the_fastest_within_the_accuracy_budget_ships():
     choice = select([option("a", 3000), option("b", 2000), option("c", 1000, outcome=Outcome.FAIL, drop=9)], 0)
     assert choice.option.candidate.id == "b"
     assert choice.selected_by.startswith("measurement: p50 ")
-    assert choice.why_not["c"] == "misses the accuracy budget (drop 9.00 points)"
+    assert choice.why_not["c"] == "misses the accuracy budget (drop 9.00 pp)"
     assert choice.why_not["a"].startswith("slower: ")
 
 
-def test_of_two_that_are_as_fast_the_smaller_ships():
+def test_of_two_equally_fast_candidates_the_smaller_ships():
     choice = select([option("a", 1000, size=2000), option("b", 1000, size=1000)], 0)
     assert choice.option.candidate.id == "b"
     assert choice.why_not["a"].startswith("as fast, and larger")
@@ -47,13 +47,13 @@ def test_float_ops_of_a_dynamic_scheme_do_not_count():
     assert select([option("a", 1000, float_ops=3, scheme="dynamic_wi8_afp32")], 0).option.candidate.id == "a"
 
 
-def test_what_is_sure_of_its_accuracy_comes_first():
+def test_a_candidate_that_passes_is_preferred_to_an_inconclusive_one():
     choice = select([option("a", 1000, outcome=Outcome.INCONCLUSIVE), option("b", 2000)], 0)
     assert choice.option.candidate.id == "b"
     assert "inconclusive" in choice.why_not["a"]
 
 
-def test_what_exceeds_the_size_budget_does_not_ship_while_another_fits():
+def test_a_candidate_above_the_size_budget_does_not_ship_if_another_is_within_it():
     choice = select([option("a", 1000, size=65 * 1024), option("b", 2000, size=60 * 1024)], 0, 64)
     assert choice.option.candidate.id == "b"
     assert choice.why_not["a"] == "too large: 65.0 KiB exceeds the budget 64 KiB"
