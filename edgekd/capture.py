@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converters and native libraries print; what they say is kept away from our output, and shown when they fail."""
+"""Capture of what converters and native libraries print: it stays out of edgekd's output and is reported if they fail."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
 
 @contextmanager
 def capture_output() -> Iterator[Callable[[], str]]:
-    """Send file descriptors 1 and 2 to a temporary file for a while; yields a function that returns the last line said."""
+    """Redirect file descriptors 1 and 2 to a temporary file, and silence logs and warnings; yield a function that returns the last line."""
     sys.stdout.flush()
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as said:
-        kept = os.dup(1), os.dup(2)
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        stdout, stderr = os.dup(1), os.dup(2)
+        os.dup2(captured.fileno(), 1)
+        os.dup2(captured.fileno(), 2)
 
-        def last() -> str:
-            said.seek(0)
-            lines = [line.strip() for line in said.read().decode(errors="replace").splitlines() if line.strip()]
+        def last_line() -> str:
+            captured.seek(0)
+            lines = [line.strip() for line in captured.read().decode(errors="replace").splitlines() if line.strip()]
             return lines[-1] if lines else ""
 
-        before = logging.root.manager.disable
+        disabled_level = logging.root.manager.disable
         logging.disable(logging.ERROR)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                yield last
+                yield last_line
         finally:
-            logging.disable(before)
+            logging.disable(disabled_level)
             sys.stdout.flush()
             sys.stderr.flush()
-            os.dup2(kept[0], 1)
-            os.dup2(kept[1], 2)
-            os.close(kept[0])
-            os.close(kept[1])
+            os.dup2(stdout, 1)
+            os.dup2(stderr, 2)
+            os.close(stdout)
+            os.close(stderr)

@@ -110,7 +110,7 @@ def _run_step(step: Step[Any], completed: Mapping[str, CompletedStep], build: Bu
                 entry = _execute(step, completed, build, material)
     if is_hit:
         cache.touch(entry.key)
-    cache.remember(keys.last_run_name(step, recipe_dir), material)
+    cache.save_material(keys.last_run_name(step, recipe_dir), material)
     return CompletedStep(step, entry, is_hit)
 
 
@@ -118,7 +118,7 @@ def _execute(step: Step[Any], completed: Mapping[str, CompletedStep], build: Bui
     cache, base = build.cache, digest(material)
     started = time.monotonic()
     try:
-        out, work = cache.fresh_out(base), cache.work(base)
+        out, work = cache.new_output_folder(base), cache.work(base)
         with build.reporter.step(step.id) as progress, locks.machine_shared():
             started = time.monotonic()
             inputs = keys.input_artifacts(step, completed)

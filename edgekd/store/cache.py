@@ -3,14 +3,14 @@
 
 Layout below its root::
 
-    objects/KK/KEY/       one entry: the files of a step, and entry.json (what made it, digests, numbers)
+    objects/KK/KEY/       one entry: the files of a step, and entry.json (its key material, digests, metrics)
     records/BASE.json     what the user's code read, for keys that depend on it (ports.Record); newest first
     last/STEP.json        the key material of the last run of a step, to explain a miss
-    tmp/KEY/  work/KEY/   being written / partial work that survives a kill; one writer a key (locks/)
-    stat.json             digests of files whose size, times and inode have not changed since
+    tmp/KEY/  work/KEY/   an entry that is being written / partial work that survives a kill; one writer per key (locks/)
+    stat.json             digests of files, valid while their size, times and inode are unchanged
 
-An entry is written aside, flushed to disk and renamed, so it is whole or absent. What does not match its digest is
-removed and made again.
+An entry is written to a temporary folder, flushed to disk and renamed, so it is complete or absent. An entry that does not match
+its digests is removed and computed again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd.domain.artifact import Artifact, CacheEntry
 from edgekd.errors import StorageError
 from edgekd.store import locks
-from edgekd.store.digests import canonical, changed, changes, digest, file_digest, flush, write_atomically
+from edgekd.store.digests import canonical_json, changes, digest, file_digest, first_change, flush, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -36,23 +36,23 @@ if TYPE_CHECKING:
     from edgekd.ports import Record, StageResult
 
 SCHEMA = 1
-_KEPT_RECORDS = 16
-_RACY_NS = 2_000_000_000  # a file this young may change again within the resolution of its times
+_MAX_RECORDS = 16
+_RACY_NS = 2_000_000_000  # a file this young may change again without a change of its times
 
 
-def cache_folder(given: Path | None) -> Path:
-    """Return the folder of the cache: the one that is given, else that of ``EDGEKD_CACHE``, else the user's."""
-    if given is not None:
-        return given.absolute()
-    if found := os.environ.get("EDGEKD_CACHE"):
-        return Path(found).absolute()
+def cache_folder(requested: Path | None) -> Path:
+    """Return the folder of the cache: the requested one, else that of ``EDGEKD_CACHE``, else the default of the user."""
+    if requested is not None:
+        return requested.absolute()
+    if from_environment := os.environ.get("EDGEKD_CACHE"):
+        return Path(from_environment).absolute()
     from platformdirs import user_cache_path
 
     return user_cache_path("edgekd", appauthor=False)
 
 
 class Cache:
-    """A store below one folder, which may be shared by any number of processes."""
+    """A cache in one folder, which any number of processes may share."""
 
     def __init__(self, root: Path, warn: Callable[[str], None]) -> None:
         self.root = root
@@ -64,7 +64,7 @@ class Cache:
         """Create the folders.
 
         Raises:
-            StorageError: if that cannot be done.
+            StorageError: if they cannot be written.
         """
         try:
             for name in ("objects", "records", "last", "tmp", "work", "locks"):
@@ -74,29 +74,29 @@ class Cache:
             raise storage_error("the cache folder cannot be written", self.root, error) from error
 
     def lock(self, key: str) -> AbstractContextManager[None]:
-        """Return the lock that makes this process the one writer of a key."""
+        """Return the lock that makes this process the only writer of a key."""
         return locks.exclusive(self.root / "locks" / key[:3])
 
     def work(self, key: str) -> Path:
-        """Return the folder for partial work of a key; it is there until the entry is stored."""
+        """Return the folder for partial work of a key; it exists until the entry is stored."""
         folder = self.root / "work" / key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def fresh_out(self, key: str) -> Path:
-        """Return an empty folder to write an entry's files to; what a killed process left there is removed."""
+    def new_output_folder(self, key: str) -> Path:
+        """Return an empty folder for the files of an entry, without the leftovers of a killed process."""
         folder = self.root / "tmp" / key
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
 
     def get(self, key: str) -> CacheEntry | None:
-        """Return an entry, or None if there is none that is whole; a damaged one is removed."""
+        """Return an entry, or None if there is none; a damaged one is removed."""
         folder = self._folder(key)
         if not folder.exists():
             return None
         entry = _read_entry(folder)
-        if entry is not None and all(_intact(self, item) for item in entry.artifacts.values()):
+        if entry is not None and all(self._is_intact(artifact) for artifact in entry.artifacts.values()):
             return entry
         self.discard(key)
         return None
@@ -107,7 +107,7 @@ class Cache:
         self.remove(key)
 
     def put(self, out: Path, key: str, material: Mapping[str, Any], result: StageResult, seconds: float) -> CacheEntry:
-        """Store what lies in ``out``, a folder of ``fresh_out``, and return the entry.
+        """Store the files in ``out``, a folder of ``new_output_folder``, and return the entry.
 
         Raises:
             StorageError: if the disk is full or the cache cannot be written.
@@ -140,80 +140,77 @@ class Cache:
         shutil.rmtree(self.root / "work" / out.name, ignore_errors=True)
         entry = _read_entry(folder)
         if entry is None:
-            message = f"cache: {folder}: the entry just written cannot be read back; check the disk, then build again"
+            message = f"cache: {folder}: the new entry cannot be read back; check the disk, then build again"
             raise StorageError(message)
         return entry
 
     def matching_record(self, base: str, recipe_dir: Path) -> Mapping[str, Any] | None:
-        """Return the record under a base key that still holds: nothing that the user's code read has changed."""
-        return next((record for record in self._records(base) if changed(record, recipe_dir, self.digest_of) is None), None)
+        """Return the record under a base key that is still valid: nothing that the user's code read has changed."""
+        return next((record for record in self._records(base) if first_change(record, recipe_dir, self.digest_of) is None), None)
 
-    def find_recorded(self, base: str, recipe_dir: Path) -> str | None:
-        """Return the key of the entry whose record still holds."""
+    def matching_key(self, base: str, recipe_dir: Path) -> str | None:
+        """Return the key of the entry whose record is still valid."""
         record = self.matching_record(base, recipe_dir)
         return None if record is None else digest([base, record])
 
     def add_record(self, base: str, record: Record) -> str:
-        """Remember what the user's code read, and return the key under which the entry is stored."""
-        found = asdict(record)
-        kept = [found, *(old for old in self._records(base) if old != found)][:_KEPT_RECORDS]
-        write_atomically(self.root / "records" / f"{base}.json", canonical(kept))
-        return digest([base, found])
+        """Store what the user's code read, and return the key of the entry."""
+        newest = asdict(record)
+        records = [newest, *(old for old in self._records(base) if old != newest)]
+        write_atomically(self.root / "records" / f"{base}.json", canonical_json(records[:_MAX_RECORDS]))
+        return digest([base, newest])
 
-    def last(self, name: str) -> Mapping[str, Any] | None:
-        """Return the key material of the last run under a name, to compare with."""
-        found = _read_json(self.root / "last" / f"{digest(name)[:32]}.json")
-        return found if isinstance(found, dict) else None
+    def last_material(self, name: str) -> Mapping[str, Any] | None:
+        """Return the key material of the last run under a name, to explain a miss."""
+        material = _read_json(self._material_path(name))
+        return material if isinstance(material, dict) else None
 
-    def remember(self, name: str, material: Mapping[str, Any]) -> None:
-        """Remember key material under a name."""
-        path = self.root / "last" / f"{digest(name)[:32]}.json"
-        if _read_json(path) != material:
-            write_atomically(path, canonical(material))
+    def save_material(self, name: str, material: Mapping[str, Any]) -> None:
+        """Store the key material of a run under a name."""
+        if self.last_material(name) != material:
+            write_atomically(self._material_path(name), canonical_json(material))
 
     def nearest_changes(self, base: str, recipe_dir: Path) -> list[str]:
-        """Return what differs from the record that differs least, to explain a miss."""
-        found = [list(changes(record, recipe_dir, self.digest_of)) for record in self._records(base)]
-        return min(found, key=len, default=[])
+        """Return the changes since the record with the fewest changes, to explain a miss."""
+        return min((list(changes(record, recipe_dir, self.digest_of)) for record in self._records(base)), key=len, default=[])
 
     def digest_of(self, path: Path) -> str:
-        """Return the SHA-256 of a file, from memory while its size, times and inode are unchanged."""
+        """Return the SHA-256 of a file; it is computed again only if size, times or inode have changed."""
         if self._stats is None:
-            found = _read_json(self.root / "stat.json")
-            self._stats = found if isinstance(found, dict) else {}
+            stats = _read_json(self.root / "stat.json")
+            self._stats = stats if isinstance(stats, dict) else {}
         stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        name = str(path)
-        known = self._stats.get(name)
-        if isinstance(known, list) and known[:4] == mark and isinstance(known[-1], str):
-            return known[-1]
-        found_digest = file_digest(path)
-        self._stats[name] = [*mark, found_digest]
+        fingerprint = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        stored = self._stats.get(str(path))
+        if isinstance(stored, list) and stored[:4] == fingerprint and isinstance(stored[-1], str):
+            return stored[-1]
+        current = file_digest(path)
+        self._stats[str(path)] = [*fingerprint, current]
         self._stats_changed = True
-        return found_digest
+        return current
 
     def close(self) -> None:
-        """Write down the digests that were computed, except those of files that are too young to trust their times."""
+        """Save the computed digests, except those of files that are too young to trust their times."""
         if not self._stats_changed or self._stats is None:
             return
         now = time.time_ns()
-        kept = {name: mark for name, mark in self._stats.items() if now - max(mark[1], mark[2]) > _RACY_NS}
+        settled = {name: stat for name, stat in self._stats.items() if now - max(stat[1], stat[2]) > _RACY_NS}
         with suppress(OSError):
-            write_atomically(self.root / "stat.json", canonical(kept))
+            write_atomically(self.root / "stat.json", canonical_json(settled))
         self._stats_changed = False
 
     def entries(self) -> Iterator[tuple[str, CacheEntry | None, int, float]]:
-        """Yield key, entry (None if damaged), bytes on disk and time of last use for each stored step."""
+        """Yield key, entry (None if damaged), bytes on disk and time of last use of each stored step."""
         for folder in sorted((self.root / "objects").glob("*/*")):
             size = sum(path.stat().st_size for path in folder.iterdir())
             yield folder.name, _read_entry(folder), size, folder.stat().st_mtime
 
     def touch(self, key: str) -> None:
-        """Note that an entry was used."""
+        """Record that an entry was used."""
         with suppress(OSError):
             os.utime(self._folder(key))
 
-    def damaged(self, key: str) -> list[str]:
+    def damaged_files(self, key: str) -> list[str]:
         """Return the names of the files of an entry that do not match their digests; reads every byte."""
         entry = _read_entry(self._folder(key))
         if entry is None:
@@ -225,13 +222,13 @@ class Cache:
         shutil.rmtree(self._folder(key), ignore_errors=True)
 
     def prune(self, max_gib: float | None, older_than_days: float | None) -> tuple[int, int]:
-        """Remove the least recently used entries; return how many, and their bytes."""
-        found = sorted(self.entries(), key=lambda row: row[3])
-        total, removed, freed = sum(size for _, _, size, _ in found), 0, 0
-        for key, _, size, used in found:
+        """Remove the least recently used entries; return their number and their bytes."""
+        entries = sorted(self.entries(), key=lambda row: row[3])
+        total, removed, freed = sum(size for _, _, size, _ in entries), 0, 0
+        for key, _, size, used in entries:
             too_old = older_than_days is not None and time.time() - used > older_than_days * 86_400
-            too_many = max_gib is not None and total - freed > max_gib * 2**30
-            if too_old or too_many:
+            too_large = max_gib is not None and total - freed > max_gib * 2**30
+            if too_old or too_large:
                 self.remove(key)
                 removed, freed = removed + 1, freed + size
         return removed, freed
@@ -239,34 +236,35 @@ class Cache:
     def _folder(self, key: str) -> Path:
         return self.root / "objects" / key[:2] / key
 
+    def _material_path(self, name: str) -> Path:
+        return self.root / "last" / f"{digest(name)[:32]}.json"
+
     def _records(self, base: str) -> list[dict[str, Any]]:
-        found = _read_json(self.root / "records" / f"{base}.json")
-        return [record for record in found if isinstance(record, dict)] if isinstance(found, list) else []
+        records = _read_json(self.root / "records" / f"{base}.json")
+        return [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+
+    def _is_intact(self, artifact: Artifact) -> bool:
+        # stat.json may itself be damaged: only the bytes of the file prove damage
+        return self.digest_of(artifact.path) == artifact.digest or file_digest(artifact.path) == artifact.digest
 
 
-def storage_error(what: str, where: Path, error: OSError) -> StorageError:
+def storage_error(problem: str, path: Path, error: OSError) -> StorageError:
     """Return the error for a disk that cannot be written or read."""
     return StorageError(
-        f"cache: {where}: {what}: {error.strerror or error}; free space or name another folder with --cache or EDGEKD_CACHE"
+        f"cache: {path}: {problem}: {error.strerror or error}; free space or name another folder with --cache or EDGEKD_CACHE"
     )
 
 
-def _intact(cache: Cache, artifact: Artifact) -> bool:
-    # the remembered digest may itself be damaged: only the bytes condemn an entry
-    return cache.digest_of(artifact.path) == artifact.digest or file_digest(artifact.path) == artifact.digest
-
-
 def _read_entry(folder: Path) -> CacheEntry | None:
-    found = _read_json(folder / "entry.json")
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+    body = _read_json(folder / "entry.json")
+    if not isinstance(body, dict) or body.get("schema") != SCHEMA:
         return None
-    told = found.pop("self", None)
-    if told != digest(found) or found.get("key") != folder.name:
+    if body.pop("self", None) != digest(body) or body.get("key") != folder.name:
         return None
-    artifacts = {name: Artifact(folder / name, item["sha256"], item["size"]) for name, item in found["files"].items()}
+    artifacts = {name: Artifact(folder / name, item["sha256"], item["size"]) for name, item in body["files"].items()}
     if not all(item.path.is_file() and item.path.stat().st_size == item.size_bytes for item in artifacts.values()):
         return None
-    return CacheEntry(found["key"], found["material"], artifacts, found["metrics"], tuple(found["notes"]), found["seconds"])
+    return CacheEntry(body["key"], body["material"], artifacts, body["metrics"], tuple(body["notes"]), body["seconds"])
 
 
 def _read_json(path: Path) -> object:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests: of values, files, folders and the environment; what keys and records are made of. And files written whole."""
+"""Digests of values, files, folders and the environment, which keys and records consist of; and atomic writes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def canonical(value: object) -> bytes:
-    """Return the one JSON text of a value: sorted keys, no spaces, no NaN.
+def canonical_json(value: object) -> bytes:
+    """Return a value as JSON with sorted keys and without spaces; NaN is refused.
 
-    >>> canonical({"b": 1, "a": [1.0, None]})
+    >>> canonical_json({"b": 1, "a": [1.0, None]})
     b'{"a":[1.0,null],"b":1}'
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -25,7 +25,7 @@ def canonical(value: object) -> bytes:
 
 def digest(value: object) -> str:
     """Return the SHA-256 of a value's canonical JSON, in hex."""
-    return hashlib.sha256(canonical(value)).hexdigest()
+    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -35,12 +35,12 @@ def file_digest(path: Path) -> str:
 
 
 def changes(record: Mapping[str, Any], recipe_dir: Path, digest_of: Callable[[Path], str] = file_digest) -> Iterator[str]:
-    """Yield what of a record no longer holds, in words."""
+    """Yield a description of each difference between a record and the present state."""
     for name, old in record.get("files", {}).items():
         path = recipe_dir / name
-        now = digest_of(path) if path.is_file() else None
-        if now != old:
-            yield f"{name} {'changed' if now and old else 'appeared' if now else 'is gone'}"
+        new = digest_of(path) if path.is_file() else None
+        if new != old:
+            yield f"{name} {'changed' if new and old else 'appeared' if new else 'is gone'}"
     for name, old in record.get("listings", {}).items():
         if listing_digest(recipe_dir / name) != old:
             yield f"the files in {name} changed"
@@ -52,8 +52,8 @@ def changes(record: Mapping[str, Any], recipe_dir: Path, digest_of: Callable[[Pa
             yield f"{name} {old} -> {version}"
 
 
-def changed(record: Mapping[str, Any], recipe_dir: Path, digest_of: Callable[[Path], str] = file_digest) -> str | None:
-    """Return the first thing of a record that no longer holds, or None if all of it does."""
+def first_change(record: Mapping[str, Any], recipe_dir: Path, digest_of: Callable[[Path], str] = file_digest) -> str | None:
+    """Return the first difference between a record and the present state, or None if there is none."""
     return next(changes(record, recipe_dir, digest_of), None)
 
 
@@ -82,21 +82,21 @@ def tool_version(distribution: str) -> str | None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: written aside, flushed, renamed."""
+    """Replace a file: write a temporary file beside it, flush it, rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_bytes(content)
-        flush(aside)
-        aside.replace(path)
+        temporary.write_bytes(content)
+        flush(temporary)
+        temporary.replace(path)
     except OSError:
         with suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
         raise
 
 
 def flush(path: Path) -> None:
-    """Have a file or folder written through to the disk."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks between processes, on ``flock``: the kernel releases them when a process ends, however it ends.
+"""Locks between processes with ``flock``: the kernel releases them when a process ends, however it ends.
 
-One lock a machine: heavy stages share it, measuring holds it alone. One lock a cache key: one writer.
+One lock per machine: stages that compute share it, measuring takes it exclusively. One lock per cache key: one writer.
 
-A thread that takes again what it holds goes on at once; one that shares the machine and wants it alone would wait for itself
-for ever, so that is refused. Children do not hold a lock of their parent: neither those that run another program nor those
-that are forked.
+A thread may take a lock again that it holds. A thread that holds the shared lock would wait for itself forever if it took the
+exclusive one, so that is refused. Child processes do not hold the locks of their parent, whether they run another program or are
+forked.
 """
 
 from __future__ import annotations
@@ -23,62 +23,62 @@ from edgekd.errors import StorageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_MODE = 0o666  # other users of the machine take the same lock
+_MODE = 0o666  # all users of the machine take the same lock
 _descriptors: set[int] = set()  # of the locks that this process holds or waits for
 
 
-class _Thread(threading.local):
-    """What this thread holds: path to kind."""
+class _ThreadLocks(threading.local):
+    """The locks that this thread holds: path to kind (``LOCK_SH`` or ``LOCK_EX``)."""
 
     def __init__(self) -> None:
         self.kinds: dict[Path, int] = {}
 
 
-_thread = _Thread()
+_thread_locks = _ThreadLocks()
 
 
 @contextmanager
-def exclusive(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold a lock file alone; ``waiting`` is called once if another process holds it.
+def exclusive(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a lock file exclusively; ``on_wait`` is called once if another process holds it.
 
     Raises:
         StorageError: if the file cannot be opened.
     """
-    with _held(path, fcntl.LOCK_EX, waiting):
+    with _hold(path, fcntl.LOCK_EX, on_wait):
         yield
 
 
 @contextmanager
-def machine_exclusive(waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the machine alone: nothing heavy runs meanwhile. For measuring.
+def machine_exclusive(on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold exclusive access to the machine, for measuring: no other stage computes meanwhile.
 
     Raises:
         StorageError: if the machine's lock file cannot be opened.
     """
-    with _held(_machine_path(), fcntl.LOCK_EX, waiting):
+    with _hold(_machine_path(), fcntl.LOCK_EX, on_wait):
         yield
 
 
 @contextmanager
-def machine_shared(waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Share the machine with other heavy work, but with no measurement.
+def machine_shared(on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Share the machine with other stages that compute, but not with a measurement.
 
     Raises:
         StorageError: if the machine's lock file cannot be opened.
     """
-    with _held(_machine_path(), fcntl.LOCK_SH, waiting):
+    with _hold(_machine_path(), fcntl.LOCK_SH, on_wait):
         yield
 
 
 @contextmanager
-def _held(path: Path, kind: int, waiting: Callable[[], None] | None) -> Iterator[None]:
-    kinds = _thread.kinds
+def _hold(path: Path, kind: int, on_wait: Callable[[], None] | None) -> Iterator[None]:
+    kinds = _thread_locks.kinds
     if path in kinds:
         if kind == fcntl.LOCK_EX and kinds[path] == fcntl.LOCK_SH:
-            raise RuntimeError(f"{path} is shared by this thread, which cannot hold it alone before it lets go")
+            raise RuntimeError(f"{path} is held as a shared lock by this thread, which must release it before it takes the exclusive one")
         yield
         return
-    descriptor = _taken(path, kind, waiting)
+    descriptor = _acquire(path, kind, on_wait)
     kinds[path] = kind
     try:
         yield
@@ -87,24 +87,27 @@ def _held(path: Path, kind: int, waiting: Callable[[], None] | None) -> Iterator
         _release(descriptor)
 
 
-def _taken(path: Path, kind: int, waiting: Callable[[], None] | None) -> int:
-    """Return the descriptor of a lock file that is locked and still has its name: a cleaner may have removed it."""
+def _acquire(path: Path, kind: int, on_wait: Callable[[], None] | None) -> int:
+    """Return the descriptor of the locked file; open it anew if it was removed or replaced while this process waited."""
     while True:
         try:
             descriptor = _open(path)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            mend = f"remove it, or set {'EDGEKD_LOCK_DIR' if path == _machine_path() else 'EDGEKD_CACHE'} to a folder of your own"
-            raise StorageError(f"lock: {path} cannot be opened: {reason}; expected a file that you may write; {mend}") from error
+            variable = "EDGEKD_LOCK_DIR" if path == _machine_path() else "EDGEKD_CACHE"
+            raise StorageError(
+                f"lock: {path} cannot be opened: {reason}; expected a file that you may write; "
+                f"remove it, or set {variable} to a folder of your own"
+            ) from error
         try:
             try:
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             except BlockingIOError:
-                if waiting is not None:
-                    waiting()
-                    waiting = None
+                if on_wait is not None:
+                    on_wait()
+                    on_wait = None
                 fcntl.flock(descriptor, kind)
-            if _is_named(descriptor, path):
+            if _is_current(descriptor, path):
                 return descriptor
         except BaseException:
             _release(descriptor)
@@ -112,7 +115,7 @@ def _taken(path: Path, kind: int, waiting: Callable[[], None] | None) -> int:
         _release(descriptor)
 
 
-def _is_named(descriptor: int, path: Path) -> bool:
+def _is_current(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
@@ -123,7 +126,7 @@ def _open(path: Path) -> int:
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
         try:
-            descriptor = os.open(path, flags)  # a sticky folder refuses O_CREAT on another user's file
+            descriptor = os.open(path, flags)  # without O_CREAT, which a sticky folder refuses for another user's file
         except FileNotFoundError:
             try:
                 descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, _MODE)
@@ -135,20 +138,20 @@ def _open(path: Path) -> int:
 
 
 def _release(descriptor: int) -> None:
-    if descriptor in _descriptors:  # not so in a forked child
+    if descriptor in _descriptors:  # False in a forked child, which has closed it
         _descriptors.discard(descriptor)
         os.close(descriptor)
 
 
-def _forget() -> None:
+def _close_in_child() -> None:
     """Close the parent's locks in a forked child, so that they end with the parent and not with its last child."""
     for descriptor in _descriptors:
         os.close(descriptor)
     _descriptors.clear()
-    _thread.kinds.clear()
+    _thread_locks.kinds.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _machine_path() -> Path:

@@ -28,21 +28,21 @@ def cache(tmp_path, warnings):
 
 
 def _store(cache, content=b"model bytes", key=KEY):
-    out = cache.fresh_out(key)
+    out = cache.new_output_folder(key)
     (out / "model.onnx").write_bytes(content)
     return cache.put(out, key, MATERIAL, StageResult(metrics={"ops": 3}, notes=("a note",)), 1.5)
 
 
-def test_what_was_put_is_got(cache, warnings):
-    put = _store(cache)
-    got = cache.get(KEY)
-    assert got == put
-    assert got.artifacts["model.onnx"].path.read_bytes() == b"model bytes"
-    assert (got.metrics, got.notes, got.seconds) == ({"ops": 3}, ("a note",), 1.5)
+def test_a_stored_entry_is_returned(cache, warnings):
+    stored = _store(cache)
+    entry = cache.get(KEY)
+    assert entry == stored
+    assert entry.artifacts["model.onnx"].path.read_bytes() == b"model bytes"
+    assert (entry.metrics, entry.notes, entry.seconds) == ({"ops": 3}, ("a note",), 1.5)
     assert warnings == []
 
 
-def test_nothing_is_got_for_an_unknown_key(cache):
+def test_an_unknown_key_is_a_miss(cache):
     assert cache.get(KEY) is None
 
 
@@ -68,7 +68,7 @@ def test_a_missing_or_short_file_is_a_miss(cache, name):
     assert cache.get(KEY) is None
 
 
-def test_a_damaged_list_of_digests_condemns_no_entry(cache, warnings):
+def test_a_damaged_list_of_digests_damages_no_entry(cache, warnings):
     path = _store(cache).artifacts["model.onnx"].path
     stat = path.stat()
     wrong = {str(path): [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, "0" * 64]}
@@ -85,7 +85,7 @@ def test_an_unreadable_list_of_digests_is_ignored(cache, content):
     assert fresh.digest_of(path) == file_digest(path)
 
 
-def test_digests_are_remembered_only_while_the_file_is_unchanged(cache, tmp_path):
+def test_a_digest_is_computed_again_after_a_change_of_the_file(cache, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"one")
     first = cache.digest_of(path)
@@ -95,7 +95,7 @@ def test_digests_are_remembered_only_while_the_file_is_unchanged(cache, tmp_path
     assert cache.digest_of(path) == file_digest(path)
 
 
-def test_young_files_are_not_remembered_on_disk(cache, tmp_path):
+def test_digests_of_young_files_are_not_saved(cache, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"one")
     cache.digest_of(path)
@@ -103,30 +103,30 @@ def test_young_files_are_not_remembered_on_disk(cache, tmp_path):
     assert str(path) not in json.loads((cache.root / "stat.json").read_bytes())
 
 
-def test_what_a_killed_process_left_is_cleared(cache):
-    out = cache.fresh_out(KEY)
+def test_leftovers_of_a_killed_process_are_removed(cache):
+    out = cache.new_output_folder(KEY)
     (out / "half").write_bytes(b"x")
-    assert list(cache.fresh_out(KEY).iterdir()) == []
+    assert list(cache.new_output_folder(KEY).iterdir()) == []
 
 
-def test_partial_work_is_there_until_the_entry_is_stored(cache):
+def test_partial_work_exists_until_the_entry_is_stored(cache):
     (cache.work(KEY) / "checkpoint").write_bytes(b"x")
     assert (cache.work(KEY) / "checkpoint").exists()
     _store(cache)
     assert not (cache.root / "work" / KEY).exists()
 
 
-def test_records_find_the_entry_while_they_hold(cache, tmp_path):
+def test_a_valid_record_leads_to_its_entry(cache, tmp_path):
     (tmp_path / "data.py").write_bytes(b"code")
     record = Record(files={"data.py": file_digest(tmp_path / "data.py")})
     key = cache.add_record("base", record)
-    assert cache.find_recorded("base", tmp_path) == key
+    assert cache.matching_key("base", tmp_path) == key
     (tmp_path / "data.py").write_bytes(b"other")
-    assert cache.find_recorded("base", tmp_path) is None
+    assert cache.matching_key("base", tmp_path) is None
     other = cache.add_record("base", Record(files={"data.py": file_digest(tmp_path / "data.py")}))
-    assert cache.find_recorded("base", tmp_path) == other != key
+    assert cache.matching_key("base", tmp_path) == other != key
     (tmp_path / "data.py").write_bytes(b"code")
-    assert cache.find_recorded("base", tmp_path) == key  # going back is a hit
+    assert cache.matching_key("base", tmp_path) == key  # the old file is a hit again
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path):
@@ -148,8 +148,8 @@ def test_prune_removes_the_least_recently_used(cache):
     assert cache.prune(None, older_than_days=1)[0] == 2
 
 
-def test_verify_names_what_is_damaged(cache):
+def test_damaged_files_are_named(cache):
     path = _store(cache).artifacts["model.onnx"].path
-    assert cache.damaged(KEY) == []
+    assert cache.damaged_files(KEY) == []
     path.write_bytes(b"model bytex")
-    assert cache.damaged(KEY) == ["model.onnx"]
+    assert cache.damaged_files(KEY) == ["model.onnx"]
