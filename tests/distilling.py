@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe of a small student, for tests of the stage that distills it."""
+"""A recipe of a small student, for tests of the stage ``distill``."""
 
 from __future__ import annotations
 

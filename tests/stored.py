@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a teacher's answers, for tests that need some."""
+"""Files of soft targets, for tests that need some."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from edgekd.store.digests import digest
 
 
 def store(path, logits, split="train", slots=None, inputs=1):
-    """Write logits (V, n, C) as ``soft_targets`` does, for a split with so many inputs, whose artifacts have no digests."""
+    """Write logits (V, n, C) as the stage ``soft_targets`` does, for a split of so many inputs whose artifacts have no digests."""
     data = digest({f"{split}.inputs.{index}": "" for index in range(inputs)})
     header = storage.make_header(split, logits.shape, teacher="", augment="", data=data, slots=slots)
-    part = path.with_name(f"{path.name}.part")
-    done = storage.begin(part, header)
+    partial = path.with_name(f"{path.name}.part")
+    stored_rows = storage.begin(partial, header)
     for view in logits if header.samples else ():
-        done = storage.append(part, header, done, view)
-    storage.finish(part, header, path)
+        stored_rows = storage.append(partial, header, stored_rows, view)
+    storage.finish(partial, header, path)
 
 
 def stored(path):
-    """Return what a file holds, as logits (V, n, C) in float32."""
-    kept = storage.open_soft_targets(path)
-    return np.stack([kept.read(view, range(kept.header.samples)) for view in range(kept.header.views)])
+    """Return the logits (V, n, C) of a file, in float32."""
+    soft_targets = storage.open_soft_targets(path)
+    return np.stack([soft_targets.read(view, range(soft_targets.header.samples)) for view in range(soft_targets.header.views)])

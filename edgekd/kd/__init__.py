@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that knows how to distil."""
+"""Knowledge distillation: losses, teachers, soft targets, training."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The splits that ``inspect`` keeps as arrays, as tensors."""
+"""Load the splits that ``inspect`` stored as arrays, with the teacher's logits, as tensors."""
 
 from __future__ import annotations
 
@@ -30,69 +30,70 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SampledSoftTargets:
-    """Answers that stay in their files until a batch asks for them, of one view each: (file, view). Reads as a tensor (n, C) would."""
+    """Soft targets that stay in their files until a batch reads them: parts (file, view). Indexed like a tensor (n, C)."""
 
     parts: tuple[tuple[SoftTargets, int], ...]
     temperature: float
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return samples and classes."""
-        return sum(kept.header.samples for kept, _ in self.parts), self.parts[0][0].header.classes
+        """Return the numbers of samples and classes."""
+        return sum(soft_targets.header.samples for soft_targets, _ in self.parts), self.parts[0][0].header.classes
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Return the logits of rows, such that their softmax at the temperature estimates the teacher's."""
         import torch
 
-        found = torch.empty(len(rows), self.shape[1])
+        logits = torch.empty(len(rows), self.shape[1])
         first = 0
-        for kept, make_view in self.parts:
-            own = (rows >= first) & (rows < first + kept.header.samples)
-            if bool(own.any()):
-                found[own] = torch.from_numpy(kept.read(make_view, (rows[own] - first).numpy(), self.temperature))
-            first += kept.header.samples
-        return found
+        for soft_targets, view in self.parts:
+            samples = soft_targets.header.samples
+            is_in_part = (rows >= first) & (rows < first + samples)
+            if bool(is_in_part.any()):
+                logits[is_in_part] = torch.from_numpy(soft_targets.read(view, (rows[is_in_part] - first).numpy(), self.temperature))
+            first += samples
+        return logits
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """A split: the inputs of each sample, its class (-1 where it has none) and the teacher's logits.
+    """A split: the inputs of each sample, its label and the teacher's logits.
 
     Shapes:
-        inputs: one tensor (n, ...) for each input of the student; labels: (n,) int64, or as ``kd.forms`` has them;
-        outputs: (n, C) or None.
+        inputs: one tensor (n, ...) for each input of the student; labels: (n,) int64, -1 where there is none, or as
+        ``output_spec.parse_labels`` returns them; teacher_logits: (n, C) or None.
     """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor
-    outputs: Tensor | SampledSoftTargets | None = None
+    teacher_logits: Tensor | SampledSoftTargets | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def pick(self, rows: Tensor) -> Samples:
         """Return a batch."""
-        outputs = None if self.outputs is None else self.outputs[rows]
-        return Samples(tuple(item[rows] for item in self.inputs), self.labels[rows], outputs)
+        teacher_logits = None if self.teacher_logits is None else self.teacher_logits[rows]
+        return Samples(tuple(item[rows] for item in self.inputs), self.labels[rows], teacher_logits)
 
 
 def split_references(recipe: Recipe, split: str, *, labels: bool = False) -> dict[str, str]:
-    """Return the inputs of a step that reads a split: the step's own name -> artifact."""
-    found = {f"{split}.inputs.{index}": f"inspect:{split}.inputs.{index}.npy" for index in range(len(recipe.student.inputs))}
+    """Return the inputs of a step that reads a split: its names for them -> references to artifacts."""
+    references = {f"{split}.inputs.{index}": f"inspect:{split}.inputs.{index}.npy" for index in range(len(recipe.student.inputs))}
     if labels:
-        found[f"{split}.labels"] = f"inspect:{split}.labels.npy"
-    return found
+        references[f"{split}.labels"] = f"inspect:{split}.labels.npy"
+    return references
 
 
 def load_arrays(artifacts: Mapping[str, Artifact], split: str) -> list[np.ndarray]:
     """Return the inputs of a split, one array (n, ...) for each input of the student."""
     count = sum(name.startswith(f"{split}.inputs.") for name in artifacts)
-    return [_array(artifacts[f"{split}.inputs.{index}"].path) for index in range(count)]
+    return [_load_array(artifacts[f"{split}.inputs.{index}"].path) for index in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
-    """How the answers of several teachers become one: their weights, the reference's first, and ``weights`` or ``confidence``."""
+    """How the logits of several teachers are averaged: weights, the reference teacher's first, and ``fixed`` or ``confidence``."""
 
     weights: tuple[float, ...]
     weighting: str
@@ -106,52 +107,63 @@ def load_split(
     number: int = 0,
     ensemble: Ensemble | None = None,
     checkpoint: int | None = None,
-    form: OutputSpec = MULTICLASS_OUTPUT,
+    output: OutputSpec = MULTICLASS_OUTPUT,
     temperature: float = 1.0,
 ) -> Samples:
-    """Return a split, or a view of it, with what the step has of it; labels that are no classes count as none.
+    """Return a split with the labels and soft targets that the step has for it.
 
-    ``checkpoint`` is that of the reference whose answers stand for its own. ``temperature`` is that at which sampled answers are
-    read.
+    Args:
+        artifacts: The inputs of the step.
+        split: The name of the split.
+        augment: Makes views of the inputs, if it is given.
+        number: The view that is returned.
+        ensemble: How several teachers' logits are averaged; None if there is one teacher.
+        checkpoint: The earlier checkpoint of the reference teacher whose logits replace its own.
+        output: How labels are read; labels that do not fit it count as missing.
+        temperature: The temperature for which sampled soft targets are read.
 
     Raises:
-        RecipeError: if answers belong to other data, or several teachers' are sampled.
+        RecipeError: if soft targets belong to other data, or those of several teachers are sampled.
     """
     import numpy as np
     import torch
 
     inputs = tuple(map(torch.from_numpy, load_arrays(artifacts, split)))
-    classes = torch.full((len(inputs[0]),), UNLABELLED)
-    if (found := artifacts.get(f"{split}.labels")) is not None:
-        labels = output_spec.parse_labels(form, np.load(found.path, allow_pickle=False))
-        classes = classes if labels is None else labels
-    outputs = None
-    if f"{split}.outputs" in artifacts:
-        first = f"{split}.outputs" if checkpoint is None else f"{split}.outputs.checkpoint.{checkpoint}"
-        names = [first, *(f"{split}.outputs.teacher.{index}" for index in range(0 if ensemble is None else len(ensemble.weights) - 1))]
-        kept = [storage.open_soft_targets(artifacts[name].path, data=digest_of(artifacts, f"{split}.inputs.")) for name in names]
-        outputs = _outputs(kept, number, classes, ensemble, temperature)
-    return Samples(inputs if augment is None else views.make_view(augment, split, inputs, number), classes, outputs)
+    labels = torch.full((len(inputs[0]),), UNLABELLED)
+    if (artifact := artifacts.get(f"{split}.labels")) is not None:
+        parsed = output_spec.parse_labels(output, np.load(artifact.path, allow_pickle=False))
+        labels = labels if parsed is None else parsed
+    teacher_logits = None
+    if f"{split}.soft_targets" in artifacts:
+        reference = f"{split}.soft_targets" if checkpoint is None else f"{split}.soft_targets.checkpoint.{checkpoint}"
+        further = [] if ensemble is None else [f"{split}.soft_targets.teacher.{index}" for index in range(len(ensemble.weights) - 1)]
+        data_digest = digest_of(artifacts, f"{split}.inputs.")
+        soft_targets = [storage.open_soft_targets(artifacts[name].path, data=data_digest) for name in (reference, *further)]
+        teacher_logits = _teacher_logits(soft_targets, number, labels, ensemble, temperature)
+    return Samples(inputs if augment is None else views.make_view(augment, split, inputs, number), labels, teacher_logits)
 
 
-def digest_of(artifacts: Mapping[str, Artifact], start: str) -> str:
-    """Return one digest of all inputs of a step whose names start alike."""
-    return digest({name: item.digest for name, item in artifacts.items() if name.startswith(start)})
+def digest_of(artifacts: Mapping[str, Artifact], prefix: str) -> str:
+    """Return one digest of all inputs of a step whose names have a prefix."""
+    return digest({name: artifact.digest for name, artifact in artifacts.items() if name.startswith(prefix)})
 
 
-def _outputs(
-    kept: Sequence[SoftTargets], number: int, classes: Tensor, ensemble: Ensemble | None, temperature: float
+def _teacher_logits(
+    soft_targets: Sequence[SoftTargets], view: int, labels: Tensor, ensemble: Ensemble | None, temperature: float
 ) -> Tensor | SampledSoftTargets:
-    """Return the answers of a view, several teachers' as one."""
+    """Return the logits of a view, the mean if there are several teachers."""
     import torch
 
-    if kept[0].header.slots:
+    if soft_targets[0].header.slots:
         if ensemble is not None:
-            found = f"several teachers of {kept[0].header.classes} classes, whose answers are kept as samples"
-            raise RecipeError(f'distill.teachers: {found}; expected distill.soft_target_storage = "dense"')
-        return SampledSoftTargets(((kept[0], number),), temperature)
-    logits = [torch.from_numpy(one.read(number, range(one.header.samples))) for one in kept]
-    return logits[0] if ensemble is None else ensemble_logits(logits, ensemble.weights, classes, ensemble.weighting)
+            classes = soft_targets[0].header.classes
+            raise RecipeError(
+                f"distill.teachers: several teachers of {classes} classes, whose soft targets are sampled; "
+                'expected distill.soft_target_storage = "dense"'
+            )
+        return SampledSoftTargets(((soft_targets[0], view),), temperature)
+    logits = [torch.from_numpy(item.read(view, range(item.header.samples))) for item in soft_targets]
+    return logits[0] if ensemble is None else ensemble_logits(logits, ensemble.weights, labels, ensemble.weighting)
 
 
 def make_view(augment: Augment, split: str, inputs: list[np.ndarray], number: int) -> list[np.ndarray]:
@@ -162,27 +174,27 @@ def make_view(augment: Augment, split: str, inputs: list[np.ndarray], number: in
 
 
 def concatenate(first: Samples, second: Samples) -> Samples:
-    """Return two splits as one, the second without labels where it has none of the first's form."""
+    """Return two splits as one; labels of the second that have another shape than those of the first count as missing."""
     import torch
 
-    if isinstance(first.outputs, SampledSoftTargets) and isinstance(second.outputs, SampledSoftTargets):
-        outputs: Tensor | SampledSoftTargets | None = SampledSoftTargets(
-            (*first.outputs.parts, *second.outputs.parts), first.outputs.temperature
-        )
-    else:
-        both = [item for item in (first.outputs, second.outputs) if isinstance(item, torch.Tensor)]
-        outputs = torch.cat(both) if len(both) == 2 else None  # noqa: PLR2004  (one would not be enough)
+    teacher_logits: Tensor | SampledSoftTargets | None = None
+    match first.teacher_logits, second.teacher_logits:
+        case SampledSoftTargets() as sampled, SampledSoftTargets() as more:
+            teacher_logits = SampledSoftTargets((*sampled.parts, *more.parts), sampled.temperature)
+        case torch.Tensor() as logits, torch.Tensor() as more_logits:
+            teacher_logits = torch.cat([logits, more_logits])
     inputs = tuple(torch.cat(pair) for pair in zip(first.inputs, second.inputs, strict=True))
-    none = torch.full((len(second), *first.labels.shape[1:]), float("nan") if first.labels.is_floating_point() else UNLABELLED)
-    labels = second.labels if second.labels.shape[1:] == first.labels.shape[1:] else none
-    return Samples(inputs, torch.cat([first.labels, labels.to(first.labels.dtype)]), outputs)
+    missing = float("nan") if first.labels.is_floating_point() else UNLABELLED
+    is_same_shape = second.labels.shape[1:] == first.labels.shape[1:]
+    labels = second.labels if is_same_shape else torch.full((len(second), *first.labels.shape[1:]), missing)
+    return Samples(inputs, torch.cat([first.labels, labels.to(first.labels.dtype)]), teacher_logits)
 
 
-def _array(path: Path) -> np.ndarray:
-    """Return an array: in memory if it takes less than half of what is free, else mapped from its file."""
+def _load_array(path: Path) -> np.ndarray:
+    """Return an array: in memory if it takes less than half of the free memory, otherwise mapped from its file."""
     import numpy as np
 
     free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # copy-on-write: torch wants arrays that could be written; nothing writes
-    found: np.ndarray = np.load(path, mmap_mode="c" if path.stat().st_size > free_bytes // 2 else None, allow_pickle=False)
-    return found
+    # copy-on-write: torch wants writable arrays; nothing writes to them
+    array: np.ndarray = np.load(path, mmap_mode="c" if path.stat().st_size > free_bytes // 2 else None, allow_pickle=False)
+    return array

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules from the user's code, with weights from a file: students and taught teachers. ``load_teacher`` also reads whole models."""
+"""Modules from the user's code with weights from a file: students, and teachers given as weights.
+
+``edgekd.kd.teachers.load`` also reads files that are whole models.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,23 @@ from edgekd.errors import RecipeError
 from edgekd.store.digests import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
 
     from edgekd.domain.recipe import EntryPoint
 
-# what torch.load(weights_only=True) was seen to raise for files that are damaged or no weights at all
+# what torch.load(weights_only=True) raises for files that are damaged or hold no weights
 _UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, ImportError, OSError)
-_SHOWN = 3
+_MAX_SHOWN = 3
 
 
 def build_module(recipe_dir: Path, entry: EntryPoint) -> nn.Module:
-    """Return the module that the user's function makes; seed torch before, the weights are fresh.
+    """Return the module that the user's function makes, with fresh weights: seed torch before.
 
     Raises:
-        RecipeError: if the function raises or returns something else.
+        RecipeError: if the function raises, or does not return a module.
     """
     from torch import nn
 
@@ -52,10 +55,10 @@ def load_module(recipe_dir: Path, entry: EntryPoint, weights: Path) -> nn.Module
 
 
 def load_frozen_module(recipe_dir: Path, entry: EntryPoint, weights: Path) -> nn.Module:
-    """Return the teacher as a module in eval mode, none of its parameters asking for a gradient.
+    """Return a teacher as a module in eval mode whose parameters need no gradient.
 
     Raises:
-        RecipeError: as :func:`load_student`.
+        RecipeError: as :func:`load_module`.
     """
     return load_module(recipe_dir, entry, weights).requires_grad_(requires_grad=False)
 
@@ -64,20 +67,20 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str) -
     """Copy weights into a module; every name and shape must match.
 
     Raises:
-        RecipeError: that names what is missing, unexpected or of another shape.
+        RecipeError: that names the weights that are missing, unexpected or of another shape.
     """
-    own = module.state_dict()
+    state = module.state_dict()
     problems = []
-    if missing := sorted(own.keys() - weights.keys()):
-        problems.append(f"{where}: the weights lack {_some(missing)}")
-    if unknown := sorted(weights.keys() - own.keys()):
-        problems.append(f"{where}: the module has no {_some(unknown)}")
-    for name in sorted(own.keys() & weights.keys()):
-        expected, found = tuple(own[name].shape), tuple(weights[name].shape)
-        if expected != found:
-            problems.append(f"{where}: {name} has shape {list(found)}; the module's is {list(expected)}")
+    if missing := sorted(state.keys() - weights.keys()):
+        problems.append(f"{where}: the weights lack {_enumerate(missing)}")
+    if unknown := sorted(weights.keys() - state.keys()):
+        problems.append(f"{where}: the module has no {_enumerate(unknown)}")
+    for name in sorted(state.keys() & weights.keys()):
+        shape, expected = list(weights[name].shape), list(state[name].shape)
+        if shape != expected:
+            problems.append(f"{where}: {name} has shape {shape}; the module's is {expected}")
     if problems:
-        raise RecipeError(*problems[: 2 * _SHOWN])
+        raise RecipeError(*problems[: 2 * _MAX_SHOWN])
     module.load_state_dict(dict(weights), strict=True)
 
 
@@ -96,7 +99,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
     Tensors that share memory (tied weights) are written once under each of their names, so that any reader can load them.
 
     Raises:
-        RecipeError: if the module keeps something else than tensors in its state.
+        RecipeError: if the module's state holds anything but tensors.
     """
     write_atomically(path, serialize_weights(module.state_dict()))
 
@@ -105,14 +108,13 @@ def serialize_weights(weights: Mapping[str, Any]) -> bytes:
     """Return weights as the bytes of a safetensors file.
 
     Raises:
-        RecipeError: if one is no tensor (``get_extra_state``).
+        RecipeError: if one is not a tensor (``get_extra_state``).
     """
     import torch
     from safetensors.torch import save
 
-    odd = sorted(name for name, value in weights.items() if not isinstance(value, torch.Tensor))
-    if odd:
-        raise RecipeError(f"the module's state holds {_some(odd)}, which is no tensor; keep state in parameters and buffers")
+    if names := _other_than_tensors(weights):
+        raise RecipeError(f"the module's state holds {_enumerate(names)}, which is not a tensor; keep state in parameters and buffers")
     packed: bytes = save({name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in weights.items()})
     return packed
 
@@ -129,7 +131,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
-        raise RecipeError(f"{path.name}: is not a safetensors file that can be read ({error}); save it again") from error
+        raise RecipeError(f"{path.name}: is not a readable safetensors file ({error}); save it again") from error
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -137,8 +139,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # remarks on old pickles; what matters is raised
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore", UserWarning)  # about old pickles; all that matters is raised
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RecipeError(
             f"{path.name}: holds more than tensors and would run code when it is loaded, so it is refused; "
@@ -146,15 +148,23 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         ) from error
     except (*_UNREADABLE, struct.error, zipfile.BadZipFile) as error:
         raise RecipeError(f"{path.name}: cannot be read as weights ({type(error).__name__}); save model.state_dict() again") from error
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise RecipeError(f"{path.name}: holds {type(found).__name__}; expected a state dict: torch.save(model.state_dict(), path)")
-    odd = sorted(name for name, value in found.items() if not isinstance(value, torch.Tensor))
-    if odd:
-        raise RecipeError(f"{path.name}: {_some(odd)} is not a tensor; save the state dict alone: torch.save(model.state_dict(), path)")
-    return found
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise RecipeError(f"{path.name}: holds {type(content).__name__}; expected a state dict: torch.save(model.state_dict(), path)")
+    if names := _other_than_tensors(content):
+        raise RecipeError(
+            f"{path.name}: {_enumerate(names)} is not a tensor; save only the state dict: torch.save(model.state_dict(), path)"
+        )
+    return content
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _other_than_tensors(values: Mapping[str, Any]) -> list[str]:
+    """Return the names of values that are not tensors."""
+    import torch
+
+    return sorted(name for name, value in values.items() if not isinstance(value, torch.Tensor))
+
+
+def _enumerate(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+    return ", ".join(names[:_MAX_SHOWN]) + more

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same bytes again: fixed seeds, threads and algorithms, and partial work that survives a kill."""
+"""Reproducibility: fixed seeds, threads and algorithms, and partial work that survives a kill."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DIGEST_BYTES = 32
 
 
 def derive_seed(*parts: object) -> int:
-    """Return a seed below 2^32 that depends on all parts: one for each purpose, none a neighbour of another."""
+    """Return a seed below 2^32 that is a hash of all parts, so that each purpose has its own and they are unrelated."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
@@ -35,31 +35,31 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def deterministic(threads: int, device: str = "cpu") -> Iterator[None]:
-    """Fix what changes torch's bits on one processor, and put everything back afterwards, the generators too.
+    """Fix all that changes torch's results on one CPU; afterwards restore everything, the generators too.
 
-    On an accelerator (``device``, as torch names it) what has no repeatable kernel runs all the same, with torch's warning.
+    On an accelerator (``device``, as torch names it), operators without a deterministic kernel still run, with torch's warning.
     """
     import numpy as np
     import torch
     from torch.utils import deterministic
 
-    before = torch.get_num_threads()
-    was_on, was_warning = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    old_threads = torch.get_num_threads()
+    was_deterministic, was_warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     was_filling = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # set through a module class
-    was_rounding = torch.backends.cudnn.allow_tf32
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  (the global generator is what user code uses)
+    was_tf32 = torch.backends.cudnn.allow_tf32
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  (user code uses the global generator)
     try:
         torch.set_num_threads(threads)
         if device != "cpu":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be repeatable
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(mode=True, warn_only=device != "cpu")
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32
         deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs 7 % of a step and changes no result
         yield
     finally:
-        torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(was_on, warn_only=was_warning)
-        torch.backends.cudnn.allow_tf32 = was_rounding
+        torch.set_num_threads(old_threads)
+        torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warn_only)
+        torch.backends.cudnn.allow_tf32 = was_tf32
         deterministic.fill_uninitialized_memory = was_filling  # type: ignore[attr-defined]
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])  # noqa: NPY002  (the same)
@@ -67,15 +67,15 @@ def deterministic(threads: int, device: str = "cpu") -> Iterator[None]:
 
 
 def save_verified(path: Path, content: bytes) -> None:
-    """Write partial work so that it is whole or absent, and known to be undamaged when it is read."""
+    """Write partial work atomically, with a digest by which :func:`load_verified` finds out whether it is undamaged."""
     write_atomically(path, hashlib.sha256(content).digest() + content)
 
 
 def load_verified(path: Path) -> bytes | None:
-    """Return partial work, or None if there is none that is undamaged."""
+    """Return partial work, or None if there is none or it is damaged."""
     try:
-        found = path.read_bytes()
+        packed = path.read_bytes()
     except FileNotFoundError:
         return None
-    content = found[_DIGEST_BYTES:]
-    return content if hashlib.sha256(content).digest() == found[:_DIGEST_BYTES] else None
+    digest, content = packed[:_DIGEST_BYTES], packed[_DIGEST_BYTES:]
+    return content if hashlib.sha256(content).digest() == digest else None

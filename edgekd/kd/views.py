@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views: augmentation as a function of the sample and the view's number alone, so that teacher and student see the same."""
+"""Views: augmentations that depend on the sample and the view's number alone, so that teacher and student see the same inputs."""
 
 from __future__ import annotations
 
@@ -20,27 +20,25 @@ if TYPE_CHECKING:
 
     Augment = Callable[[tuple[Tensor, ...], torch.Generator], tuple[Tensor, ...]]
 
-CHUNK = 256  # samples that are augmented at once, from a seed of their own
+CHUNK = 256  # samples that are augmented at once, with one seed
 
 
 def load_augmentation(recipe_dir: Path, entry: EntryPoint) -> Augment:
-    """Return the user's augmentation, its answers checked.
+    """Return the user's augmentation as a function that checks what it returns.
 
     Raises:
-        RecipeError: if it cannot be loaded; the callable, if it fails or changes shapes or types.
+        RecipeError: if it cannot be loaded; the function, if it fails or changes shapes or types.
     """
     import torch
 
     function = usercode.load_function(recipe_dir, entry)
 
     def augment(inputs: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-        given = inputs[0] if len(inputs) == 1 else inputs
-        made = usercode.call_user_code(function, entry, given, generator)
-        found = (made,) if isinstance(made, torch.Tensor) else made
-        alike = isinstance(found, tuple | list) and [_kind(item) for item in found] == [_kind(item) for item in inputs]
-        if not alike:
-            raise RecipeError(f"{entry}: must return what it was given, in the same shapes and types; it changed them")
-        return tuple(found)
+        result = usercode.call_user_code(function, entry, inputs[0] if len(inputs) == 1 else inputs, generator)
+        outputs = (result,) if isinstance(result, torch.Tensor) else result
+        if not isinstance(outputs, tuple | list) or [_signature(item) for item in outputs] != [_signature(item) for item in inputs]:
+            raise RecipeError(f"{entry}: changes the shapes or types of its inputs; expected tensors of the same shapes and types")
+        return tuple(outputs)
 
     return augment
 
@@ -53,16 +51,16 @@ def make_view(augment: Augment, split: str, inputs: tuple[Tensor, ...], number: 
     """
     import torch
 
-    made = tuple(torch.empty_like(item) for item in inputs)
+    view = tuple(torch.empty_like(item) for item in inputs)
     for start in range(0, len(inputs[0]), CHUNK):
         generator = torch.Generator().manual_seed(derive_seed("view", split, number, start))
-        found = augment(tuple(item[start : start + CHUNK].clone() for item in inputs), generator)
-        for whole, part in zip(made, found, strict=True):
-            whole[start : start + CHUNK] = part
-    return made
+        chunk = augment(tuple(item[start : start + CHUNK].clone() for item in inputs), generator)
+        for target, part in zip(view, chunk, strict=True):
+            target[start : start + CHUNK] = part
+    return view
 
 
-def _kind(item: object) -> object:
+def _signature(item: object) -> object:
     import torch
 
     return (item.shape, item.dtype) if isinstance(item, torch.Tensor) else type(item)

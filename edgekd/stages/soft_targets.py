@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Supervise: the frozen teacher answers every sample once; whatever is distilled from it later reads these logits."""
+"""Soft targets: the frozen teacher runs once on every sample; all that is distilled from it later reads the stored logits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, cast
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError
 from edgekd.harness import runner
 from edgekd.kd import data
+from edgekd.kd.output_spec import OutputSpec
 from edgekd.kd.soft_targets import storage
 from edgekd.kd.training import distributed, execution
 from edgekd.kd.training.execution import ExecutionMode
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
     from edgekd.domain.target import Target
-    from edgekd.kd.soft_targets.storage import Header, Recompute
+    from edgekd.kd.soft_targets.storage import Header, Recompute, SoftTargets
     from edgekd.kd.views import Augment
-    from edgekd.ports import Context
+    from edgekd.ports import Context, Progress
 
     Teacher = Callable[[list[np.ndarray]], np.ndarray]
 
@@ -49,139 +50,176 @@ CODE: tuple[str, ...] = (
 )
 SPLITS = ("train", "validation", "unlabelled")
 BATCH_SIZE = 128
-CHUNK = 16 * BATCH_SIZE  # samples; a kill costs at most this much
+CHUNK = 16 * BATCH_SIZE  # samples; a kill loses at most the work of one chunk
 
 
-def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
-    """Return a step for each teacher. Its key reads nothing of the distillation: a changed temperature asks no teacher."""
-    del targets  # a teacher's answers do not depend on them
-    machine = runner.facts()
-    kind, title = [*execution.accelerators_for("distill", recipe.distill.accelerator).items()][-1]
-    found = []
-    for name, supervisor in recipe.soft_target_sources.items():
-        params = {
-            "model": None if supervisor.model is None else str(supervisor.model),
-            "augment": None if recipe.distill.augment is None else str(recipe.distill.augment),
-            "views": recipe.distill.views or 1,
-            **recipe.student.form,
-            "soft_target_storage": recipe.distill.soft_target_storage,
-            "batch_size": BATCH_SIZE,
-            "threads": distributed.world(None, machine["cores"])["threads"],
-            "instruction_set": machine["instruction_set"],
-            **(ExecutionMode(accelerator=kind, name=title).to_dict() if supervisor.model else {}),
-        }
-        inputs = {"teacher": supervisor.artifact, "code": supervisor.code, "views.code": "inspect:views.code.json"}
+@dataclass(frozen=True, slots=True)
+class SoftTargetParams:
+    """All that may change the result of a step, beside its inputs. ``model`` and ``augment`` are entry points.
+
+    ``model`` is None for a teacher whose file is a whole model. ``mode`` is where the teacher runs, always in float32.
+    """
+
+    model: str | None
+    augment: str | None
+    views: int
+    output: OutputSpec
+    soft_target_storage: str
+    mode: ExecutionMode
+    threads: int
+    instruction_set: str
+
+
+def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[SoftTargetParams]]:
+    """Return a step for each teacher. Its key has nothing of the distillation: the teacher does not run again for another temperature."""
+    del targets  # soft targets do not depend on them
+    machine, distill = runner.facts(), recipe.distill
+    accelerator, accelerator_name = [*execution.allowed_devices("distill", distill.accelerator).items()][-1]
+    planned = []
+    for name, source in recipe.soft_target_sources.items():
+        params = SoftTargetParams(
+            model=None if source.model is None else str(source.model),
+            augment=None if distill.augment is None else str(distill.augment),
+            views=distill.views or 1,
+            output=OutputSpec(recipe.student.task, recipe.student.heads),
+            soft_target_storage=distill.soft_target_storage,
+            mode=execution.DEFAULT_MODE
+            if source.model is None
+            else ExecutionMode(accelerator=accelerator, accelerator_name=accelerator_name),
+            threads=distributed.world(None, machine["cores"])["threads"],
+            instruction_set=machine["instruction_set"],
+        )
+        inputs = {"teacher": source.artifact, "code": source.code, "views.code": "inspect:views.code.json"}
         for split in SPLITS:
             inputs |= data.split_references(recipe, split, labels=split == "validation")
-        runtime = ("onnxruntime",) if supervisor.artifact.endswith(".onnx") else ()
-        found.append(Step(name, NAME, params, inputs, ("torch", "numpy", "safetensors", *runtime)))
-    return found
+        runtime = ("onnxruntime",) if source.artifact.endswith(".onnx") else ()
+        planned.append(Step(name, NAME, params, inputs, ("torch", "numpy", "safetensors", *runtime)))
+    return planned
 
 
-def run(step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
-    """Let the teacher answer; write ``SPLIT.outputs.safetensors`` (``kd.answers``), for each split: one view of validation."""
+def run(step: Step[SoftTargetParams], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+    """Run the teacher; write ``SPLIT.soft_targets.safetensors`` for each split (``kd.soft_targets.storage``), one view of validation."""
     from edgekd.kd import views
     from edgekd.kd.reproducible import deterministic
-    from edgekd.kd.soft_targets import shift
-    from edgekd.kd.teachers.load import load_teacher
 
-    params = cast("dict[str, Any]", step.params)
-    entry = None if params["model"] is None else EntryPoint.parse(params["model"])
-    augment = None if params["augment"] is None else views.load_augmentation(context.recipe_dir, EntryPoint.parse(params["augment"]))
+    params = step.params
+    augment = None if params.augment is None else views.load_augmentation(context.recipe_dir, EntryPoint.parse(params.augment))
     splits = {split: data.load_arrays(inputs, split) for split in SPLITS}
-    numbers = {split: 1 if split == "validation" else params["views"] for split in SPLITS}
-    filling = _Filling(context, sum(numbers[split] * len(found[0]) for split, found in splits.items()))
-    device = params.get("accelerator", execution.CPU)
-    with deterministic(params["threads"], device):
-        here = load_teacher(context.recipe_dir, entry, inputs["teacher"].path)
-        classes = here([array[:1] for array in splits["train"]]).shape[1]
-        notes: list[str] = []
-        teacher = here
-        if device != execution.CPU:
-            there = partial(load_teacher, context.recipe_dir, entry, inputs["teacher"].path, device)
-            teacher, notes = _sited(here, there, [array[:BATCH_SIZE] for array in splits["train"]], device)
-        headers, checks = {}, {}
+    with deterministic(params.threads, params.mode.accelerator):
+        teacher, notes = _load_teacher(params, inputs, context.recipe_dir, [array[:BATCH_SIZE] for array in splits["train"]])
+        classes = teacher([array[:1] for array in splits["train"]]).shape[1]
+        headers = {split: _header(params, inputs, split, len(arrays[0]), classes) for split, arrays in splits.items()}
+        progress = _RowProgress(context.progress, sum(header.rows for header in headers.values()))
+        recompute: dict[str, Recompute] = {}
         for split, arrays in splits.items():
-            headers[split] = storage.make_header(
-                split,
-                (numbers[split], len(arrays[0]), classes),
-                teacher=inputs["teacher"].digest,
-                augment=data.digest_of(inputs, "views.code"),
-                data=data.digest_of(inputs, f"{split}.inputs."),
-                slots=0 if params["soft_target_storage"] == "dense" else None,
-            )
-            checks[split] = _fill(teacher, headers[split], arrays, None if split == "validation" else augment, filling)
+            make_view = _view_cache(arrays, split, None if split == "validation" else augment)
+            _fill(teacher, headers[split], make_view, _partial_file(context, split), progress)
+            recompute[split] = _recompute(teacher, make_view)
         if distributed.rank():  # the first rank has the files
             return StageResult()
-        for split, header in headers.items():  # now that no work can be lost
-            target = context.out / f"{split}.outputs.safetensors"
-            storage.finish(_part(context, split), header, target)
-            storage.open_expected(target, header, checks[split])
-    kept = {split: storage.open_soft_targets(context.out / f"{split}.outputs.safetensors") for split in SPLITS}
-    mean_confidence = {split: shift.mean_confidence(kept[split]) for split in ("validation", "unlabelled")}
-    labels = _labels(inputs)
-    home, other = mean_confidence["validation"], mean_confidence["unlabelled"]
-    if "task" not in params and shift.has_shifted(home, other):  # numbers and several softmaxes have no one confidence
-        expected = None if labels is None else shift.expected_accuracy(kept["validation"], labels, kept["unlabelled"])
-        notes.append(f"warning: {shift.warning(home, other, expected)}")
-    accuracy = None if labels is None else float((shift.top1(kept["validation"], 0).classes == labels)[labels >= 0].mean())
-    metrics = {"samples": filling.total, "classes": classes, "validation_accuracy": accuracy}
+        soft_targets = {}
+        for split, header in headers.items():  # only now, when no work can be lost
+            path = context.out / f"{split}.soft_targets.safetensors"
+            storage.finish(_partial_file(context, split), header, path)
+            soft_targets[split] = storage.open_expected(path, header, recompute[split])
+    labels = _class_labels(inputs)
+    notes += _shift_warnings(soft_targets, labels) if params.output.is_single_softmax else []
+    metrics = {"samples": progress.total, "classes": classes, "validation_accuracy": _accuracy(soft_targets["validation"], labels)}
     return StageResult(metrics, tuple(notes))
 
 
-def _sited(here: Teacher, load: Callable[[], Teacher], batch: list[np.ndarray], device: str) -> tuple[Teacher, list[str]]:
-    """Return the teacher on an accelerator if it answers a batch there as it does here, else the one here with a warning."""
+def _load_teacher(
+    params: SoftTargetParams, inputs: Mapping[str, Artifact], recipe_dir: Path, batch: list[np.ndarray]
+) -> tuple[Teacher, list[str]]:
+    """Return the teacher, and a warning if it runs on the CPU because the accelerator fails or returns other logits for a batch."""
     import numpy as np
 
+    from edgekd.kd.teachers.load import load_teacher
+
+    entry, path = None if params.model is None else EntryPoint.parse(params.model), inputs["teacher"].path
+    cpu_teacher, accelerator = load_teacher(recipe_dir, entry, path), params.mode.accelerator
+    if accelerator == execution.CPU:
+        return cpu_teacher, []
     try:
-        there = load()
-        found, expected = there(batch), here(batch)
-        gap = float((np.abs(found - expected) / np.maximum(1.0, np.abs(expected).max(axis=1, keepdims=True))).max())
-        told = f"its answers differ by {gap:.2g} of the largest"
-        if gap <= storage.TOLERANCE:
-            return there, []
-    except (RecipeError, RuntimeError, AssertionError) as error:  # no driver, no memory, an operator that it lacks
-        told = str(error).splitlines()[0]
-    return here, [f"warning: the teacher answers on the processor, not on {device}: {told}"]
+        teacher = load_teacher(recipe_dir, entry, path, accelerator)
+        logits, expected = teacher(batch), cpu_teacher(batch)
+        difference = float((np.abs(logits - expected) / np.maximum(1.0, np.abs(expected).max(axis=1, keepdims=True))).max())
+        if difference <= storage.TOLERANCE:
+            return teacher, []
+        why = f"its logits differ by {difference:.2g} of the largest"
+    except (RecipeError, RuntimeError, AssertionError) as error:  # no driver, not enough memory, an unsupported operator
+        why = str(error).splitlines()[0]
+    return cpu_teacher, [f"warning: the teacher runs on the CPU, not on {accelerator}: {why}"]
+
+
+def _header(params: SoftTargetParams, inputs: Mapping[str, Artifact], split: str, samples: int, classes: int) -> Header:
+    return storage.make_header(
+        split,
+        (1 if split == "validation" else params.views, samples, classes),
+        teacher=inputs["teacher"].digest,
+        augment=data.digest_of(inputs, "views.code"),
+        data=data.digest_of(inputs, f"{split}.inputs."),
+        slots=0 if params.soft_target_storage == "dense" else None,
+    )
 
 
 @dataclass(slots=True)
-class _Filling:
-    """How many answers there are to get, and how many are stored."""
+class _RowProgress:
+    """Reports how many of all rows are stored."""
 
-    context: Context
+    report: Progress
     total: int
-    done: int = 0
+    stored: int = 0
 
 
-def _fill(teacher: Teacher, header: Header, arrays: list[np.ndarray], augment: Augment | None, filling: _Filling) -> Recompute:
-    """Fill the file of a split, going on where a run that was killed stopped; return what asks the teacher anew."""
-    context, split = filling.context, header.split
-    path = _part(context, split)
-    is_first = distributed.rank() == 0
-    stored = distributed.broadcast_number(storage.begin(path, header) if is_first else 0)
-    filling.done += stored
+def _view_cache(arrays: list[np.ndarray], split: str, augment: Augment | None) -> Callable[[int], list[np.ndarray]]:
+    """Return a function that returns a view of a split by its number, and keeps the last one: a single view is in memory at a time."""
 
-    @lru_cache(maxsize=1)  # a view at a time is in memory
-    def seen(number: int) -> list[np.ndarray]:
+    @lru_cache(maxsize=1)
+    def make_view(number: int) -> list[np.ndarray]:
         return arrays if augment is None else data.make_view(augment, split, arrays, number)
 
+    return make_view
+
+
+def _fill(teacher: Teacher, header: Header, make_view: Callable[[int], list[np.ndarray]], path: Path, progress: _RowProgress) -> None:
+    """Store the logits of a split, from where a run that was killed stopped."""
+    is_first = distributed.rank() == 0
+    stored = distributed.broadcast_number(storage.begin(path, header) if is_first else 0)
+    progress.stored += stored
     while stored < header.rows:
-        number, first = divmod(stored, header.samples)
+        view, first = divmod(stored, header.samples)
         rows = range(first, min(header.samples, (first // CHUNK + 1) * CHUNK))
-        found = _ask(teacher, seen(number), rows)
-        stored = storage.append(path, header, stored, found) if is_first else stored + len(rows)
-        filling.done += len(rows)
-        told = f", view {number + 1} of {header.views}" if header.views > 1 else ""
-        context.progress(filling.done / filling.total, f"{split}: {rows.stop} of {header.samples} samples{told}")
-    return lambda number, rows: teacher([array[rows] for array in seen(number)])
+        logits = _predict(teacher, make_view(view), rows)
+        stored = storage.append(path, header, stored, logits) if is_first else stored + len(rows)
+        progress.stored += len(rows)
+        which = f", view {view + 1} of {header.views}" if header.views > 1 else ""
+        progress.report(progress.stored / progress.total, f"{header.split}: {rows.stop} of {header.samples} samples{which}")
 
 
-def _part(context: Context, split: str) -> Path:
-    return context.work / f"{split}.answers"
+def _recompute(teacher: Teacher, make_view: Callable[[int], list[np.ndarray]]) -> Recompute:
+    """Return a function that runs the teacher again on some rows of a view."""
+    return lambda view, rows: teacher([array[rows] for array in make_view(view)])
 
 
-def _labels(inputs: Mapping[str, Artifact]) -> np.ndarray | None:
+def _predict(teacher: Teacher, arrays: list[np.ndarray], rows: range) -> np.ndarray:
+    """Return the logits of rows; each rank runs the teacher on its share of the batches."""
+    import numpy as np
+    import torch
+
+    batches = [slice(start, min(start + BATCH_SIZE, rows.stop)) for start in range(rows.start, rows.stop, BATCH_SIZE)]
+    shards = [batches[distributed.shard(len(batches), rank)] for rank in range(distributed.world_size())]
+    sizes = [sum(batch.stop - batch.start for batch in shard) for shard in shards]
+    shard = shards[distributed.rank()] or batches[:1]  # a rank without a batch needs the shape of the logits all the same
+    logits = np.concatenate([teacher([array[batch] for array in arrays]) for batch in shard])
+    return distributed.all_gather(torch.from_numpy(logits[: sizes[distributed.rank()]]), sizes).numpy()
+
+
+def _partial_file(context: Context, split: str) -> Path:
+    return context.work / f"{split}.soft_targets"
+
+
+def _class_labels(inputs: Mapping[str, Artifact]) -> np.ndarray | None:
     """Return the classes of the validation split, or None if no sample there has one."""
     import numpy as np
 
@@ -189,14 +227,18 @@ def _labels(inputs: Mapping[str, Artifact]) -> np.ndarray | None:
     return labels if labels.dtype == np.int64 and labels.ndim == 1 and (labels >= 0).any() else None
 
 
-def _ask(teacher: Teacher, arrays: list[np.ndarray], rows: range) -> np.ndarray:
-    """Return the answers to rows; of several ranks each asks for its share of the batches."""
-    import numpy as np
-    import torch
+def _accuracy(validation: SoftTargets, labels: np.ndarray | None) -> float | None:
+    from edgekd.kd.soft_targets import shift
 
-    cuts = [slice(start, min(start + BATCH_SIZE, rows.stop)) for start in range(rows.start, rows.stop, BATCH_SIZE)]
-    shares = [cuts[distributed.shard(len(cuts), rank)] for rank in range(distributed.world_size())]
-    sizes = [sum(cut.stop - cut.start for cut in part) for part in shares]
-    given = shares[distributed.rank()] or cuts[:1]  # one that has nothing to do asks all the same: it must know the shape
-    found = np.concatenate([teacher([array[cut] for array in arrays]) for cut in given])
-    return distributed.all_gather(torch.from_numpy(found[: sizes[distributed.rank()]]), sizes).numpy()
+    return None if labels is None else float((shift.top1(validation, 0).classes == labels)[labels >= 0].mean())
+
+
+def _shift_warnings(soft_targets: Mapping[str, SoftTargets], labels: np.ndarray | None) -> list[str]:
+    """Return a warning if the unlabelled samples are from another domain than the validation split."""
+    from edgekd.kd.soft_targets import shift
+
+    in_domain, unlabelled = (shift.mean_confidence(soft_targets[split]) for split in ("validation", "unlabelled"))
+    if not shift.has_shifted(in_domain, unlabelled):
+        return []
+    expected = None if labels is None else shift.expected_accuracy(soft_targets["validation"], labels, soft_targets["unlabelled"])
+    return [f"warning: {shift.warning(in_domain, unlabelled, expected)}"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses by their names in a recipe, and their weighted sum."""
+"""The registry of losses: functions of logits by their names in a recipe, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 from edgekd.domain.losses import TAPPED
-from edgekd.kd.losses.logits import UNLABELLED, ce, dist, dkd, hard, kl, mse, squared
+from edgekd.kd.losses.logits import UNLABELLED, ce, dist, dkd, hard, kl, mse, mse_labels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,26 +25,28 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = {
     "hard": hard,
     "kl": kl,
     "mse": mse,
-    "squared": squared,
+    "mse_labels": mse_labels,
 }
 
 
-def total_loss(losses: Sequence[Loss], student: Tensor, answers: Mapping[str, Tensor | None], labels: Tensor, epoch: int = 0) -> Tensor:
-    """Return the weighted sum of the losses of answers that count in an epoch, 0 if none does.
+def total_loss(
+    losses: Sequence[Loss], student: Tensor, teacher_logits: Mapping[str, Tensor | None], labels: Tensor, epoch: int = 0
+) -> Tensor:
+    """Return the weighted sum of the losses of logits that are active in an epoch (from 0), 0 if none is.
 
-    A loss follows the answers of its own teacher.
+    ``teacher_logits`` maps the names of ``domain.losses.TEACHERS`` to logits; each loss follows the teacher that it names.
 
     Shapes:
-        student, each of answers: (n, C) logits; labels: (n,) int64, -1 where there is none; result: ().
+        student, each of teacher_logits: (n, C) logits; labels: (n,) int64, -1 where there is none; result: ().
     """
-    terms = []
+    values = []
     for loss in losses:
-        if loss.kind in TAPPED or not loss.counts_in(epoch):
+        if loss.kind in TAPPED or not loss.is_active_in(epoch):
             continue
-        known = {"student": student, "teacher": answers[loss.teacher], "labels": labels}
-        needed = {name: known[name] for name in loss_inputs(loss.kind)}
-        terms.append(float(loss.weight) * LOSSES[loss.kind](**needed, **loss.options))
-    return sum(terms[1:], start=terms[0]) if terms else student.new_zeros(())
+        tensors = {"student": student, "teacher": teacher_logits[loss.teacher], "labels": labels}
+        arguments = {name: tensors[name] for name in loss_inputs(loss.kind)}
+        values.append(float(loss.weight) * LOSSES[loss.kind](**arguments, **loss.options))
+    return sum(values[1:], start=values[0]) if values else student.new_zeros(())
 
 
 def loss_inputs(kind: str) -> Iterable[str]:
@@ -52,6 +54,6 @@ def loss_inputs(kind: str) -> Iterable[str]:
     return () if kind in TAPPED else inspect.signature(LOSSES[kind]).parameters.keys() & {"student", "teacher", "labels"}
 
 
-def learns_unlabelled(terms: Iterable[Loss]) -> bool:
-    """Return whether a loss can learn from samples without labels."""
-    return any("labels" not in loss_inputs(term.kind) for term in terms)
+def learns_unlabelled(losses: Iterable[Loss]) -> bool:
+    """Return whether one of the losses can learn from samples without labels."""
+    return any("labels" not in loss_inputs(loss.kind) for loss in losses)

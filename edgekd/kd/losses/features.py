@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of tensors inside the networks: pure functions of one tap of the student and the teacher's beside it.
+"""Losses of tensors inside the networks: pure functions of a tapped tensor of the student and the matching one of the teacher.
 
-A new one is one function, one line in ``FEATURES`` and its kind in ``domain.recipe``. Tensors are widened to float32 at least.
+A new one is one function here, one line in ``FEATURES``, and its kind with its options in ``edgekd.domain.losses``.
+Tensors are converted to float32 at least.
 """
 
 from __future__ import annotations
@@ -15,40 +16,41 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_STILL = 1e-12  # a distance of nothing has no direction
+_EPSILON = 1e-12  # keeps quotients, roots and logarithms finite at 0
 
 
 def attention(student: Tensor, teacher: Tensor, over: str = "channels") -> Tensor:
-    """Return how differently student and teacher attend.
+    """Return the difference of the attention maps of student and teacher.
 
     ``channels``: ``mean over samples of ||q(student) - q(teacher)||^2``, where ``q`` is the map of squares summed over the
-    channels, flattened and scaled to length 1. A larger map is first averaged down to the smaller.
+    channels, flattened and scaled to length 1. The larger map is first averaged to the size of the smaller one.
     ``heads``: rows of attention probabilities, averaged over heads: ``mean over samples and queries of KL(teacher || student)``.
-    The published code of the first averages over positions too: its weight of 1000 at 8x8 positions is 16 here.
+    The published code for ``channels`` averages over positions too: its weight of 1000 at 8x8 positions is 16 here.
 
     Shapes:
-        channels: (n, channels, ...) each, as many axes in both; heads: (n, heads, queries, keys), both last axes equal; result: ().
+        channels: (n, channels, ...) each, with the same number of axes; heads: (n, heads, queries, keys) each, with the same last
+        two axes; result: ().
 
     Source:
         Channels: Zagoruyko and Komodakis, arXiv 1612.03928, equation 2. Heads: Wang et al., arXiv 2002.10957, equation 2,
-        averaged over heads as these need not be as many.
+        averaged over heads, whose numbers may differ.
     """
     from torch.nn.functional import kl_div, normalize
 
     student, teacher = to_float32(student), to_float32(teacher)
     if over == "heads":
-        found, wanted = student.mean(dim=1).clamp(min=_STILL).log(), teacher.mean(dim=1).clamp(min=_STILL).log()
-        queries = found.shape[0] * found.shape[1]
-        return kl_div(found, wanted, reduction="sum", log_target=True) / queries
-    maps = fitted(student.square().sum(dim=1, keepdim=True), teacher.square().sum(dim=1, keepdim=True))
-    found, wanted = (normalize(item.flatten(1), dim=1) for item in maps)
-    return (found - wanted).square().sum(dim=1).mean()
+        student, teacher = (heads.mean(dim=1).clamp(min=_EPSILON).log() for heads in (student, teacher))
+        queries = student.shape[0] * student.shape[1]
+        return kl_div(student, teacher, reduction="sum", log_target=True) / queries
+    maps = match_resolution(student.square().sum(dim=1, keepdim=True), teacher.square().sum(dim=1, keepdim=True))
+    student, teacher = (normalize(attention_map.flatten(1), dim=1) for attention_map in maps)
+    return (student - teacher).square().sum(dim=1).mean()
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared difference of two feature maps, the student's after its adapter.
 
-    A larger map is first averaged down to the smaller.
+    The larger map is first averaged to the size of the smaller one.
 
     Shapes:
         student, teacher: (n, channels) or (n, channels, ...), channels equal; result: ().
@@ -56,7 +58,7 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
     Source:
         Romero et al., arXiv 1412.6550, equation 3.
     """
-    return mse(*fitted(student, teacher))
+    return mse(*match_resolution(student, teacher))
 
 
 def hidden(student: Tensor, teacher: Tensor) -> Tensor:
@@ -72,11 +74,11 @@ def hidden(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def relation(student: Tensor, teacher: Tensor, distance_weight: float = 1.0, angle_weight: float = 2.0) -> Tensor:
-    """Return how differently the samples of a batch lie to each other: their distances, and the angles of all triplets.
+    """Return the difference of the relations between the samples of a batch: pairwise distances, and the angles of all triplets.
 
     ``distance_weight * H(d_student, d_teacher) + angle_weight * H(a_student, a_teacher)`` with the Huber loss H, distances d
-    as multiples of their mean in the batch, cosines a of the angles at each sample. Widths need not be equal. What has more
-    axes is averaged over them first.
+    as multiples of their mean in the batch, and cosines a of the angles at each sample. Widths need not be equal. Tensors with
+    more than two axes are averaged over the further ones first.
 
     Shapes:
         student, teacher: (n, channels, ...) with n > 1; result: ().
@@ -86,14 +88,14 @@ def relation(student: Tensor, teacher: Tensor, distance_weight: float = 1.0, ang
     """
     from torch.nn.functional import smooth_l1_loss
 
-    found, wanted = (item.flatten(2).mean(dim=2) if item.ndim > 2 else item for item in (to_float32(student), to_float32(teacher)))  # noqa: PLR2004  (n, channels)
-    distance = smooth_l1_loss(_distances(found), _distances(wanted))
-    angle = smooth_l1_loss(_angles(found), _angles(wanted))
+    student, teacher = _points(student), _points(teacher)
+    distance = smooth_l1_loss(_distances(student), _distances(teacher))
+    angle = smooth_l1_loss(_angles(student), _angles(teacher))
     return distance_weight * distance + angle_weight * angle
 
 
 def block(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared difference of what a block of the student makes of the teacher's input of that block, and the teacher's.
+    """Return the mean squared difference between the outputs of a block of the student and of the teacher, both for the teacher's input.
 
     Shapes:
         student, teacher: equal; result: ().
@@ -113,27 +115,33 @@ FEATURES: Mapping[str, Callable[..., Tensor]] = {
 }
 
 
-def fitted(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two feature maps (n, channels, ...), each axis of space averaged down to the smaller of both."""
+def match_resolution(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two feature maps (n, channels, ...), each spatial axis averaged to the smaller of the two sizes."""
     from torch.nn import functional
 
     shape = tuple(min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True))
     pool = {1: functional.adaptive_avg_pool1d, 2: functional.adaptive_avg_pool2d}.get(len(shape))
-    found, wanted = (item if pool is None or item.shape[2:] == shape else pool(item, shape) for item in (student, teacher))  # type: ignore[arg-type]  # a tuple of its length
-    return found, wanted
+    student, teacher = (item if pool is None or item.shape[2:] == shape else pool(item, shape) for item in (student, teacher))  # type: ignore[arg-type]  # a tuple of its length
+    return student, teacher
+
+
+def _points(features: Tensor) -> Tensor:
+    """Return features in float32 at least, averaged over all axes behind the channels. Shapes: (n, channels, ...) -> (n, channels)."""
+    features = to_float32(features)
+    return features.flatten(2).mean(dim=2) if features.ndim > 2 else features  # noqa: PLR2004  (n, channels)
 
 
 def _distances(points: Tensor) -> Tensor:
     """Return the Euclidean distance of each pair, as multiples of their mean. Shapes: (n, width) -> (n, n)."""
-    square = (points[:, None] - points[None]).square().sum(dim=2)
-    apart = square > 0
-    distances = square.clamp(min=_STILL).sqrt() * apart  # the root has no gradient at 0
-    return distances / (distances.sum() / apart.sum().clamp(min=1)).clamp(min=_STILL)
+    squares = (points[:, None] - points[None]).square().sum(dim=2)
+    is_apart = squares > 0
+    distances = squares.clamp(min=_EPSILON).sqrt() * is_apart  # the root has no gradient at 0
+    return distances / (distances.sum() / is_apart.sum().clamp(min=1)).clamp(min=_EPSILON)
 
 
 def _angles(points: Tensor) -> Tensor:
     """Return the cosine of the angle at j between i and k. Shapes: (n, width) -> (n, n, n)."""
     from torch.nn.functional import normalize
 
-    towards = normalize(points[None] - points[:, None], dim=2)
-    return towards @ towards.transpose(1, 2)
+    directions = normalize(points[None] - points[:, None], dim=2)
+    return directions @ directions.transpose(1, 2)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses: pure functions of logits. A new one is one function, one line in ``LOSSES`` and its kind in ``domain.recipe``.
+"""Losses that are pure functions of logits.
 
-A loss takes what it needs of ``student`` (n, C), ``teacher`` (n, C) and ``labels`` (n,), int64, -1 where there is none, and
-returns a scalar. What else it takes are its options. Logits are widened to float32 at least.
+A new one is one function here, one line in ``edgekd.kd.losses.LOSSES``, and its kind with its options in ``edgekd.domain.losses``.
+A loss takes those of ``student`` (n, C), ``teacher`` (n, C) and ``labels`` (n,), int64, -1 where there is none, that it needs, and
+returns a scalar. All its other parameters are its options. Logits are converted to float32 at least.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ if TYPE_CHECKING:
 
 
 UNLABELLED = -1  # the label of a sample that has none
-_STILL = 1e-7  # logits that all agree have no spread to divide by
+_EPSILON = 1e-7  # equal logits have no standard deviation to divide by
 
 
 def ce(student: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return the cross-entropy of the labels: ``mean over labelled samples of -log softmax(student)[label]``.
 
-    With smoothing s, the label's share becomes ``1 - s + s / C`` and every other class's ``s / C``.
+    With smoothing s, the target probability of the label is ``1 - s + s / C``, that of every other class ``s / C``.
     A batch without a label gives 0.
 
     Shapes:
@@ -31,18 +32,18 @@ def ce(student: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """
     from torch.nn.functional import cross_entropy
 
-    summed = cross_entropy(to_float32(student), labels, ignore_index=UNLABELLED, reduction="sum", label_smoothing=label_smoothing)
-    return summed / (labels != UNLABELLED).sum().clamp(min=1)
+    total = cross_entropy(to_float32(student), labels, ignore_index=UNLABELLED, reduction="sum", label_smoothing=label_smoothing)
+    return total / (labels != UNLABELLED).sum().clamp(min=1)
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float, *, standardize: bool = False) -> Tensor:
-    """Return the softened divergence of student from teacher.
+    """Return the Kullback-Leibler divergence of the student's softened probabilities from the teacher's.
 
-    ``T^2 * mean over samples of KL(softmax(teacher / T) || softmax(student / T))``: summed over classes, so that the
-    number of classes does not weaken it, and times T^2, so that its gradient keeps its size as T grows. At T = 1 its
-    gradient is that of cross-entropy to the teacher's soft labels. ``kl(p, p, T) = 0``. Standardized, each sample's
-    logits first lose their mean and are divided by their standard deviation: the student has to match the teacher's
-    order and relations, not its scale; what it then answers is not calibrated.
+    ``T^2 * mean over samples of KL(softmax(teacher / T) || softmax(student / T))``. It is summed over classes, so that the
+    number of classes does not weaken it, and multiplied by T^2, so that its gradient keeps its size as T grows. At T = 1 its
+    gradient is that of cross-entropy to the teacher's soft labels. ``kl(p, p, T) = 0``. With ``standardize``, the mean of each
+    sample's logits is subtracted and they are divided by their standard deviation: the student has to match the teacher's
+    order and relations, not its scale, and its probabilities are not calibrated.
 
     Shapes:
         student, teacher: (n, C) logits; result: ().
@@ -55,12 +56,12 @@ def kl(student: Tensor, teacher: Tensor, temperature: float, *, standardize: boo
     student, teacher = to_float32(student), to_float32(teacher)
     if standardize:
         student, teacher = _standardized(student), _standardized(teacher)
-    found, wanted = log_softmax(student / temperature, dim=1), log_softmax(teacher / temperature, dim=1)
-    return kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
+    log_probabilities, target = log_softmax(student / temperature, dim=1), log_softmax(teacher / temperature, dim=1)
+    return kl_div(log_probabilities, target, reduction="batchmean", log_target=True) * temperature**2
 
 
 def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, target_weight: float, rest_weight: float) -> Tensor:
-    """Return the divergence in two parts with a weight each: the label's class against all others, and among the others.
+    """Return the divergence in two parts, each with a weight: the label's class against all others, and among the others.
 
     ``T^2 * mean over labelled samples of (target_weight * KL(b_teacher || b_student) + rest_weight * KL(r_teacher || r_student))``
     with ``b = (p[label], 1 - p[label])``, ``r`` the softmax over the other classes, both of logits / T. Hinton's loss is
@@ -76,25 +77,25 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, ta
     from torch.nn.functional import kl_div
 
     labelled = labels != UNLABELLED
-    chosen = labels[labelled]
-    classes = (chosen[:, None] + torch.arange(student.shape[1], device=student.device)) % student.shape[1]  # the label's first
+    shifts = torch.arange(student.shape[1], device=student.device)
+    classes = (labels[labelled][:, None] + shifts) % student.shape[1]  # the label's class first
     parts = []
     for logits in (student, teacher):
-        shares = torch.log_softmax(to_float32(logits)[labelled] / temperature, dim=1).gather(1, classes)
-        rest = shares[:, 1:].logsumexp(dim=1, keepdim=True)
-        parts.append((torch.cat([shares[:, :1], rest], dim=1), shares[:, 1:] - rest))
-    (target_found, rest_found), (target_wanted, rest_wanted) = parts
-    target = kl_div(target_found, target_wanted, reduction="sum", log_target=True)
-    among = kl_div(rest_found, rest_wanted, reduction="sum", log_target=True)
-    return (target_weight * target + rest_weight * among) * temperature**2 / labelled.sum().clamp(min=1)
+        log_probabilities = torch.log_softmax(to_float32(logits)[labelled] / temperature, dim=1).gather(1, classes)
+        log_rest = log_probabilities[:, 1:].logsumexp(dim=1, keepdim=True)
+        parts.append((torch.cat([log_probabilities[:, :1], log_rest], dim=1), log_probabilities[:, 1:] - log_rest))
+    (student_target, student_rest), (teacher_target, teacher_rest) = parts
+    target = kl_div(student_target, teacher_target, reduction="sum", log_target=True)
+    rest = kl_div(student_rest, teacher_rest, reduction="sum", log_target=True)
+    return (target_weight * target + rest_weight * rest) * temperature**2 / labelled.sum().clamp(min=1)
 
 
 def dist(student: Tensor, teacher: Tensor, temperature: float, inter_weight: float, intra_weight: float) -> Tensor:
     """Return how far the student's relations are from the teacher's: within each sample, and within each class of the batch.
 
     ``T^2 * (inter_weight * mean over samples of (1 - r) + intra_weight * mean over classes of (1 - r))`` with Pearson's r
-    between rows (then columns) of ``softmax(logits / T)``. A teacher much stronger than its student is followed in what
-    it prefers, not in how sure it is; what the student then answers is not calibrated. ``dist(p, p) = 0``.
+    between rows (then columns) of ``softmax(logits / T)``. The student of a much stronger teacher learns its preferences, not
+    its confidence, so the student's probabilities are not calibrated. ``dist(p, p) = 0``.
 
     Shapes:
         student, teacher: (n, C) logits; result: ().
@@ -104,14 +105,14 @@ def dist(student: Tensor, teacher: Tensor, temperature: float, inter_weight: flo
     """
     import torch
 
-    found, wanted = torch.softmax(to_float32(student) / temperature, dim=1), torch.softmax(to_float32(teacher) / temperature, dim=1)
-    inter = 1 - _correlation(found, wanted).mean()
-    intra = 1 - _correlation(found.T, wanted.T).mean()
+    student, teacher = (torch.softmax(to_float32(logits) / temperature, dim=1) for logits in (student, teacher))
+    inter = 1 - _correlation(student, teacher).mean()
+    intra = 1 - _correlation(student.T, teacher.T).mean()
     return temperature**2 * (inter_weight * inter + intra_weight * intra)
 
 
 def hard(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the cross-entropy of the teacher's own answers, as if they were labels: ``mean of -log softmax(student)[argmax teacher]``.
+    """Return the cross-entropy of the classes that the teacher predicts: ``mean of -log softmax(student)[argmax teacher]``.
 
     Shapes:
         student, teacher: (n, C) logits; result: ().
@@ -138,8 +139,8 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
     return mse_loss(to_float32(student), to_float32(teacher))
 
 
-def squared(student: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean squared difference from the labels: ``mean over numbers that are known of (student - label)^2``.
+def mse_labels(student: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean squared difference from the labels: ``mean over known numbers of (student - label)^2``.
 
     A batch without a label gives 0.
 
@@ -147,7 +148,7 @@ def squared(student: Tensor, labels: Tensor) -> Tensor:
         student: (n, D); labels: (n, D) float, NaN where there is none; result: ().
 
     Source:
-        Gauss 1809; with a teacher beside it as in Chen et al., NIPS 2017, section 3.3.
+        Gauss 1809; together with a teacher as in Chen et al., NIPS 2017, section 3.3.
     """
     import torch
 
@@ -156,18 +157,18 @@ def squared(student: Tensor, labels: Tensor) -> Tensor:
 
 
 def _standardized(logits: Tensor) -> Tensor:
-    return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + _STILL)
+    return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + _EPSILON)
 
 
-def _correlation(found: Tensor, wanted: Tensor) -> Tensor:
-    """Return Pearson's correlation of each pair of rows; 0 where one does not vary."""
+def _correlation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return Pearson's correlation of each pair of rows; 0 where one is constant."""
     from torch.nn.functional import cosine_similarity
 
-    return cosine_similarity(found - found.mean(dim=1, keepdim=True), wanted - wanted.mean(dim=1, keepdim=True), dim=1)
+    return cosine_similarity(student - student.mean(dim=1, keepdim=True), teacher - teacher.mean(dim=1, keepdim=True), dim=1)
 
 
 def to_float32(logits: Tensor) -> Tensor:
-    """Return logits in float32 at least: softmax and its logarithm lose too much in half precision."""
+    """Return logits in float32 at least: softmax and its logarithm lose too much precision in 16 bits."""
     import torch
 
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taps: tensors inside two untouched networks, recorded by hooks on modules that the recipe names, and the losses between them.
+"""Taps: tensors inside two unchanged networks, recorded by hooks on modules that the recipe names, and the losses between them.
 
-The teacher runs beside the student on the same batch, frozen and in eval mode. Adapters, which make the student's width the
-teacher's, live here and are trained with the student; no file of the student knows of them.
+The teacher runs on the same batches as the student, frozen and in eval mode. Adapters project the student's tensors to the teacher's
+width. They are created here and trained with the student, and are in no file of the student.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edgekd.kd.losses.features import FEATURES
 from edgekd.kd.reproducible import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
     Inputs = Sequence[Tensor] | Mapping[str, Tensor]
 
-_SHOWN = 8
-_MAP, _SEQUENCE, _MOST_AXES = 3, 3, 4
+_MAX_SHOWN = 8  # module names in a message
+_SEQUENCE_AXES, _MIN_MAP_AXES, _MAX_AXES = 3, 3, 4
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A module and the entry that made it, for messages; ``role`` is ``student`` or ``teacher``."""
+    """A module and the entry point that made it, for messages; ``role`` is ``student`` or ``teacher``."""
 
     role: str
     module: nn.Module
@@ -42,7 +42,7 @@ class Network:
 
 @dataclass(slots=True)
 class _Record:
-    """What a tapped module did in the last forward pass; ``version`` is the output's when the module gave it."""
+    """The calls of a tapped module in the last forward pass; ``version`` is that of the output tensor when the module returned it."""
 
     calls: int = 0
     inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -52,81 +52,83 @@ class _Record:
 
 @dataclass(slots=True)
 class TappedNetworks:
-    """A student and its teacher with hooks on their taps; ``adapters`` belong into the optimizer and the checkpoint."""
+    """A student and its teacher with hooks on their taps; the optimizer and the checkpoint have to include ``adapters``."""
 
     student: Network
     teacher: Network
-    terms: Sequence[Loss]
+    losses: Sequence[Loss]
     adapters: nn.ModuleDict
-    records: dict[tuple[str, str], _Record]
+    records: dict[tuple[str, str], _Record]  # by role and path
     handles: list[Any] = field(default_factory=list)
 
-    def counts_in(self, epoch: int) -> bool:
-        """Return whether a term counts in an epoch, from 0."""
-        return any(term.counts_in(epoch) for term in self.terms)
+    def is_active_in(self, epoch: int) -> bool:
+        """Return whether one of the losses is active in an epoch, from 0."""
+        return any(loss.is_active_in(epoch) for loss in self.losses)
 
-    def ask(self, inputs: Inputs) -> Any:
-        """Show a batch to the teacher; return what it answers."""
+    def run_teacher(self, inputs: Inputs) -> Any:
+        """Run the teacher on a batch, so that its taps are recorded; return its output."""
         import torch
 
         with torch.no_grad():
-            return _run(self.teacher, inputs)
+            return _forward(self.teacher, inputs)
 
     def loss(self, epoch: int) -> Tensor:
-        """Return the weighted sum of the terms that count in an epoch (from 0; one does), for the batch that both have just seen."""
-        terms = [term for term in self.terms if term.counts_in(epoch)]
+        """Return the weighted sum of the losses that are active in an epoch (from 0; one is), for the batch that both networks just ran."""
+        losses = [loss for loss in self.losses if loss.is_active_in(epoch)]
         # read before any block runs again, which its hook would record
-        pairs = {(kind, at): self.pair(tap) for kind, at, tap in _numbered(terms) if kind != "block"}
-        summed = []
-        for term in terms:
-            for at, tap in enumerate(term.taps):
-                found, wanted = self._of_block(tap) if term.kind == "block" else pairs[term.kind, at]
-                if (name := _key(term.kind, at)) in self.adapters:
-                    found = self.adapters[name](found)
-                summed.append(float(term.weight) * FEATURES[term.kind](found, wanted, **term.options))
-        self.forget()
-        return sum(summed[1:], start=summed[0])
+        pairs = {(kind, index): self.pair(tap) for kind, index, tap in _indexed_taps(losses) if kind != "block"}
+        values = []
+        for loss in losses:
+            for index, tap in enumerate(loss.taps):
+                student, teacher = self.block_pair(tap) if loss.kind == "block" else pairs[loss.kind, index]
+                if (name := _adapter_name(loss.kind, index)) in self.adapters:
+                    student = self.adapters[name](student)
+                values.append(float(loss.weight) * FEATURES[loss.kind](student, teacher, **loss.options))
+        self.clear()
+        return sum(values[1:], start=values[0])
 
-    def forget(self) -> None:
-        """Drop what was recorded, so that no tensor of a batch stands for one of another."""
+    def clear(self) -> None:
+        """Drop all recorded tensors, so that none is used for another batch."""
         for record in self.records.values():
             record.calls, record.inputs, record.output = 0, ((), {}), None
 
     def pair(self, tap: Tap) -> tuple[Tensor, Tensor]:
         """Return the tensors of a tap, the student's and the teacher's."""
-        found, wanted = (_tensor(self.records[role, path], path) for role, path in (("student", tap.student), ("teacher", tap.teacher)))
-        return found, wanted
-
-    def _of_block(self, tap: Tap) -> tuple[Tensor, Tensor]:
-        """Return what the student's block makes of the teacher's input of that block, and what the teacher made of it."""
-        record = self.records["teacher", tap.teacher]
-        arguments, named = record.inputs
-        wanted = _tensor(record, tap.teacher)
-        block = self.student.module.get_submodule(_path(tap.student)[0])
-        made = usercode.call_user_code(
-            lambda: block(*arguments, **named), self.student.entry, what=f"'{tap.student}' with the teacher's input"
+        return (
+            _tensor(self.records["student", tap.student], tap.student),
+            _tensor(self.records["teacher", tap.teacher], tap.teacher),
         )
-        return _picked(made, tap.student), wanted
+
+    def block_pair(self, tap: Tap) -> tuple[Tensor, Tensor]:
+        """Return the outputs of the student's block and of the teacher's, both for the teacher's input of that block."""
+        record = self.records["teacher", tap.teacher]
+        args, kwargs = record.inputs
+        expected = _tensor(record, tap.teacher)
+        block = self.student.module.get_submodule(_parse_path(tap.student)[0])
+        output = usercode.call_user_code(
+            lambda: block(*args, **kwargs), self.student.entry, what=f"'{tap.student}' with the teacher's input"
+        )
+        return _select_output(output, tap.student), expected
 
 
-def attach_taps(student: Network, teacher: Network, terms: Sequence[Loss], inputs: Inputs, seed: int) -> TappedNetworks:
-    """Put hooks on two networks, after all taps were checked on a batch, and make the adapters that their shapes ask for.
+def attach_taps(student: Network, teacher: Network, losses: Sequence[Loss], inputs: Inputs, seed: int) -> TappedNetworks:
+    """Put hooks on two networks, check all taps on a batch, and create the adapters that different widths need.
 
     Args:
-        student: Stays in the mode that it is in.
+        student: Stays in its mode (train or eval).
         teacher: Is frozen and put into eval mode.
-        terms: Losses of the kinds in ``domain.losses.TAPPED``.
+        losses: Losses of the kinds in ``domain.losses.TAPPED``.
         inputs: A few samples, as the networks take them: by position, or by name.
-        seed: For the adapters' weights.
+        seed: Of the adapters' weights.
 
     Raises:
         RecipeError: all that is wrong with the taps: no such module, not called or called twice, no tensor, changed in place
-            afterwards, or shapes that do not match.
+            afterwards, or shapes that do not match. The hooks are removed then.
     """
     import torch
 
     teacher.module.eval().requires_grad_(requires_grad=False)
-    tapped = TappedNetworks(student, teacher, terms, torch.nn.ModuleDict(), {})
+    tapped = TappedNetworks(student, teacher, losses, torch.nn.ModuleDict(), {})
     was_training = student.module.training
     try:
         _check(tapped, inputs, seed)
@@ -136,26 +138,26 @@ def attach_taps(student: Network, teacher: Network, terms: Sequence[Loss], input
         raise
     finally:
         student.module.train(was_training)
-        tapped.forget()
+        tapped.clear()
     return tapped
 
 
 def _check(tapped: TappedNetworks, inputs: Inputs, seed: int) -> None:
-    """Hook both networks, let them see a batch, and match their taps."""
+    """Hook both networks, run them on a batch, and match their taps."""
     import torch
 
     networks = (tapped.student, tapped.teacher)
-    _refuse([problem for network in networks for problem in _hook(tapped, network)])
-    with torch.no_grad():  # not inference_mode, which counts no changes in place
+    _raise_if_any(problem for network in networks for problem in _hook(tapped, network))
+    with torch.no_grad():  # not inference_mode, in which torch counts no in-place changes
         for network in networks:
-            _run(network, inputs)
-        _refuse([problem for (role, path), record in tapped.records.items() if (problem := _unfit(record, role, path))])
+            _forward(network, inputs)
+        _raise_if_any(_tap_problem(record, role, path) for (role, path), record in tapped.records.items())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "adapters"))
-            _refuse([problem for kind, at, tap in _numbered(tapped.terms) for problem in _match(tapped, kind, at, tap)])
+            _raise_if_any(_match(tapped, loss, index) for loss in tapped.losses for index in range(len(loss.taps)))
 
 
-def _run(network: Network, inputs: Inputs) -> Any:
+def _forward(network: Network, inputs: Inputs) -> Any:
     module = network.module.eval()
     if isinstance(inputs, Mapping):
         return usercode.call_user_code(lambda: module(**inputs), network.entry, what=f"forward() of the {network.role}")
@@ -163,16 +165,16 @@ def _run(network: Network, inputs: Inputs) -> Any:
 
 
 def _hook(tapped: TappedNetworks, network: Network) -> list[str]:
-    """Hook the taps of a network; return what is wrong with their paths."""
+    """Hook the taps of a network; return the problems of their paths."""
     modules = dict(network.module.named_modules())
     problems = []
-    for path in dict.fromkeys(getattr(tap, network.role) for term in tapped.terms for tap in term.taps):
-        name, number = _path(path)
-        if number is None or name not in modules or not name:
-            shown = [each for each in modules if each]
-            some = ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")
+    for path in dict.fromkeys(getattr(tap, network.role) for loss in tapped.losses for tap in loss.taps):
+        name, index = _parse_path(path)
+        if index is None or name not in modules or not name:
+            names = [name for name in modules if name]
+            examples = ", ".join(names[:_MAX_SHOWN]) + (", ..." if len(names) > _MAX_SHOWN else "")
             problems.append(
-                f"tap '{path}' of the {network.role} ({network.entry}): no such module{did_you_mean(name, shown)}; it has {some}"
+                f"tap '{path}' of the {network.role} ({network.entry}): no such module{did_you_mean(name, names)}; it has {examples}"
             )
             continue
         record = tapped.records[network.role, path] = _Record()
@@ -183,112 +185,117 @@ def _hook(tapped: TappedNetworks, network: Network) -> list[str]:
 def _recorder(record: _Record, path: str) -> Any:
     import torch
 
-    def seen(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         record.calls += 1
-        record.inputs, record.output = (arguments, named), output
-        found = _picked(output, path)
-        counted = isinstance(found, torch.Tensor) and not found.is_inference()
-        record.version = found._version if counted else 0  # noqa: SLF001  (torch has no other name for it)
+        record.inputs, record.output = (args, kwargs), output
+        tensor = _select_output(output, path)
+        has_version = isinstance(tensor, torch.Tensor) and not tensor.is_inference()
+        record.version = tensor._version if has_version else 0  # noqa: SLF001  (torch has no public name for it)
 
-    return seen
+    return hook
 
 
-def _unfit(record: _Record, role: str, path: str) -> str | None:
-    """Return why a tap cannot be used after a forward pass, or None."""
+def _tap_problem(record: _Record, role: str, path: str) -> str | None:
+    """Return why a tap cannot be used, judged after a forward pass, or None."""
     import torch
 
     where = f"tap '{path}' of the {role}"
     if record.calls != 1:
-        how = "is not called in a forward pass" if record.calls == 0 else f"is called {record.calls} times in one forward pass"
-        return f"{where}: the module {how}; name one that is called once"
-    found = _picked(record.output, path)
-    if not isinstance(found, torch.Tensor):
-        several = isinstance(record.output, tuple | list)
-        told = f"{len(record.output)} outputs" if several else type(record.output).__name__
-        more = f"; name one by its number: '{_path(path)[0]}:0'" if several else ""
-        return f"{where}: the module gives {told}; expected one tensor{more}"
-    if found._version != record.version:  # noqa: SLF001  (as above)
-        return f"{where}: what it gives is changed in place afterwards (by a ReLU with inplace=True?); name the module that changes it"
-    if not found.is_floating_point():
-        return f"{where}: the module gives {str(found.dtype).removeprefix('torch.')}; expected floating point numbers"
+        calls = "is not called in a forward pass" if record.calls == 0 else f"is called {record.calls} times in one forward pass"
+        return f"{where}: the module {calls}; name one that is called once"
+    tensor = _select_output(record.output, path)
+    if not isinstance(tensor, torch.Tensor):
+        is_several = isinstance(record.output, tuple | list)
+        returned = f"{len(record.output)} outputs" if is_several else type(record.output).__name__
+        hint = f"; name one by its number: '{_parse_path(path)[0]}:0'" if is_several else ""
+        return f"{where}: the module returns {returned}; expected one tensor{hint}"
+    if tensor._version != record.version:  # noqa: SLF001  (as above)
+        return f"{where}: its output is changed in place afterwards (by a ReLU with inplace=True?); name the module that changes it"
+    if not tensor.is_floating_point():
+        return f"{where}: the module returns {str(tensor.dtype).removeprefix('torch.')}; expected floating point numbers"
     return None
 
 
-def _match(tapped: TappedNetworks, kind: str, at: int, tap: Tap) -> list[str]:
-    """Make the adapter of a tap if it takes one; return what is wrong with the shapes."""
+def _match(tapped: TappedNetworks, loss: Loss, index: int) -> str | None:
+    """Create the adapter of a tap if it needs one; return the problem of the shapes, or None."""
+    kind, tap = loss.kind, loss.taps[index]
     where = f"{kind}: taps '{tap.student}' of the student and '{tap.teacher}' of the teacher"
-    term = next(term for term in tapped.terms if term.kind == kind)
     try:
-        found, wanted = tapped._of_block(tap) if kind == "block" else tapped.pair(tap)  # noqa: SLF001  (this module's own)
+        student, teacher = tapped.block_pair(tap) if kind == "block" else tapped.pair(tap)
     except RecipeError as error:
-        return [f"{where}: the student's block cannot take the teacher's input of that block; block needs equal shapes there ({error})"]
-    shapes, told = (tuple(found.shape), tuple(wanted.shape)), f"give {list(found.shape)} and {list(wanted.shape)}"
-    if len(shapes[0]) != len(shapes[1]) and kind != "relation":
-        return [f"{where}: {told}; expected as many axes"]
-    if problem := _mismatch(kind, str(term.options.get("over", "")), *shapes):
-        return [f"{where}: {told}; {problem}"]
+        return f"{where}: the student's block cannot take the teacher's input of that block; block needs equal shapes there ({error})"
+    shapes = tuple(student.shape), tuple(teacher.shape)
+    if problem := _shape_problem(kind, str(loss.options.get("over", "")), *shapes):
+        return f"{where}: have shapes {list(student.shape)} and {list(teacher.shape)}; {problem}"
     if kind in {"hint", "hidden"}:
         axis = 2 if kind == "hidden" else 1
-        narrow, wide = shapes[0][axis], shapes[1][axis]
-        if narrow != wide:
-            adapter = _adapter(narrow, wide, len(shapes[0]) - 2 if kind == "hint" else 0)
-            tapped.adapters[_key(kind, at)] = adapter.to(found.device)
-    return []
-
-
-def _mismatch(kind: str, over: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
-    """Return what shapes with as many axes lack for a kind of loss, or None."""
-    if found[:1] != wanted[:1] or len(found) < 2:  # noqa: PLR2004  (samples, and something of each)
-        return "expected the batch as the first axis, and one more at least"
-    if kind == "block" and found != wanted:
-        return "block needs equal shapes"
-    if kind == "hidden" and (len(found) != _SEQUENCE or found[1] != wanted[1]):
-        return "expected (n, tokens, width) with as many tokens (are the vocabularies or lengths different?)"
-    if kind == "hint" and len(found) > _MOST_AXES:
-        return "expected (n, width), (n, channels, length) or (n, channels, height, width)"
-    if over == "channels" and not _MAP <= len(found) <= _MOST_AXES:
-        return "expected (n, channels, length) or (n, channels, height, width)"
-    if over == "heads" and (len(found) != _MOST_AXES or found[2:] != wanted[2:]):
-        return "expected (n, heads, queries, keys) with as many queries and keys (are the vocabularies or lengths different?)"
+        student_width, teacher_width = shapes[0][axis], shapes[1][axis]
+        if student_width != teacher_width:
+            adapter = _adapter(student_width, teacher_width, student.ndim - 2 if kind == "hint" else 0)
+            tapped.adapters[_adapter_name(kind, index)] = adapter.to(student.device)
     return None
 
 
-def _adapter(narrow: int, wide: int, axes_of_space: int) -> nn.Module:
+def _shape_problem(kind: str, over: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> str | None:
+    """Return what a kind of loss expects that the shapes of two tensors do not satisfy, or None."""
+    axes = len(student)
+    if axes != len(teacher) and kind != "relation":
+        return "expected the same number of axes"
+    if student[:1] != teacher[:1] or axes < 2:  # noqa: PLR2004  (the batch and one more)
+        return "expected the batch as the first axis, and at least one more axis"
+    if kind == "block" and student != teacher:
+        return "block needs equal shapes"
+    if kind == "hidden" and (axes != _SEQUENCE_AXES or student[1] != teacher[1]):
+        return "expected (n, tokens, width) with the same number of tokens (are the vocabularies or lengths different?)"
+    if kind == "hint" and axes > _MAX_AXES:
+        return "expected (n, width), (n, channels, length) or (n, channels, height, width)"
+    if over == "channels" and not _MIN_MAP_AXES <= axes <= _MAX_AXES:
+        return "expected (n, channels, length) or (n, channels, height, width)"
+    if over == "heads" and (axes != _MAX_AXES or student[2:] != teacher[2:]):
+        return "expected (n, heads, queries, keys) with the same numbers of queries and keys (are the vocabularies or lengths different?)"
+    return None
+
+
+def _adapter(student_width: int, teacher_width: int, spatial_axes: int) -> nn.Module:
     from torch import nn
 
-    if axes_of_space == 0:
-        return nn.Linear(narrow, wide)
-    return nn.Conv1d(narrow, wide, 1) if axes_of_space == 1 else nn.Conv2d(narrow, wide, 1)
+    if spatial_axes == 0:
+        return nn.Linear(student_width, teacher_width)
+    convolution = nn.Conv1d if spatial_axes == 1 else nn.Conv2d
+    return convolution(student_width, teacher_width, 1)
 
 
-def _numbered(terms: Sequence[Loss]) -> list[tuple[str, int, Tap]]:
-    return [(term.kind, at, tap) for term in terms for at, tap in enumerate(term.taps)]
+def _indexed_taps(losses: Sequence[Loss]) -> list[tuple[str, int, Tap]]:
+    """Return the taps of losses, each with the loss's kind and its index there."""
+    return [(loss.kind, index, tap) for loss in losses for index, tap in enumerate(loss.taps)]
 
 
-def _key(kind: str, at: int) -> str:
-    return f"{kind}_{at}"
+def _adapter_name(kind: str, index: int) -> str:
+    return f"{kind}_{index}"
 
 
-def _path(text: str) -> tuple[str, int | None]:
-    """Return the module's path and which of its outputs a tap means; the number is None if it is none."""
-    name, _, number = text.partition(":")
-    return name, int(number or 0) if not number or number.isdecimal() else None
+def _parse_path(path: str) -> tuple[str, int | None]:
+    """Return the module's dotted path and the index of the output that a tap names (0 if none); None if that is not a number."""
+    name, _, index = path.partition(":")
+    return name, int(index or 0) if not index or index.isdecimal() else None
 
 
-def _picked(output: Any, path: str) -> Any:
-    number = _path(path)[1]
-    if ":" in path and isinstance(output, tuple | list) and number is not None and number < len(output):
-        return output[number]
+def _select_output(output: Any, path: str) -> Any:
+    index = _parse_path(path)[1]
+    if ":" in path and isinstance(output, tuple | list) and index is not None and index < len(output):
+        return output[index]
     return output
 
 
 def _tensor(record: _Record, path: str) -> Tensor:
     if record.output is None:
-        raise RecipeError(f"distill.losses: tap '{path}': the module was not called for this batch; name one that always is")
-    found: torch.Tensor = _picked(record.output, path)
-    return found
+        raise RecipeError(
+            f"distill.losses: tap '{path}': the module was not called for this batch; name one that is called for every batch"
+        )
+    tensor: torch.Tensor = _select_output(record.output, path)
+    return tensor
 
 
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise RecipeError(*(f"distill.losses: {problem}" for problem in problems))
+def _raise_if_any(problems: Iterable[str | None]) -> None:
+    if messages := [f"distill.losses: {problem}" for problem in problems if problem]:
+        raise RecipeError(*messages)

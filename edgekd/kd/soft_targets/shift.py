@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether unlabelled samples come from where the teacher is at home: by how sure it is of them."""
+"""Domain shift of the unlabelled samples, detected by the confidence of the teacher."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ if TYPE_CHECKING:
 
     from edgekd.kd.soft_targets.storage import SoftTargets
 
-MIN_SAMPLES = 30  # fewer say nothing
-MIN_DROP = 0.05  # of mean confidence: a smaller one is of no consequence
+MIN_SAMPLES = 30  # fewer samples show nothing
+MIN_DROP = 0.05  # of the mean confidence; a smaller drop has no consequence
 Z = 2.58  # two-sided 99 %
 CHUNK = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Confidence:
-    """Of the teacher's answers to a split: how many, and mean and variance of its confidence (the largest softmax)."""
+    """The teacher's confidence (the largest softmax probability) on a split: number of samples, mean and variance."""
 
     samples: int
     mean: float
     variance: float
 
 
-def mean_confidence(kept: SoftTargets) -> Confidence:
-    """Return how sure the teacher is, over all views: those of one sample are not independent, so they are averaged first."""
+def mean_confidence(soft_targets: SoftTargets) -> Confidence:
+    """Return the teacher's confidence on a split; the views of a sample are averaged first, as they are not independent."""
     import numpy as np
 
-    if kept.header.samples == 0:
+    if soft_targets.header.samples == 0:
         return Confidence(0, 0.0, 0.0)
-    confidence = np.mean([top1(kept, view).confidence for view in range(kept.header.views)], axis=0)
+    confidence = np.mean([top1(soft_targets, view).confidence for view in range(soft_targets.header.views)], axis=0)
     return Confidence(len(confidence), float(confidence.mean()), float(confidence.var()))
 
 
 class Top1(NamedTuple):
-    """The teacher's answer to each sample, its confidence (the largest softmax), and minus the entropy. Shapes: (n,) each.
+    """The teacher's predicted class for each sample, its confidence (the largest softmax), and minus the entropy. Shapes: (n,) each.
 
-    Of answers that are kept as samples, the log of the confidence stands for the latter: either orders samples by certainty.
+    For sampled soft targets, ``certainty`` is the logarithm of the confidence instead: either one orders samples by certainty.
     """
 
     classes: np.ndarray
@@ -48,76 +48,77 @@ class Top1(NamedTuple):
     certainty: np.ndarray
 
 
-def top1(kept: SoftTargets, view: int) -> Top1:
-    """Return what the teacher says of each sample of a view."""
+def top1(soft_targets: SoftTargets, view: int) -> Top1:
+    """Return the teacher's predictions for the samples of a view."""
     import numpy as np
 
-    found = []
-    for start in range(0, kept.header.samples, CHUNK):
-        rows = np.arange(start, min(start + CHUNK, kept.header.samples))
-        if kept.header.slots:
-            ids, logs = kept.read_sparse(view, rows)
-            found.append((ids[:, 0], np.exp(logs[:, 0].astype(np.float64)), logs[:, 0]))
+    chunks = []
+    for start in range(0, soft_targets.header.samples, CHUNK):
+        rows = np.arange(start, min(start + CHUNK, soft_targets.header.samples))
+        if soft_targets.header.slots:
+            ids, logs = soft_targets.read_sparse(view, rows)
+            chunks.append((ids[:, 0], np.exp(logs[:, 0].astype(np.float64)), logs[:, 0]))
         else:
-            logits = kept.read(view, rows).astype(np.float64)
+            logits = soft_targets.read(view, rows).astype(np.float64)
             logits -= logits.max(1, keepdims=True)
-            shares = np.exp(logits)
-            whole = shares.sum(1)
-            found.append((logits.argmax(1), 1 / whole, (shares * logits).sum(1) / whole - np.log(whole)))
-    return Top1(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+            exponentials = np.exp(logits)
+            total = exponentials.sum(1)
+            chunks.append((logits.argmax(1), 1 / total, (exponentials * logits).sum(1) / total - np.log(total)))
+    return Top1(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
 
 
-def expected_accuracy(home: SoftTargets, labels: np.ndarray, other: SoftTargets) -> tuple[float, float] | None:
-    """Return between which shares of samples without labels the teacher is expected to be right, or None if too few have one at home.
+def expected_accuracy(in_domain: SoftTargets, labels: np.ndarray, unlabelled: SoftTargets) -> tuple[float, float] | None:
+    """Return bounds of the teacher's expected accuracy on samples without labels, or None if too few in-domain samples have one.
 
-    Two estimates: its accuracy at home less the difference of mean confidences, which is true of a teacher that is as sure as
-    it is right in both domains; and the share of samples about which it is surer than a threshold, which as many pass at home as
-    it is right about, for one that is too sure away from home.
+    The bounds are two estimates. One is the in-domain accuracy minus the difference of the mean confidences: it holds for a teacher
+    that is calibrated in both domains. The other is the share of samples on which the teacher is more certain than a threshold,
+    which the same share of in-domain samples exceeds as is predicted correctly: it is for a teacher that is overconfident elsewhere.
 
     Args:
-        home: Its answers to the validation split.
-        labels: Shape (n,): classes there, -1 where there is none.
-        other: Its answers to the samples without labels; of several views the mean counts.
+        in_domain: Soft targets of the validation split.
+        labels: Shape (n,): its classes, -1 where there is none.
+        unlabelled: Soft targets of the samples without labels; several views are averaged.
 
     Source:
         Guillory et al., arXiv 2107.03315; Garg et al., arXiv 2201.04234, section 4 (with minus the entropy).
     """
     import numpy as np
 
-    known = labels >= 0
-    if known.sum() < MIN_SAMPLES:
+    is_labelled = labels >= 0
+    if is_labelled.sum() < MIN_SAMPLES:
         return None
-    found, others = top1(home, 0), [top1(other, view) for view in range(other.header.views)]
-    right = (found.classes == labels)[known].mean()
-    threshold = np.quantile(found.certainty[known], 1 - right)
-    surer = np.mean([(one.certainty >= threshold).mean() for one in others])
-    calibrated = right - (found.confidence[known].mean() - np.mean([one.confidence.mean() for one in others]))
-    return float(min(surer, calibrated)), float(max(surer, calibrated))
+    validation, views = top1(in_domain, 0), [top1(unlabelled, view) for view in range(unlabelled.header.views)]
+    accuracy = (validation.classes == labels)[is_labelled].mean()
+    threshold = np.quantile(validation.certainty[is_labelled], 1 - accuracy)
+    by_threshold = np.mean([(view.certainty >= threshold).mean() for view in views])
+    by_confidence = accuracy - (validation.confidence[is_labelled].mean() - np.mean([view.confidence.mean() for view in views]))
+    return float(min(by_threshold, by_confidence)), float(max(by_threshold, by_confidence))
 
 
-def has_shifted(home: Confidence, other: Confidence) -> bool:
-    """Return whether the teacher is less sure of the unlabelled samples than of its validation split, by enough and clearly so.
+def has_shifted(in_domain: Confidence, unlabelled: Confidence) -> bool:
+    """Return whether the teacher is less confident on the unlabelled samples than on its validation split, relevantly and significantly.
 
-    A teacher is more confident on samples like those that it was taught on. A shift that leaves it confidently wrong is not seen.
+    A teacher is more confident on samples like those that it was trained on. A shift that leaves it confident but wrong is not detected.
 
     Source: Welch 1947.
     """
-    drop = home.mean - other.mean
-    if min(home.samples, other.samples) < MIN_SAMPLES or drop < MIN_DROP:
+    drop = in_domain.mean - unlabelled.mean
+    if min(in_domain.samples, unlabelled.samples) < MIN_SAMPLES or drop < MIN_DROP:
         return False
-    return drop >= Z * math.sqrt(home.variance / home.samples + other.variance / other.samples)
+    return drop >= Z * math.sqrt(in_domain.variance / in_domain.samples + unlabelled.variance / unlabelled.samples)
 
 
-def warning(home: Confidence, other: Confidence, expected: tuple[float, float] | None) -> str:
+def warning(in_domain: Confidence, unlabelled: Confidence, expected: tuple[float, float] | None) -> str:
     """Return the warning that the domains differ.
 
-    ``expected``: between what the teacher's accuracy on the others is by estimates; without them, the mean difference of
-    confidences says what accuracy loses there (arXiv 2107.03315).
+    ``expected`` are bounds of the teacher's accuracy on the unlabelled samples. Without them, the difference of the mean confidences
+    estimates the loss of accuracy (arXiv 2107.03315).
     """
-    told = f"wrong about {100 * (home.mean - other.mean):.0f} points more often there"
-    if expected is not None:
-        told = f"right about {100 * expected[0]:.0f} to {100 * expected[1]:.0f} % of them"
+    if expected is None:
+        effect = f"wrong about {100 * (in_domain.mean - unlabelled.mean):.0f} points more often there"
+    else:
+        effect = f"right about {100 * expected[0]:.0f} to {100 * expected[1]:.0f} % of them"
     return (
-        f"the domains differ: the teacher's confidence is {100 * other.mean:.1f} % on the unlabelled samples, {100 * home.mean:.1f} % on "
-        f"validation; expect it to be {told}, and the student to follow it"
+        f"the domains differ: the teacher's confidence is {100 * unlabelled.mean:.1f} % on the unlabelled samples, "
+        f"{100 * in_domain.mean:.1f} % on validation; expect it to be {effect}, and the student to follow it"
     )

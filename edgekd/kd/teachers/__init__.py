@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers: loaded, checked, combined."""
+"""Teachers: loading them, the safety check of their files, stored logits, ensembles."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen teachers: each function returns a callable that answers a batch of inputs with float32 logits, and never changes."""
+"""Load frozen teachers: each ``teacher_...`` function returns a callable that maps a batch of inputs to float32 logits."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    Predict = Callable[[list[np.ndarray]], np.ndarray]  # a batch: one array (n, ...) for each input -> logits (n, C), float32
 
-def teacher_from_module(module: nn.Module, entry: EntryPoint, device: str = "cpu") -> Callable[[list[np.ndarray]], np.ndarray]:
-    """Return a module as a teacher: in eval mode (also if its own code leaves it), without gradients. ``device``: where it is."""
+
+def teacher_from_module(module: nn.Module, entry: EntryPoint, device: str = "cpu") -> Predict:
+    """Return a module, which is on ``device``, as a teacher: in eval mode (even if its own code leaves it), without gradients."""
     import torch
 
     module.eval()
     for parameter in module.parameters():  # a TorchScript module has no requires_grad_
         parameter.requires_grad = False
 
-    def answer(batch: list[np.ndarray]) -> np.ndarray:
+    def predict(batch: list[np.ndarray]) -> np.ndarray:
         # torch.tensor copies: equal alignment gives equal bits, and the arrays may be read-only
         with torch.inference_mode():
-            found = usercode.call_user_code(module.eval(), entry, *[torch.tensor(item, device=device) for item in batch])
-        return _logits(found, len(batch[0]), str(entry))
+            output = usercode.call_user_code(module.eval(), entry, *[torch.tensor(item, device=device) for item in batch])
+        return _check_logits(output, len(batch[0]), str(entry))
 
-    return answer
+    return predict
 
 
-def teacher_from_torchscript(path: Path) -> Callable[[list[np.ndarray]], np.ndarray]:
+def teacher_from_torchscript(path: Path) -> Predict:
     """Return a TorchScript file as a teacher.
 
     Raises:
@@ -57,21 +59,31 @@ def load_torchscript(path: Path) -> nn.Module:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch wants torch.export instead; such files exist
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch recommends torch.export; such files exist
             module: nn.Module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]  # torch's own
     except (RuntimeError, ValueError) as error:
-        raise RecipeError(f"{path.name}: is not a TorchScript file that can be loaded; save it with torch.jit.save") from error
+        raise RecipeError(f"{path.name}: is not a loadable TorchScript file; save it with torch.jit.save") from error
     return module.eval()
 
 
-def teacher_from_exported_program(path: Path) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """Return a ``torch.export`` file as a teacher; one with a fixed batch of 1 is asked sample by sample.
+def teacher_from_exported_program(path: Path) -> Predict:
+    """Return a ``torch.export`` file as a teacher; one with a fixed batch of 1 is run sample by sample.
 
     Raises:
         RecipeError: if it cannot be loaded, could run code, or has another fixed batch.
     """
-    module, fixed = load_exported_program(path)
-    return _batched(_frozen_export(module, path.name), fixed, path.name)
+    import torch
+
+    module, fixed_batch = load_exported_program(path)
+    entry = EntryPoint(path.name, "forward")
+
+    def predict(batch: list[np.ndarray]) -> np.ndarray:
+        # an exported module has no eval mode: it was traced in one; no_grad, as its in-place checks refuse inference tensors
+        with torch.no_grad():
+            output = usercode.call_user_code(module, entry, *[torch.tensor(item) for item in batch])
+        return _check_logits(output, len(batch[0]), path.name)
+
+    return _for_any_batch(predict, fixed_batch, path.name)
 
 
 def load_exported_program(path: Path) -> tuple[nn.Module, int | None]:
@@ -88,14 +100,14 @@ def load_exported_program(path: Path) -> tuple[nn.Module, int | None]:
         module = program.module(check_guards=False)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         raise RecipeError(f"{path.name}: cannot be loaded ({type(error).__name__}); save it with this version of torch") from error
-    wanted = set(program.graph_signature.user_inputs)
-    shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
+    names = set(program.graph_signature.user_inputs)
+    shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     batch = next((shape[0] for shape in shapes if len(shape) > 0), None)
     return module, batch if isinstance(batch, int) else None
 
 
-def teacher_from_onnx(path: Path) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """Return an ONNX file as a teacher, run by ONNX Runtime with as many threads as torch has now.
+def teacher_from_onnx(path: Path) -> Predict:
+    """Return an ONNX file as a teacher, run by ONNX Runtime with the number of threads that torch has now.
 
     Raises:
         RecipeError: if it cannot be loaded, has several outputs, or a fixed batch above 1.
@@ -118,70 +130,56 @@ def teacher_from_onnx(path: Path) -> Callable[[list[np.ndarray]], np.ndarray]:
         names = ", ".join(item.name for item in outputs)
         raise RecipeError(f"{path.name}: has {len(outputs)} outputs ({names}); a teacher has one, the logits (n, classes)")
 
-    def answer(batch: list[np.ndarray]) -> np.ndarray:
+    def predict(batch: list[np.ndarray]) -> np.ndarray:
         if len(batch) != len(inputs):
             raise RecipeError(f"{path.name}: has {len(inputs)} inputs; student.inputs names {len(batch)}")
         feed = {item.name: np.ascontiguousarray(value) for item, value in zip(inputs, batch, strict=True)}
         try:
-            found = session.run(None, feed)[0]
+            output = session.run(None, feed)[0]
         except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
             raise RecipeError(f"{path.name}: ONNX Runtime failed: {str(error).splitlines()[0]}") from error
-        return _logits(found, len(batch[0]), path.name)
+        return _check_logits(output, len(batch[0]), path.name)
 
-    fixed = inputs[0].shape[0] if inputs and inputs[0].shape else None
-    return _batched(answer, fixed if isinstance(fixed, int) else None, path.name)
-
-
-def _frozen_export(module: Any, name: str) -> Callable[[list[np.ndarray]], np.ndarray]:
-    import torch
-
-    entry = EntryPoint(name, "forward")
-
-    def answer(batch: list[np.ndarray]) -> np.ndarray:
-        # an exported module has no eval mode: it was traced in one; no_grad, as its in-place checks refuse inference tensors
-        with torch.no_grad():
-            return _logits(usercode.call_user_code(module, entry, *[torch.tensor(item) for item in batch]), len(batch[0]), name)
-
-    return answer
+    batch_size = inputs[0].shape[0] if inputs and inputs[0].shape else None
+    return _for_any_batch(predict, batch_size if isinstance(batch_size, int) else None, path.name)
 
 
-def _batched(answer: Callable[[list[np.ndarray]], np.ndarray], fixed: int | None, name: str) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """Return a teacher whose file fixes the batch size as one that answers any batch."""
+def _for_any_batch(predict: Predict, fixed_batch: int | None, name: str) -> Predict:
+    """Return a teacher for batches of any size, although its file may fix the batch size to 1."""
     import numpy as np
 
-    if fixed is None:
-        return answer
-    if fixed != 1:
-        raise RecipeError(f"{name}: is made for a fixed batch of {fixed}; export it with a dynamic batch, or with 1")
+    if fixed_batch is None:
+        return predict
+    if fixed_batch != 1:
+        raise RecipeError(f"{name}: has a fixed batch of {fixed_batch}; export it with a dynamic batch, or with 1")
 
-    def one_by_one(batch: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate([answer([item[row : row + 1] for item in batch]) for row in range(len(batch[0]))])
+    def predict_one_by_one(batch: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([predict([item[row : row + 1] for item in batch]) for row in range(len(batch[0]))])
 
-    return one_by_one
+    return predict_one_by_one
 
 
-def _logits(found: Any, samples: int, name: str) -> np.ndarray:
-    """Return an answer as float32 (n, C).
+def _check_logits(output: Any, samples: int, name: str) -> np.ndarray:
+    """Return the output of a teacher as float32 (n, C).
 
     Raises:
-        RecipeError: if it is anything else.
+        RecipeError: if it is anything but one tensor of logits.
     """
     import numpy as np
     import torch
 
-    if not isinstance(found, torch.Tensor | np.ndarray):
-        raise RecipeError(f"teacher {name}: answered with {type(found).__name__}; expected one tensor of logits (n, classes)")
-    expected = 2
-    if found.ndim != expected or len(found) != samples:
+    if not isinstance(output, torch.Tensor | np.ndarray):
+        raise RecipeError(f"teacher {name}: returned {type(output).__name__}; expected one tensor of logits (n, classes)")
+    if output.ndim != 2 or len(output) != samples:  # noqa: PLR2004  (n, classes)
         raise RecipeError(
-            f"teacher {name}: answered {samples} samples with shape {list(found.shape)}; expected logits [{samples}, classes]"
+            f"teacher {name}: returned shape {list(output.shape)} for {samples} samples; expected logits [{samples}, classes]"
         )
-    logits = found.float().cpu().numpy() if isinstance(found, torch.Tensor) else found
+    logits = output.float().cpu().numpy() if isinstance(output, torch.Tensor) else output
     return np.ascontiguousarray(logits, dtype=np.float32)
 
 
 def load_exported_module(path: Path) -> nn.Module:
-    """Return the module of a TorchScript file, or of a ``torch.export`` file (traced in one mode, it has no other).
+    """Return the module of a TorchScript file, or of a ``torch.export`` file (which has only the mode that it was traced in).
 
     Raises:
         RecipeError: if it cannot be loaded, or could run code.
@@ -189,31 +187,29 @@ def load_exported_module(path: Path) -> nn.Module:
     return load_torchscript(path) if path.suffix == ".ts" else load_exported_program(path)[0]
 
 
-def load_teacher(
-    recipe_dir: Path, entry: EntryPoint | None, artifact: Path, device: str = "cpu"
-) -> Callable[[list[np.ndarray]], np.ndarray]:
+def load_teacher(recipe_dir: Path, entry: EntryPoint | None, artifact: Path, device: str = "cpu") -> Predict:
     """Return the frozen teacher as a callable: a batch of inputs -> float32 logits.
 
     Args:
-        recipe_dir: Where the user's code lies.
+        recipe_dir: The folder of the user's code.
         entry: The function that makes the module, for weights; None for a file that is a whole model.
-        artifact: ``.safetensors`` (weights, or stored answers), ``.ts`` (TorchScript), ``.pt2`` (torch.export) or ``.onnx``.
-        device: Where a module made by ``entry`` is, as torch names it; what is a whole model answers on the processor.
+        artifact: ``.safetensors`` (weights, or stored logits), ``.ts`` (TorchScript), ``.pt2`` (torch.export) or ``.onnx``.
+        device: The device of a module made by ``entry``, as torch names it; whole models run on the CPU.
 
     Raises:
-        RecipeError: if it cannot be loaded, or could run code of its own; the callable, if an answer is no logits.
+        RecipeError: if it cannot be loaded, or could run code of its own; the callable, if the output is not logits.
 
     Shapes:
-        inputs: one array (n, ...) for each input of the student, in order; answer: (n, C).
+        inputs: one array (n, ...) for each input of the student, in order; logits: (n, C).
     """
     if entry is not None:
         return teacher_from_module(modules.load_frozen_module(recipe_dir, entry, artifact).to(device), entry, device)
-    kinds = {
+    loaders = {
         ".ts": teacher_from_torchscript,
         ".pt2": teacher_from_exported_program,
         ".onnx": teacher_from_onnx,
         ".safetensors": stored.teacher_from_stored_logits,
     }
-    if artifact.suffix not in kinds:
-        raise RecipeError(f"teacher.file {artifact.name}: {expected_one_of(artifact.suffix, kinds)}")
-    return kinds[artifact.suffix](artifact)
+    if artifact.suffix not in loaders:
+        raise RecipeError(f"teacher.file {artifact.name}: {expected_one_of(artifact.suffix, loaders)}")
+    return loaders[artifact.suffix](artifact)

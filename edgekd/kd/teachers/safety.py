@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a ``torch.export`` file only a network? Loading one can otherwise run whatever its author wrote into it.
+"""Safety check of ``torch.export`` files, which can otherwise run arbitrary code when they are loaded.
 
-Read in torch 2.13: ``torch.export.load`` unpickles weights and constants marked ``use_pickle`` and falls back to plain
+From the source of torch 2.13: ``torch.export.load`` unpickles weights and constants marked ``use_pickle`` and falls back to plain
 pickle for example inputs; it evaluates the strings of symbolic sizes as Python, looks operators up as attributes of
-``torch``, and imports modules that a tree specification names. Ordinary files need none of that: what is let through is
-listed here, everything else is refused before torch sees it.
+``torch``, and imports modules that a tree specification names. Ordinary files need none of that. What is allowed is
+listed here; everything else is refused before torch loads it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,17 @@ _ARITHMETIC = re.compile(
 )
 _TREES = {None, "builtins.tuple", "builtins.list", "builtins.dict"}
 _PARSED = (ast.Expression, ast.Call, ast.Name, ast.Load, ast.Constant, ast.keyword, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop)
-_FREE_TEXT = {"as_string", "as_strings", "metadata", "torch_version", "guards_code"}  # never evaluated: guards are switched off on use
+_FREE_TEXT = {
+    "as_string",
+    "as_strings",
+    "metadata",
+    "torch_version",
+    "guards_code",
+}  # never evaluated: guards are off
 
 
 def check_exported_program(path: Path) -> bytes:
-    """Return the bytes of a ``torch.export`` file after they were vetted; nothing of it was run.
+    """Return the bytes of a ``torch.export`` file after a safety check that runs nothing of it.
 
     Raises:
         RecipeError: if the file is damaged or holds anything but a network and its tensors.
@@ -55,7 +61,8 @@ def check_exported_program(path: Path) -> bytes:
     try:
         archive = PT2ArchiveReader(io.BytesIO(content))
         names = archive.get_file_names()
-        strange = [name for name in names if not _RECORD.fullmatch(name)] + sorted({name for name in names if names.count(name) > 1})
+        unknown = [name for name in names if not _RECORD.fullmatch(name)]
+        duplicates = sorted({name for name in names if names.count(name) > 1})
         records = {name: archive.read_bytes(name) for name in names if name.endswith((".json", ".pt"))}
         graph = json.loads(records["models/model.json"])
         tables = [json.loads(records[f"data/{kind}/model_{kind}_config.json"])["config"] for kind in ("weights", "constants")]
@@ -63,15 +70,15 @@ def check_exported_program(path: Path) -> bytes:
         message = f"{path.name}: is not a file that torch.export.save of torch 2.9 or later wrote ({type(error).__name__}); save it again"
         raise RecipeError(message) from error
     try:
-        problems = [f"it holds {name}" for name in strange]
+        problems = [f"it holds {name}" for name in (*unknown, *duplicates)]
         problems += [f"{name} is a pickled object" for table in tables for name, item in table.items() if _is_pickled(item)]
-        problems += _example_inputs(records["data/sample_inputs/model.pt"])
-        problems += list(_strings(graph))
+        problems += _example_input_problems(records["data/sample_inputs/model.pt"])
+        problems += _string_problems(graph)
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise RecipeError(f"{path.name}: its tables are malformed ({type(error).__name__}); save it again") from error
     if problems:
-        told = f"{path.name}: could run code when it is loaded, so it is refused: {problems[0]}"
-        raise RecipeError(f"{told}; give the teacher as a module with weights, or as ONNX")
+        refusal = f"{path.name}: could run code when it is loaded, so it is refused: {problems[0]}"
+        raise RecipeError(f"{refusal}; use a module with weights as the teacher, or an ONNX file")
     return content
 
 
@@ -79,7 +86,7 @@ def _is_pickled(item: dict[str, Any]) -> bool:
     return item["use_pickle"] is not False or not re.fullmatch(r"(weight|tensor)_\d+", item["path_name"])
 
 
-def _example_inputs(record: bytes) -> list[str]:
+def _example_input_problems(record: bytes) -> list[str]:
     import torch
 
     try:
@@ -89,17 +96,17 @@ def _example_inputs(record: bytes) -> list[str]:
     return []
 
 
-def _strings(value: object, key: str = "") -> Iterator[str]:
-    """Yield what is wrong with the strings of a graph, each judged by the key under which it stands."""
+def _string_problems(value: object, key: str = "") -> Iterator[str]:
+    """Yield the strings of a graph that are not harmless; what is allowed depends on the key of the string."""
     if isinstance(value, dict):
         for name, item in value.items():
             if not _NAME.fullmatch(name):
                 yield f"the name {name[:80]!r}"
             if name not in _FREE_TEXT:
-                yield from _strings(item, name)
+                yield from _string_problems(item, name)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item, key)
+            yield from _string_problems(item, key)
     elif isinstance(value, str) and not _is_harmless(value, key):
         yield f"{key} {value[:80]!r}"
 
@@ -120,17 +127,17 @@ def _is_arithmetic(text: str) -> bool:
     except (SyntaxError, ValueError):
         return False
     names = [node.id for node in nodes if isinstance(node, ast.Name)]
-    words = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)]
+    strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)]
     return (
         all(isinstance(node, _PARSED) for node in nodes)
         and all(_ARITHMETIC.fullmatch(name) or _SYMBOL.fullmatch(name) for name in names)
-        and all(isinstance(word, str) and _SYMBOL.fullmatch(word) for word in words)
+        and all(isinstance(string, str) and _SYMBOL.fullmatch(string) for string in strings)
     )
 
 
 def _is_plain_tree(tree: dict[str, Any]) -> bool:
     context = json.loads(tree["context"]) if tree["context"] is not None else None
     keys = context if isinstance(context, list) else []
-    plain = context is None or isinstance(context, list)
-    named = all(isinstance(name, int) or (isinstance(name, str) and name.isidentifier()) for name in keys)
-    return tree["type"] in _TREES and plain and named and all(_is_plain_tree(child) for child in tree["children_spec"])
+    is_plain = context is None or isinstance(context, list)
+    are_names = all(isinstance(name, int) or (isinstance(name, str) and name.isidentifier()) for name in keys)
+    return tree["type"] in _TREES and is_plain and are_names and all(_is_plain_tree(child) for child in tree["children_spec"])

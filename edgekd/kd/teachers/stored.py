@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher that is not here: its answers to samples, stored by what the samples are, so that order does not matter."""
+"""Logits of a teacher that cannot run here, stored by the digests of the samples, so that their order does not matter."""
 
 from __future__ import annotations
 
@@ -10,98 +10,101 @@ from edgekd.errors import RecipeError
 from edgekd.store.digests import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
 
-_NAMES = {"digests", "outputs"}
-_BYTES = 16
+_TENSORS = {"digests", "logits"}
+_DIGEST_BYTES = 16
 
 
-def save_teacher_logits(path: Path, inputs: Sequence[np.ndarray], outputs: np.ndarray) -> None:
-    """Write a teacher's answers, for ``teacher.file`` of a recipe; equal answers give equal bytes.
+def save_teacher_logits(path: Path, inputs: Sequence[np.ndarray], logits: np.ndarray) -> None:
+    """Write a teacher's logits to a file for ``teacher.file`` of a recipe; equal logits give equal bytes.
 
-    All samples of all splits go into one file, views too if there are any. A sample is known again by its bytes, so the
-    inputs must be exactly those that the recipe's splits give.
+    One file has all samples of all splits, and all views if there are any. Samples are identified by their bytes, so the inputs
+    must be exactly those that the splits of the recipe return.
 
     Args:
         path: Ends in ``.safetensors``.
         inputs: One array (n, ...) for each input of the student, in order and of its type.
-        outputs: Logits.
+        logits: The teacher's logits for these samples.
 
     Raises:
-        RecipeError: if shapes do not fit, an answer is not finite, or a sample is there twice with two answers.
+        RecipeError: if shapes do not match, a logit is not finite, or one sample has two different rows of logits.
 
     Shapes:
-        outputs: (n, C).
+        logits: (n, C).
     """
     import numpy as np
     from safetensors.numpy import save
 
     if path.suffix != ".safetensors":
-        raise RecipeError(f"{path.name}: stored answers end in .safetensors")
-    if outputs.ndim != 2 or any(len(item) != len(outputs) for item in inputs):  # noqa: PLR2004  (n, C)
-        shapes = ", ".join(str(list(item.shape)) for item in (*inputs, outputs))
-        raise RecipeError(f"{path.name}: expected inputs (n, ...) and outputs (n, classes) with one n; found {shapes}")
-    if not np.isfinite(outputs).all():
-        raise RecipeError(f"{path.name}: an answer is not finite (NaN or infinite); expected logits")
-    kept, first, places = np.unique(_digests(inputs), axis=0, return_index=True, return_inverse=True)
-    other = (outputs[first][places.reshape(-1)] != outputs).any(axis=1)
-    if other.any():
-        row = int(other.argmax())
-        raise RecipeError(f"{path.name}: sample {row} is there twice, with two answers; expected one answer for a sample")
-    write_atomically(path, save({"digests": kept, "outputs": np.ascontiguousarray(outputs[first], dtype=np.float32)}))
+        raise RecipeError(f"{path.name}: is not a name for stored logits; expected one that ends in .safetensors")
+    if logits.ndim != 2 or any(len(item) != len(logits) for item in inputs):  # noqa: PLR2004  (n, C)
+        shapes = ", ".join(str(list(item.shape)) for item in (*inputs, logits))
+        raise RecipeError(f"{path.name}: expected inputs (n, ...) and logits (n, classes) with the same n; found {shapes}")
+    if not np.isfinite(logits).all():
+        raise RecipeError(f"{path.name}: a logit is not finite (NaN or infinite); expected finite logits")
+    digests, first, inverse = np.unique(_digests(inputs), axis=0, return_index=True, return_inverse=True)
+    is_contradiction = (logits[first][inverse.reshape(-1)] != logits).any(axis=1)
+    if is_contradiction.any():
+        row = int(is_contradiction.argmax())
+        raise RecipeError(f"{path.name}: sample {row} occurs twice, with different logits; expected the same logits for equal samples")
+    write_atomically(path, save({"digests": digests, "logits": np.ascontiguousarray(logits[first], dtype=np.float32)}))
 
 
 def teacher_from_stored_logits(path: Path) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """Return stored answers as a teacher.
+    """Return stored logits as a teacher.
 
     Raises:
-        RecipeError: if the file holds something else; the callable, if a sample is not among them.
+        RecipeError: if the file holds something else; the teacher, if a sample is not in the file.
     """
     from edgekd.kd import modules
 
-    tensors = modules.read_weights(path)
-    if tensors.keys() != _NAMES or not _is_answers(tensors["digests"].numpy(), tensors["outputs"].numpy()):
+    tensors = {name: tensor.numpy() for name, tensor in modules.read_weights(path).items()}
+    if not _is_stored_logits(tensors):
         raise RecipeError(
-            f"{path.name}: holds no stored answers; expected a file that edgekd.save_teacher_logits wrote, or weights with a model"
+            f"{path.name}: holds no stored logits; expected a file that edgekd.save_teacher_logits wrote, or weights with a model"
         )
-    keys, outputs = _keys(tensors["digests"].numpy()), tensors["outputs"].numpy()
+    keys, logits = _sort_keys(tensors["digests"]), tensors["logits"]
 
-    def answer(batch: list[np.ndarray]) -> np.ndarray:
-        wanted = _keys(_digests(batch))
-        places = keys.searchsorted(wanted).clip(max=len(keys) - 1)
-        absent = (keys[places] != wanted).nonzero()[0]
-        if len(absent):
+    def predict(batch: list[np.ndarray]) -> np.ndarray:
+        batch_keys = _sort_keys(_digests(batch))
+        rows = keys.searchsorted(batch_keys).clip(max=len(keys) - 1)
+        missing = (keys[rows] != batch_keys).nonzero()[0]
+        if len(missing):
             raise RecipeError(
-                f"{path.name}: has no answer to a sample (number {absent[0]} of a batch of {len(wanted)}); it was stored for other data, "
-                "another preparation of it, or other views; store the answers to all splits again with edgekd.save_teacher_logits"
+                f"{path.name}: has no logits for a sample (number {missing[0]} in a batch of {len(batch_keys)}): they are of other "
+                "data, another preprocessing, or other views; store the logits of all splits again with edgekd.save_teacher_logits"
             )
-        found: np.ndarray = outputs[places]
-        return found
+        batch_logits: np.ndarray = logits[rows]
+        return batch_logits
 
-    return answer
+    return predict
 
 
-def _is_answers(digests: np.ndarray, outputs: np.ndarray) -> bool:
-    shapes = digests.ndim == outputs.ndim == 2 and 0 < len(digests) == len(outputs) and digests.shape[1] == _BYTES  # noqa: PLR2004  (n, ...)
-    return shapes and digests.dtype.name == "uint8" and outputs.dtype.name == "float32"
+def _is_stored_logits(tensors: Mapping[str, np.ndarray]) -> bool:
+    if tensors.keys() != _TENSORS:
+        return False
+    digests, logits = tensors["digests"], tensors["logits"]
+    is_shaped = digests.ndim == logits.ndim == 2 and 0 < len(digests) == len(logits) and digests.shape[1] == _DIGEST_BYTES  # noqa: PLR2004  (n, ...)
+    return is_shaped and digests.dtype.name == "uint8" and logits.dtype.name == "float32"
 
 
 def _digests(inputs: Sequence[np.ndarray]) -> np.ndarray:
-    """Return what names each sample: of its inputs' types and bytes. Shapes: (n, 16)."""
+    """Return a digest of the types and bytes of each sample's inputs. Shapes: (n, 16)."""
     import numpy as np
 
-    kinds = ",".join(f"{item.dtype.name}{list(item.shape[1:])}" for item in inputs).encode()
-    rows = range(len(inputs[0]))
-    found = [hashlib.blake2b(kinds + b"".join(item[row].tobytes() for item in inputs), digest_size=_BYTES).digest() for row in rows]
-    return np.frombuffer(b"".join(found), dtype=np.uint8).reshape(-1, _BYTES)
+    types = ",".join(f"{item.dtype.name}{list(item.shape[1:])}" for item in inputs).encode()
+    samples = (types + b"".join(item[row].tobytes() for item in inputs) for row in range(len(inputs[0])))
+    digests = b"".join(hashlib.blake2b(sample, digest_size=_DIGEST_BYTES).digest() for sample in samples)
+    return np.frombuffer(digests, dtype=np.uint8).reshape(-1, _DIGEST_BYTES)
 
 
-def _keys(digests: np.ndarray) -> np.ndarray:
+def _sort_keys(digests: np.ndarray) -> np.ndarray:
     """Return digests as values that sort as their bytes do. Shapes: (n, 16) -> (n,)."""
     import numpy as np
 
-    keys: np.ndarray = np.ascontiguousarray(digests).view(np.dtype((np.void, _BYTES))).reshape(-1)
+    keys: np.ndarray = np.ascontiguousarray(digests).view(np.dtype((np.void, _DIGEST_BYTES))).reshape(-1)
     return keys

@@ -40,7 +40,7 @@ def number():
 
 class Extra(nn.Linear):
     def get_extra_state(self):
-        return {"seen": 3}
+        return {"steps": 3}
 
 def extra():
     return Extra(2, 2)
@@ -82,14 +82,14 @@ def state(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def test_a_student_comes_back_from_its_weights_in_eval_mode(folder):
+def test_a_student_is_loaded_from_its_weights_in_eval_mode(folder):
     torch.manual_seed(1)
     module = modules.build_module(folder, NET)
     modules.save_weights(module, folder / "student.safetensors")
-    found = modules.load_module(folder, NET, folder / "student.safetensors")
-    assert not found.training
+    loaded = modules.load_module(folder, NET, folder / "student.safetensors")
+    assert not loaded.training
     for name, value in module.state_dict().items():
-        assert torch.equal(found.state_dict()[name], value), name
+        assert torch.equal(loaded.state_dict()[name], value), name
 
 
 def test_equal_weights_give_equal_bytes_in_any_memory_layout(folder):
@@ -103,13 +103,13 @@ def test_tied_weights_are_written_under_each_name_and_stay_tied(folder):
     module = modules.build_module(folder, entry("tied"))
     modules.save_weights(module, folder / "tied.safetensors")
     assert sorted(load_file(folder / "tied.safetensors")) == ["embed.weight", "head.weight"]
-    found = modules.load_module(folder, entry("tied"), folder / "tied.safetensors")
-    assert found.head.weight is found.embed.weight
-    assert torch.equal(found.head.weight, module.head.weight)
-    assert modules.parameter_count(found) == 24
+    loaded = modules.load_module(folder, entry("tied"), folder / "tied.safetensors")
+    assert loaded.head.weight is loaded.embed.weight
+    assert torch.equal(loaded.head.weight, module.head.weight)
+    assert modules.parameter_count(loaded) == 24
 
 
-def test_state_that_is_no_tensor_is_refused(folder):
+def test_state_that_is_not_a_tensor_is_refused(folder):
     with pytest.raises(RecipeError, match="_extra_state"):
         modules.save_weights(modules.build_module(folder, entry("extra")), folder / "x.safetensors")
 
@@ -119,7 +119,7 @@ def test_a_function_that_returns_no_module_is_refused(folder):
         modules.build_module(folder, entry("number"))
 
 
-def test_weights_that_do_not_fit_are_named(folder):
+def test_weights_that_do_not_match_are_named(folder):
     module = modules.build_module(folder, NET)
     weights = state(module)
     weights["extra.bias"] = weights.pop("6.bias")
@@ -144,8 +144,8 @@ def test_a_teacher_module_is_frozen(folder):
 def test_a_state_dict_saved_by_torch_is_read(folder):
     module = modules.build_module(folder, NET)
     torch.save(module.state_dict(), folder / "w.pt")
-    found = modules.read_weights(folder / "w.pt")
-    assert torch.equal(found["6.weight"], module.state_dict()["6.weight"])
+    weights = modules.read_weights(folder / "w.pt")
+    assert torch.equal(weights["6.weight"], module.state_dict()["6.weight"])
 
 
 class Payload:
@@ -157,11 +157,11 @@ class Payload:
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.bin", "w.safetensors"])
-@pytest.mark.parametrize("how", ["torch", "pickle"])
-def test_a_pickle_with_a_payload_is_refused_and_never_run(tmp_path, name, how):
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_pickle_with_a_payload_is_refused_and_never_run(tmp_path, name, writer):
     marker, path = tmp_path / "ran", tmp_path / name
     content = {"weight": torch.zeros(2), "evil": Payload(marker)}
-    if how == "torch":
+    if writer == "torch":
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content))
@@ -172,11 +172,11 @@ def test_a_pickle_with_a_payload_is_refused_and_never_run(tmp_path, name, how):
     assert name in str(caught.value)
     assert not marker.exists()
     stored = path.read_bytes()
-    assert b"mkdir" in stored  # the call lies in the file,
+    assert b"mkdir" in stored  # the call is in the file,
     assert str(marker).encode() in stored
     function, arguments = content["evil"].__reduce__()
     function(*arguments)
-    assert marker.exists()  # and would have been seen
+    assert marker.exists()  # and running it would have been detected
 
 
 def test_a_pickled_module_is_refused(folder):
@@ -188,7 +188,7 @@ def test_a_pickled_module_is_refused(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, "epoch, state_dict is not a tensor; save the state dict alone"),
+        ({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, "epoch, state_dict is not a tensor; save only the state dict"),
         ([torch.zeros(1)], "holds list; expected a state dict"),
         ({1: torch.zeros(1)}, "holds dict; expected a state dict"),
     ],
@@ -220,7 +220,7 @@ def test_truncated_weights_are_refused(folder, name):
             modules.read_weights(folder / name)
 
 
-def test_a_module_teacher_answers_with_its_logits_and_never_changes(folder, images):
+def test_a_module_teacher_returns_its_logits_and_never_changes(folder, images):
     modules.save_weights(modules.build_module(folder, NET), folder / "w.safetensors")
     teacher = load_teacher(folder, NET, folder / "w.safetensors")
     module = modules.load_module(folder, NET, folder / "w.safetensors")
@@ -232,9 +232,10 @@ def test_a_module_teacher_answers_with_its_logits_and_never_changes(folder, imag
 
 
 @pytest.mark.parametrize(
-    ("function", "message"), [("pair", "answered with tuple; expected one tensor"), ("wide", r"shape \[5, 1, 2\]; expected logits")]
+    ("function", "message"),
+    [("pair", "returned tuple; expected one tensor"), ("wide", r"shape \[5, 1, 2\] for 5 samples; expected logits")],
 )
-def test_answers_that_are_no_logits_are_refused(folder, function, message):
+def test_outputs_that_are_not_logits_are_refused(folder, function, message):
     modules.save_weights(modules.build_module(folder, entry(function)), folder / "w.safetensors")
     teacher = load_teacher(folder, entry(function), folder / "w.safetensors")
     with pytest.raises(RecipeError, match=message):

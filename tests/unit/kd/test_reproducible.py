@@ -15,7 +15,7 @@ def draws():
     return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]  # noqa: NPY002  (as user code does)
 
 
-def test_every_generator_starts_anew_from_a_seed():
+def test_a_seed_restarts_every_generator():
     seed_all(7)
     first = draws()
     assert draws() != first
@@ -23,7 +23,7 @@ def test_every_generator_starts_anew_from_a_seed():
     assert draws() == first
 
 
-def test_all_global_state_is_put_back_also_after_an_error():
+def test_all_global_state_is_restored_even_after_an_error():
     seed_all(1)
     expected = draws()
     threads, filling = torch.get_num_threads(), torch_deterministic.fill_uninitialized_memory
@@ -51,12 +51,12 @@ def test_seeds_differ_by_purpose_and_fit_every_generator():
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_partial_work_is_read_back_only_if_it_is_whole(tmp_path):
+def test_partial_work_is_loaded_only_if_it_is_undamaged(tmp_path):
     path = tmp_path / "part"
     assert load_verified(path) is None
     save_verified(path, b"some work")
     assert load_verified(path) == b"some work"
-    whole = path.read_bytes()
-    for damaged in (b"", whole[:10], whole[:-1], whole[:-1] + b"x", b"y" + whole[1:]):
+    content = path.read_bytes()
+    for damaged in (b"", content[:10], content[:-1], content[:-1] + b"x", b"y" + content[1:]):
         path.write_bytes(damaged)
         assert load_verified(path) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import sys
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from edgekd.kd.teachers.load import load_teacher
 from edgekd.kd.training import execution
 from edgekd.ports import Context
 from edgekd.stages import soft_targets
-from tests.stored import stored
+from tests.stored import stored as stored_logits
 
 CODE = """
 import torch
@@ -41,7 +41,7 @@ def noisy(inputs, generator):
 """
 ENTRY = EntryPoint("user_teacher.py", "teacher")
 COUNTS = {"train": 5000, "validation": 40, "unlabelled": 0}
-TRIED = 1 + 2 * storage.SPOT_ROWS  # one for the number of classes, a few of each split to check what was stored
+EXTRA_SAMPLES = 1 + 2 * storage.SPOT_ROWS  # one for the number of classes, a few of each split for the spot check
 
 
 @pytest.fixture
@@ -65,120 +65,121 @@ def recipe():
 
 def artifacts(folder, counts=COUNTS):
     generator = np.random.default_rng(1)
-    found = {}
+    inputs = {}
     for split, count in counts.items():
         for index, width in enumerate((4, 1)):
             path = folder / f"{split}.inputs.{index}.npy"
             np.save(path, generator.standard_normal((count, width)).astype(np.float32))
-            found[f"{split}.inputs.{index}"] = Artifact(path, "", 0)
+            inputs[f"{split}.inputs.{index}"] = Artifact(path, "", 0)
     np.save(folder / "validation.labels.npy", np.arange(counts["validation"]) % 3)
-    found["validation.labels"] = Artifact(folder / "validation.labels.npy", "", 0)
+    inputs["validation.labels"] = Artifact(folder / "validation.labels.npy", "", 0)
     torch.manual_seed(1)
     modules.save_weights(modules.build_module(folder, ENTRY), folder / "teacher.safetensors")
-    found["teacher"] = Artifact(folder / "teacher.safetensors", "", 0)
-    return found
+    inputs["teacher"] = Artifact(folder / "teacher.safetensors", "", 0)
+    return inputs
 
 
-def run(folder, inputs, progress=lambda *_: None, given=None):
+def run(folder, inputs, progress=lambda *_: None, of_recipe=None):
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    [step] = soft_targets.steps(given or recipe(), [])
+    [step] = soft_targets.steps(of_recipe or recipe(), [])
     result = soft_targets.run(step, inputs, Context(folder, out, folder / "work", progress))
     return result, {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def asked():
+def samples_run():
+    """Return on how many samples the teacher was run so far."""
     return sum(sys.modules["user_teacher"].Counting.batches)
 
 
-def test_the_key_reads_the_teacher_and_the_samples_and_nothing_of_the_distillation():
+def test_the_step_depends_on_the_teacher_and_the_samples_and_not_on_the_distillation():
     [step] = soft_targets.steps(recipe(), [])
     assert step.inputs["teacher"] == "inspect:teacher.safetensors"
     assert step.inputs["code"] == "inspect:teacher.code.json"
     expected = {f"{split}.inputs.{index}": f"inspect:{split}.inputs.{index}.npy" for split in COUNTS for index in (0, 1)}
     assert expected.items() <= step.inputs.items()
     assert len(step.inputs) == 10
-    assert set(step.params) == {"model", "augment", "views", "soft_target_storage", "batch_size", "threads", "instruction_set"}
+    assert (step.params.model, step.params.augment, step.params.views) == (str(ENTRY), None, 1)
     changed = replace(recipe(), distill=Distill(epochs=9, losses=(Loss("kl", temperature=2.0),), seed=5, threads=1))
     assert soft_targets.steps(changed, []) == [step]
 
 
-def test_a_teacher_in_a_file_needs_no_entry_and_onnx_its_runtime():
+def test_a_teacher_in_a_file_needs_no_entry_point_and_onnx_needs_its_runtime():
     [step] = soft_targets.steps(replace(recipe(), teacher=Teacher(file="net/teacher.onnx")), [])
-    assert step.params["model"] is None
+    assert step.params.model is None
     assert step.inputs["teacher"] == "inspect:teacher.onnx"
     assert "onnxruntime" in step.tools
     assert "onnxruntime" not in soft_targets.steps(recipe(), [])[0].tools
 
 
-def test_every_sample_is_answered_once_with_raw_logits(folder):
-    inputs, told = artifacts(folder), []
-    result, files = run(folder, inputs, lambda share, text: told.append((share, text)))
-    assert sorted(files) == ["train.outputs.safetensors", "unlabelled.outputs.safetensors", "validation.outputs.safetensors"]
-    assert asked() == 5040 + TRIED
+def test_the_teacher_runs_once_on_every_sample_and_its_raw_logits_are_stored(folder):
+    inputs, reports = artifacts(folder), []
+    result, files = run(folder, inputs, lambda share, text: reports.append((share, text)))
+    assert sorted(files) == [f"{split}.soft_targets.safetensors" for split in sorted(COUNTS)]
+    assert samples_run() == 5040 + EXTRA_SAMPLES
     assert max(sys.modules["user_teacher"].Counting.batches) == soft_targets.BATCH_SIZE
     module = modules.load_module(folder, ENTRY, folder / "teacher.safetensors")
     for split, count in COUNTS.items():
-        path = folder / "out" / f"{split}.outputs.safetensors"
-        [found] = stored(path)
-        assert (found.shape, storage.open_soft_targets(path).header.slots) == ((count, 3), 0)
+        path = folder / "out" / f"{split}.soft_targets.safetensors"
+        [logits] = stored_logits(path)
+        assert (logits.shape, storage.open_soft_targets(path).header.slots) == ((count, 3), 0)
         with torch.no_grad():
             expected = module(*[torch.from_numpy(np.load(inputs[f"{split}.inputs.{index}"].path)) for index in (0, 1)])
-        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-4)
-    [found] = stored(folder / "out" / "validation.outputs.safetensors")
-    accuracy = (found.argmax(1) == np.arange(40) % 3).mean()
+        np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-3, atol=1e-4)
+    [logits] = stored_logits(folder / "out" / "validation.soft_targets.safetensors")
+    accuracy = (logits.argmax(1) == np.arange(40) % 3).mean()
     assert result.metrics == {"samples": 5040, "classes": 3, "validation_accuracy": pytest.approx(accuracy)}
     assert result.notes == ()
-    assert told[-1] == (1.0, "validation: 40 of 40 samples")
-    assert [share for share, _ in told] == sorted(share for share, _ in told)
+    assert reports[-1] == (1.0, "validation: 40 of 40 samples")
+    assert [share for share, _ in reports] == sorted(share for share, _ in reports)
 
 
-def test_labels_that_are_no_classes_give_no_accuracy(folder):
+def test_labels_that_are_not_classes_give_no_accuracy(folder):
     inputs = artifacts(folder)
     np.save(folder / "validation.labels.npy", np.linspace(0, 1, 40))
     assert run(folder, inputs)[0].metrics["validation_accuracy"] is None
 
 
-def test_unlabelled_samples_of_another_domain_are_warned_of(folder):
+def test_unlabelled_samples_of_another_domain_give_a_warning(folder):
     inputs = artifacts(folder, {**COUNTS, "unlabelled": 400})
     assert run(folder, inputs)[0].notes == ()
     for path in (folder / "work").iterdir():
         path.unlink()
     for index in (0, 1):
         path = inputs[f"validation.inputs.{index}"].path
-        np.save(path, 20 * np.load(path))  # far from where the teacher decides: it is sure of them
+        np.save(path, 20 * np.load(path))  # far from the decision boundary: the teacher is confident
     (note,) = run(folder, inputs)[0].notes
     assert note.startswith("warning: the domains differ: the teacher's confidence is ")
 
 
-def test_each_view_is_answered_as_the_student_will_see_it(folder):
+def test_the_logits_of_each_view_are_those_for_the_inputs_of_the_student(folder):
     inputs = artifacts(folder)
-    given = replace(recipe(), distill=Distill(epochs=2, augment=EntryPoint("user_teacher.py", "noisy"), views=3))
-    result, _ = run(folder, inputs, given=given)
+    with_views = replace(recipe(), distill=Distill(epochs=2, augment=EntryPoint("user_teacher.py", "noisy"), views=3))
+    result, _ = run(folder, inputs, of_recipe=with_views)
     assert result.metrics["samples"] == 3 * (COUNTS["train"] + COUNTS["unlabelled"]) + COUNTS["validation"]
-    augment = views.load_augmentation(folder, given.distill.augment)
+    augment = views.load_augmentation(folder, with_views.distill.augment)
     module = modules.load_module(folder, ENTRY, folder / "teacher.safetensors")
     for split, count in COUNTS.items():
-        found = stored(folder / "out" / f"{split}.outputs.safetensors")
-        assert found.shape == (1 if split == "validation" else 3, count, 3)
-        for number, answered in enumerate(found):
-            seen = tuple(torch.from_numpy(item) for item in data.load_arrays(inputs, split))
+        logits = stored_logits(folder / "out" / f"{split}.soft_targets.safetensors")
+        assert logits.shape == (1 if split == "validation" else 3, count, 3)
+        for number, view_logits in enumerate(logits):
+            view = tuple(torch.from_numpy(array) for array in data.load_arrays(inputs, split))
             if split != "validation":
-                seen = views.make_view(augment, split, seen, number)
+                view = views.make_view(augment, split, view, number)
             with torch.no_grad():
-                np.testing.assert_allclose(answered, module(*seen).numpy(), rtol=1e-3, atol=1e-4)
+                np.testing.assert_allclose(view_logits, module(*view).numpy(), rtol=1e-3, atol=1e-4)
 
 
 class Stop(BaseException):
-    """As little expected as a kill."""
+    """Stands in for a kill: no code expects it."""
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_bytes(folder):
+def test_a_run_that_was_killed_resumes_and_ends_with_the_same_bytes(folder):
     inputs = artifacts(folder)
-    _, whole = run(folder, inputs)
+    _, expected = run(folder, inputs)
     for path in (folder / "work").iterdir():
         path.unlink()
-    before = asked()
+    before = samples_run()
 
     def stop(share, _):
         if share > 0.5:
@@ -186,96 +187,98 @@ def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_bytes(folder):
 
     with pytest.raises(Stop):
         run(folder, inputs, stop)
-    assert 0 < asked() - before < 5040 + TRIED
-    assert run(folder, inputs)[1] == whole
-    assert asked() - before == 5040 + TRIED + 1  # none twice
+    assert 0 < samples_run() - before < 5040 + EXTRA_SAMPLES
+    assert run(folder, inputs)[1] == expected
+    assert samples_run() - before == 5040 + EXTRA_SAMPLES + 1  # none a second time
 
 
-def test_a_kill_in_the_last_split_loses_no_answer_of_an_earlier_one(folder):
+def test_a_kill_in_the_last_split_loses_nothing_of_an_earlier_one(folder):
     inputs = artifacts(folder, {**COUNTS, "unlabelled": 100})
-    _, whole = run(folder, inputs)
+    _, expected = run(folder, inputs)
     (folder / "work").mkdir(exist_ok=True)
-    before = asked()
+    before = samples_run()
 
-    def stop(_, told):
-        if told.startswith("unlabelled"):
+    def stop(_, text):
+        if text.startswith("unlabelled"):
             raise Stop
 
     with pytest.raises(Stop):
         run(folder, inputs, stop)
-    assert asked() - before == 5140 + 1
-    assert run(folder, inputs)[1] == whole
-    assert asked() - before == 5140 + 2 + 3 * storage.SPOT_ROWS  # none twice
+    assert samples_run() - before == 5140 + 1
+    assert run(folder, inputs)[1] == expected
+    assert samples_run() - before == 5140 + 2 + 3 * storage.SPOT_ROWS  # none a second time
 
 
 def test_one_view_of_a_split_is_in_memory_at_a_time(folder, monkeypatch):
-    inputs, made = artifacts(folder), []
-    view, alive = data.make_view, []
+    inputs, references, alive = artifacts(folder), [], []
+    make_view = data.make_view
 
     def watched(augment, split, arrays, number):
-        alive.append(sum(reference() is not None for name, reference in made if name == split))
-        found = view(augment, split, arrays, number)
-        made.append((split, weakref.ref(found[0])))
-        return found
+        alive.append(sum(reference() is not None for name, reference in references if name == split))
+        view = make_view(augment, split, arrays, number)
+        references.append((split, weakref.ref(view[0])))
+        return view
 
     monkeypatch.setattr(data, "make_view", watched)
-    run(folder, inputs, given=replace(recipe(), distill=Distill(epochs=2, augment=EntryPoint("user_teacher.py", "noisy"), views=6)))
-    assert len(made) >= 6
-    assert max(alive) <= 1  # the one before, while the next is made
+    augment = EntryPoint("user_teacher.py", "noisy")
+    run(folder, inputs, of_recipe=replace(recipe(), distill=Distill(epochs=2, augment=augment, views=6)))
+    assert len(references) >= 6
+    assert max(alive) <= 1  # the previous one, while the next is made
 
 
-def test_damaged_partial_work_is_made_again(folder):
+def test_damaged_partial_work_is_done_again(folder):
     inputs = artifacts(folder)
-    _, whole = run(folder, inputs)
+    _, expected = run(folder, inputs)
     for path in (folder / "work").iterdir():
         path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert run(folder, inputs)[1] == whole
+    assert run(folder, inputs)[1] == expected
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_an_answer_that_is_not_finite_is_told_with_its_sample(folder, value):
+def test_a_logit_that_is_not_finite_is_reported_with_its_sample(folder, value):
     inputs = artifacts(folder)
     path = inputs["train.inputs.0"].path
     array = np.load(path)
     array[4321, 2] = value
     np.save(path, array)
-    with pytest.raises(RecipeError, match=r"teacher: its answer to train\[4321\] is -?(nan|inf) for class \d; expected finite logits"):
+    with pytest.raises(RecipeError, match=r"teacher: its logit for train\[4321\] is -?(nan|inf) for class \d; expected finite logits"):
         run(folder, inputs)
 
 
-def test_the_step_is_the_same_in_json():
+def test_the_parameters_can_be_written_as_json():
     [step] = soft_targets.steps(recipe(), [])
-    assert json.loads(json.dumps(step.params)) == step.params
+    assert json.loads(json.dumps(asdict(step.params)))["output"] == {"task": "multiclass", "heads": []}
 
 
-def test_a_module_answers_on_the_accelerator_that_is_here(folder, monkeypatch):
+def test_a_module_runs_on_the_accelerator_of_this_machine(folder, monkeypatch):
     inputs = artifacts(folder, {"train": 40, "validation": 40, "unlabelled": 0})
     _, expected = run(folder, inputs)
-    monkeypatch.setattr(execution, "accelerators", lambda: {"cpu:0": "it"})  # what torch takes for another name of a device
+    monkeypatch.setattr(execution, "accelerators", lambda: {"cpu:0": "it"})  # torch accepts this as a name of the CPU
     [step] = soft_targets.steps(recipe(), [])
-    assert (step.params["accelerator"], step.params["name"]) == ("cpu:0", "it")
-    asked_for_none = replace(recipe(), distill=Distill(epochs=1, accelerator="none"))
-    assert "accelerator" not in soft_targets.steps(asked_for_none, [])[0].params
-    assert "accelerator" not in soft_targets.steps(replace(recipe(), teacher=Teacher(file="t.onnx")), [])[0].params
+    assert step.params.mode == execution.ExecutionMode(accelerator="cpu:0", accelerator_name="it")
+    without_accelerator = replace(recipe(), distill=Distill(epochs=1, accelerator="none"))
+    assert soft_targets.steps(without_accelerator, [])[0].params.mode == execution.DEFAULT_MODE
+    of_file = replace(recipe(), teacher=Teacher(file="t.onnx"))
+    assert soft_targets.steps(of_file, [])[0].params.mode == execution.DEFAULT_MODE
     result, files = run(folder, inputs)
     assert (result.notes, files) == ((), expected)
 
 
-@pytest.mark.parametrize(("device", "why"), [("meta", "meta"), ("cpu:0", "its answers differ by ")])
-def test_a_teacher_that_fails_or_answers_otherwise_there_answers_on_the_processor(folder, monkeypatch, device, why):
+@pytest.mark.parametrize(("device", "why"), [("meta", "meta"), ("cpu:0", "its logits differ by ")])
+def test_a_teacher_that_fails_or_returns_other_logits_on_the_accelerator_runs_on_the_cpu(folder, monkeypatch, device, why):
     inputs = artifacts(folder, {"train": 40, "validation": 40, "unlabelled": 0})
     _, expected = run(folder, inputs)
     monkeypatch.setattr(execution, "accelerators", lambda: {device: "it"})
     if device == "cpu:0":
         unchanged = load_teacher
 
-        def off(recipe_dir, entry, path, device="cpu"):
-            answer = unchanged(recipe_dir, entry, path, device)
-            return answer if device == "cpu" else lambda batch: answer(batch) * 1.01
+        def inaccurate(recipe_dir, entry, path, device="cpu"):
+            predict = unchanged(recipe_dir, entry, path, device)
+            return predict if device == "cpu" else lambda batch: predict(batch) * 1.01
 
-        monkeypatch.setattr(load, "load_teacher", off)
+        monkeypatch.setattr(load, "load_teacher", inaccurate)
     result, files = run(folder, inputs)
     (note,) = result.notes
-    assert note.startswith(f"warning: the teacher answers on the processor, not on {device}: ")
+    assert note.startswith(f"warning: the teacher runs on the CPU, not on {device}: ")
     assert why in note
     assert files == expected

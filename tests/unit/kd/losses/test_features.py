@@ -11,40 +11,40 @@ from edgekd.kd.losses import features
 KINDS = {"attention": (5, 6, 4, 4), "block": (5, 6, 4, 4), "hidden": (5, 7, 6), "hint": (5, 6, 4, 4), "relation": (5, 6)}
 
 
-def drawn(*shape, seed=0):
+def random_tensor(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_matching_the_teacher_is_zero_and_another_is_more(kind):
-    given = drawn(*KINDS[kind])
-    assert features.FEATURES[kind](given, given).item() == pytest.approx(0, abs=1e-10)
-    assert features.FEATURES[kind](given, drawn(*KINDS[kind], seed=1)).item() > 1e-3
+def test_the_loss_is_zero_for_equal_tensors_and_positive_for_others(kind):
+    tensor = random_tensor(*KINDS[kind])
+    assert features.FEATURES[kind](tensor, tensor).item() == pytest.approx(0, abs=1e-10)
+    assert features.FEATURES[kind](tensor, random_tensor(*KINDS[kind], seed=1)).item() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_is_right(kind):
-    student, teacher = drawn(*KINDS[kind]).double().requires_grad_(), drawn(*KINDS[kind], seed=1).double()
-    assert torch.autograd.gradcheck(lambda found: features.FEATURES[kind](found, teacher), student)
+def test_the_gradient_is_correct(kind):
+    student, teacher = random_tensor(*KINDS[kind]).double().requires_grad_(), random_tensor(*KINDS[kind], seed=1).double()
+    assert torch.autograd.gradcheck(lambda tensor: features.FEATURES[kind](tensor, teacher), student)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"relation"}))
 def test_the_batch_size_does_not_matter(kind):
-    student, teacher = drawn(*KINDS[kind]), drawn(*KINDS[kind], seed=1)
+    student, teacher = random_tensor(*KINDS[kind]), random_tensor(*KINDS[kind], seed=1)
     twice = features.FEATURES[kind](torch.cat([student, student]), torch.cat([teacher, teacher]))
     assert twice.item() == pytest.approx(features.FEATURES[kind](student, teacher).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_is_widened(kind):
-    halves = [drawn(*KINDS[kind], seed=seed).bfloat16() for seed in (0, 1)]
-    found = features.FEATURES[kind](*halves)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(features.FEATURES[kind](*[item.float() for item in halves]).item(), rel=1e-6)
+def test_half_precision_is_converted_to_float32(kind):
+    halves = [random_tensor(*KINDS[kind], seed=seed).bfloat16() for seed in (0, 1)]
+    loss = features.FEATURES[kind](*halves)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(features.FEATURES[kind](*[item.float() for item in halves]).item(), rel=1e-6)
 
 
 def test_attention_of_channels_is_that_of_the_paper():
-    student, teacher = drawn(3, 6, 4, 4).double(), drawn(3, 9, 4, 4, seed=1).double()
+    student, teacher = random_tensor(3, 6, 4, 4).double(), random_tensor(3, 9, 4, 4, seed=1).double()
     maps = []
     for item in (student.numpy(), teacher.numpy()):
         flat = (item**2).sum(1).reshape(3, -1)
@@ -53,31 +53,31 @@ def test_attention_of_channels_is_that_of_the_paper():
     assert features.attention(student, teacher).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_attention_does_not_see_the_scale_of_a_map_nor_how_many_channels_it_has():
-    student, teacher = drawn(3, 6, 4, 4), drawn(3, 9, 4, 4, seed=1)
+def test_attention_does_not_depend_on_the_scale_or_the_number_of_channels_of_a_map():
+    student, teacher = random_tensor(3, 6, 4, 4), random_tensor(3, 9, 4, 4, seed=1)
     expected = features.attention(student, teacher).item()
     assert features.attention(7 * student, teacher).item() == pytest.approx(expected, rel=1e-5)
     assert features.attention(student.repeat(1, 2, 1, 1), teacher).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_larger_map_is_averaged_down_to_the_smaller():
-    coarse = drawn(3, 6, 2, 2)
+def test_a_larger_map_is_averaged_to_the_size_of_the_smaller_one():
+    coarse = random_tensor(3, 6, 2, 2)
     fine = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
     for kind in ("attention", "hint"):
         assert features.FEATURES[kind](fine, coarse).item() == pytest.approx(0, abs=1e-10)
         assert features.FEATURES[kind](coarse, fine).item() == pytest.approx(0, abs=1e-10)
 
 
-def test_attention_of_heads_is_a_divergence_of_their_mean():
-    student, teacher = drawn(2, 3, 4, 5).softmax(3), drawn(2, 8, 4, 5, seed=1).softmax(3)
-    found, wanted = student.mean(1), teacher.mean(1)
-    expected = (wanted * (wanted.log() - found.log())).sum(2).mean().item()
+def test_attention_of_heads_is_the_divergence_of_their_means():
+    student, teacher = random_tensor(2, 3, 4, 5).softmax(3), random_tensor(2, 8, 4, 5, seed=1).softmax(3)
+    student_mean, teacher_mean = student.mean(1), teacher.mean(1)
+    expected = (teacher_mean * (teacher_mean.log() - student_mean.log())).sum(2).mean().item()
     assert features.attention(student, teacher, "heads").item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_attention_that_is_masked_out_is_no_nan():
+def test_masked_attention_gives_no_nan():
     teacher = torch.eye(4)[None, None].repeat(2, 3, 1, 1)
-    student = drawn(2, 3, 4, 4).softmax(3).requires_grad_()
+    student = random_tensor(2, 3, 4, 4).softmax(3).requires_grad_()
     loss = features.attention(student, teacher, "heads")
     loss.backward()
     assert torch.isfinite(loss)
@@ -86,13 +86,13 @@ def test_attention_that_is_masked_out_is_no_nan():
 
 def test_hint_and_hidden_and_block_are_mean_squared_differences():
     for kind in ("hint", "hidden", "block"):
-        student, teacher = drawn(*KINDS[kind]), drawn(*KINDS[kind], seed=1)
+        student, teacher = random_tensor(*KINDS[kind]), random_tensor(*KINDS[kind], seed=1)
         expected = ((student - teacher) ** 2).mean().item()
         assert features.FEATURES[kind](student, teacher).item() == pytest.approx(expected, rel=1e-6)
 
 
 def _relations(points):
-    """Return distances and cosines by the paper's equations, one by one."""
+    """Return distances and cosines by the equations of the paper, element by element."""
     n = len(points)
     distances = np.array([[np.linalg.norm(points[i] - points[j]) for j in range(n)] for i in range(n)])
     distances /= distances[distances > 0].mean()
@@ -104,24 +104,24 @@ def _relations(points):
 
 
 def test_relation_is_that_of_the_paper():
-    student, teacher = drawn(5, 6).double(), drawn(5, 9, seed=1).double()
-    (d_found, a_found), (d_wanted, a_wanted) = _relations(student.numpy()), _relations(teacher.numpy())
+    student, teacher = random_tensor(5, 6).double(), random_tensor(5, 9, seed=1).double()
+    (student_distances, student_angles), (distances, angles) = _relations(student.numpy()), _relations(teacher.numpy())
     huber = lambda a, b: nn.functional.smooth_l1_loss(torch.tensor(a), torch.tensor(b)).item()  # noqa: E731  (short)
-    expected = 1.0 * huber(d_found, d_wanted) + 2.0 * huber(a_found, a_wanted)
+    expected = 1.0 * huber(student_distances, distances) + 2.0 * huber(student_angles, angles)
     assert features.relation(student, teacher).item() == pytest.approx(expected, rel=1e-6)
-    assert features.relation(student, teacher, 0.0, 3.0).item() == pytest.approx(3.0 * huber(a_found, a_wanted), rel=1e-6)
+    assert features.relation(student, teacher, 0.0, 3.0).item() == pytest.approx(3.0 * huber(student_angles, angles), rel=1e-6)
 
 
-def test_relation_does_not_see_where_the_points_lie_nor_how_they_are_turned_or_scaled():
-    student, teacher = drawn(5, 6), drawn(5, 6, seed=1)
-    turn = torch.linalg.qr(drawn(6, 6, seed=2))[0]
+def test_relation_does_not_depend_on_translation_rotation_or_scale_of_the_points():
+    student, teacher = random_tensor(5, 6), random_tensor(5, 6, seed=1)
+    rotation = torch.linalg.qr(random_tensor(6, 6, seed=2))[0]
     expected = features.relation(student, teacher).item()
-    assert features.relation(3 * student @ turn + 5, teacher).item() == pytest.approx(expected, rel=1e-4)
+    assert features.relation(3 * student @ rotation + 5, teacher).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_relation_of_samples_that_are_alike_has_a_gradient():
+def test_relation_of_equal_samples_has_a_finite_gradient():
     student = torch.ones(4, 6, requires_grad=True)
-    loss = features.relation(student, drawn(4, 6))
+    loss = features.relation(student, random_tensor(4, 6))
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(student.grad).all()

@@ -30,22 +30,22 @@ def convolutional(width, *, inplace=False, seed=0):
 
 
 class Attending(nn.Module):
-    """A transformer's block that gives its attention as a second output."""
+    """A transformer block that returns its attention as a second output."""
 
     def __init__(self, width, heads, tokens=20):
         super().__init__()
         self.embed = nn.Embedding(tokens, width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.wrapped = Weights(self.attention)
+        self.wrapped = WithWeights(self.attention)
         self.head = nn.Linear(width, 3)
 
     def forward(self, tokens):
         states = self.embed(tokens)
-        mixed, _ = self.wrapped(states)
-        return self.head((states + mixed).mean(1))
+        attended, _ = self.wrapped(states)
+        return self.head((states + attended).mean(1))
 
 
-class Weights(nn.Module):
+class WithWeights(nn.Module):
     def __init__(self, attention):
         super().__init__()
         self.inner = attention
@@ -54,7 +54,7 @@ class Weights(nn.Module):
         return self.inner(states, states, states, need_weights=True, average_attn_weights=False)
 
 
-def term(kind, *pairs, **options):
+def make_loss(kind, *pairs, **options):
     return Loss(kind, taps=tuple(Tap(*pair) for pair in pairs), **options)
 
 
@@ -66,8 +66,8 @@ def images(count=6, seed=0):
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def asked(tapped, batch, epoch):
-    tapped.ask([batch])
+def loss_of(tapped, batch, epoch):
+    tapped.run_teacher([batch])
     return tapped.loss(epoch)
 
 
@@ -76,12 +76,12 @@ def state_digest(module):
 
 
 @pytest.mark.parametrize("kind", ["attention", "hint", "relation"])
-def test_the_loss_is_that_of_the_tensors_and_trains_the_student_only(kind):
+def test_the_loss_is_that_of_the_tapped_tensors_and_trains_the_student_only(kind):
     student, teacher = convolutional(4).train(), convolutional(6, seed=1)
     before = state_digest(teacher)
-    tapped = taps.attach_taps(*networks(student, teacher), [term(kind, ("3", "3"), weight=2.0)], [images()], 0)
+    tapped = taps.attach_taps(*networks(student, teacher), [make_loss(kind, ("3", "3"), weight=2.0)], [images()], 0)
     student(images())
-    loss = asked(tapped, images(), 0)
+    loss = loss_of(tapped, images(), 0)
     loss.backward()
     assert not any(module.training for module in teacher.modules())
     assert state_digest(teacher) == before
@@ -92,70 +92,70 @@ def test_the_loss_is_that_of_the_tensors_and_trains_the_student_only(kind):
     student.eval()
     with torch.no_grad():
         student(images())
-        found = asked(tapped, images(), 0)
+        value = loss_of(tapped, images(), 0)
         tensors = [net[:4](images()) for net in (student, teacher)]
         if kind == "hint":
             assert tapped.adapters["hint_0"].weight.shape == (6, 4, 1, 1)
             tensors[0] = tapped.adapters["hint_0"](tensors[0])
-        assert found.item() == pytest.approx(2 * features.FEATURES[kind](*tensors).item(), rel=1e-5)
+        assert value.item() == pytest.approx(2 * features.FEATURES[kind](*tensors).item(), rel=1e-5)
 
 
 def test_hidden_states_and_attention_of_a_transformer():
     student, teacher = Attending(8, 2), Attending(16, 4)
     tokens = torch.randint(0, 20, (5, 7))
-    terms = [term("hidden", ("embed", "embed")), term("attention", ("wrapped:1", "wrapped:1"), over="heads")]
-    tapped = taps.attach_taps(*networks(student, teacher), terms, [tokens], 0)
+    losses = [make_loss("hidden", ("embed", "embed")), make_loss("attention", ("wrapped:1", "wrapped:1"), over="heads")]
+    tapped = taps.attach_taps(*networks(student, teacher), losses, [tokens], 0)
     student(tokens)
-    asked(tapped, tokens, 0).backward()
+    loss_of(tapped, tokens, 0).backward()
     assert tapped.adapters["hidden_0"].weight.shape == (16, 8)
     assert student.attention.in_proj_weight.grad.abs().sum() > 0
 
 
-def test_a_block_is_fed_the_teachers_input_and_trained_alone():
+def test_a_block_gets_the_teachers_input_and_only_it_is_trained():
     student, teacher = convolutional(6).train(), convolutional(6, seed=1)
-    tapped = taps.attach_taps(*networks(student, teacher), [term("block", ("3", "3"))], [images()], 0)
+    tapped = taps.attach_taps(*networks(student, teacher), [make_loss("block", ("3", "3"))], [images()], 0)
     student(images())
-    asked(tapped, images(), 0).backward()
+    loss_of(tapped, images(), 0).backward()
     assert student[3][0].weight.grad.abs().sum() > 0
     assert student[0].weight.grad is None
     student.eval()
     with torch.no_grad():
         student(images())
-        entered = teacher[:3](images())
-        assert asked(tapped, images(), 0).item() == pytest.approx(
-            ((student[3](entered) - teacher[3](entered)) ** 2).mean().item(), rel=1e-5
+        block_input = teacher[:3](images())
+        assert loss_of(tapped, images(), 0).item() == pytest.approx(
+            ((student[3](block_input) - teacher[3](block_input)) ** 2).mean().item(), rel=1e-5
         )
 
 
-def test_a_term_counts_in_its_epochs_only():
+def test_a_loss_is_active_in_its_epochs_only():
     student, teacher = convolutional(4), convolutional(4, seed=1)
-    tapped = taps.attach_taps(*networks(student, teacher), [term("hint", ("3", "3"), epochs=(2, 3))], [images()], 0)
-    assert [tapped.counts_in(epoch) for epoch in range(4)] == [False, True, True, False]
+    tapped = taps.attach_taps(*networks(student, teacher), [make_loss("hint", ("3", "3"), epochs=(2, 3))], [images()], 0)
+    assert [tapped.is_active_in(epoch) for epoch in range(4)] == [False, True, True, False]
     for epoch in (1, 2):
         student(images())
-        assert asked(tapped, images(), epoch).item() > 0
+        assert loss_of(tapped, images(), epoch).item() > 0
 
 
-def test_the_student_stays_in_its_mode_and_its_buffers_as_they_were():
+def test_the_mode_and_the_buffers_of_the_student_do_not_change():
     for mode in (True, False):
         student = convolutional(4).train(mode)
         before = state_digest(student)
-        taps.attach_taps(*networks(student, convolutional(4)), [term("hint", ("3", "3"))], [images()], 0)
+        taps.attach_taps(*networks(student, convolutional(4)), [make_loss("hint", ("3", "3"))], [images()], 0)
         assert student.training == mode
         assert state_digest(student) == before
 
 
-def test_adapters_have_the_weights_of_their_seed():
-    made = []
+def test_the_seed_determines_the_weights_of_the_adapters():
+    weights = []
     for seed in (0, 0, 1):
-        torch.manual_seed(len(made))
-        tapped = taps.attach_taps(*networks(convolutional(4), convolutional(6)), [term("hint", ("3", "3"))], [images()], seed)
-        made.append(tapped.adapters["hint_0"].weight)
-    assert torch.equal(made[0], made[1])
-    assert not torch.equal(made[0], made[2])
+        torch.manual_seed(len(weights))
+        tapped = taps.attach_taps(*networks(convolutional(4), convolutional(6)), [make_loss("hint", ("3", "3"))], [images()], seed)
+        weights.append(tapped.adapters["hint_0"].weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
-class Twice(nn.Module):
+class CallsTwice(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer, self.unused, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
@@ -164,7 +164,7 @@ class Twice(nn.Module):
         return self.head(self.layer(self.layer(x)))
 
 
-class Counting(nn.Module):
+class ArgMax(nn.Module):
     def forward(self, x):
         return x.flatten(1).argmax(1)
 
@@ -175,53 +175,53 @@ class Counting(nn.Module):
         (convolutional(4), "hint", ("33", "3"), r"tap '33' of the student \(models.py:net\): no such module.* it has 0, 1, 2, 3"),
         (convolutional(4), "hint", ("3", "3.9"), r"tap '3.9' of the teacher .*: no such module"),
         (convolutional(4), "hint", ("", "3"), "no such module"),
-        (convolutional(4, inplace=True), "hint", ("1", "3"), r"tap '1' of the student: what it gives is changed in place afterwards"),
-        (convolutional(4), "hint", ("7", "3"), r"give \[6, 3\] and \[6, 6, 8, 8\]; expected as many axes"),
+        (convolutional(4, inplace=True), "hint", ("1", "3"), r"tap '1' of the student: its output is changed in place afterwards"),
+        (convolutional(4), "hint", ("7", "3"), r"have shapes \[6, 3\] and \[6, 6, 8, 8\]; expected the same number of axes"),
         (convolutional(4), "hidden", ("3", "3"), r"expected \(n, tokens, width\)"),
         (convolutional(4), "attention", ("5", "5"), r"expected \(n, channels, length\) or"),
         (convolutional(4), "block", ("3", "3"), "the student's block cannot take the teacher's input of that block"),
         (convolutional(4), "block", ("0", "0"), "block needs equal shapes"),
     ],
 )
-def test_wrong_taps_are_told_before_anything_runs(student, kind, pair, message):
+def test_wrong_taps_are_reported_before_training(student, kind, pair, message):
     with pytest.raises(RecipeError, match=message):
-        taps.attach_taps(*networks(student, convolutional(6)), [term(kind, pair)], [images()], 0)
+        taps.attach_taps(*networks(student, convolutional(6)), [make_loss(kind, pair)], [images()], 0)
 
 
-def test_all_wrong_taps_are_told_at_once():
+def test_all_wrong_taps_are_reported_at_once():
     with pytest.raises(RecipeError) as caught:
-        taps.attach_taps(*networks(convolutional(4), convolutional(6)), [term("hint", ("a", "b"), ("3", "c"))], [images()], 0)
+        taps.attach_taps(*networks(convolutional(4), convolutional(6)), [make_loss("hint", ("a", "b"), ("3", "c"))], [images()], 0)
     assert len(caught.value.problems) == 3
 
 
 def test_a_module_that_is_called_twice_or_never_is_refused():
     rows = torch.randn(5, 4)
-    for name, told in (("layer", "is called 2 times in one forward pass"), ("unused", "is not called in a forward pass")):
-        with pytest.raises(RecipeError, match=told):
-            taps.attach_taps(*networks(Twice(), Twice()), [term("hint", (name, "head"))], [rows], 0)
+    for name, message in (("layer", "is called 2 times in one forward pass"), ("unused", "is not called in a forward pass")):
+        with pytest.raises(RecipeError, match=message):
+            taps.attach_taps(*networks(CallsTwice(), CallsTwice()), [make_loss("hint", (name, "head"))], [rows], 0)
 
 
 def test_a_module_with_several_outputs_or_integers_is_refused():
     tokens = torch.randint(0, 20, (5, 7))
-    with pytest.raises(RecipeError, match=r"the module gives 2 outputs; expected one tensor; name one by its number: 'wrapped:0'"):
-        taps.attach_taps(*networks(Attending(8, 2), Attending(8, 2)), [term("hidden", ("wrapped", "embed"))], [tokens], 0)
-    counted = [nn.Sequential(nn.Conv2d(1, 2, 3), Counting()) for _ in range(2)]
-    with pytest.raises(RecipeError, match="the module gives int64; expected floating point numbers"):
-        taps.attach_taps(*networks(*counted), [term("hint", ("1", "0"))], [images()], 0)
+    with pytest.raises(RecipeError, match=r"the module returns 2 outputs; expected one tensor; name one by its number: 'wrapped:0'"):
+        taps.attach_taps(*networks(Attending(8, 2), Attending(8, 2)), [make_loss("hidden", ("wrapped", "embed"))], [tokens], 0)
+    integer_networks = [nn.Sequential(nn.Conv2d(1, 2, 3), ArgMax()) for _ in range(2)]
+    with pytest.raises(RecipeError, match="the module returns int64; expected floating point numbers"):
+        taps.attach_taps(*networks(*integer_networks), [make_loss("hint", ("1", "0"))], [images()], 0)
 
 
-def test_other_numbers_of_tokens_are_told():
+def test_different_numbers_of_tokens_are_reported():
     class Shorter(Attending):
         def forward(self, tokens):
             return super().forward(tokens[:, 1:])
 
     tokens = torch.randint(0, 20, (5, 7))
-    for kind, path, more in (("hidden", "embed", {}), ("attention", "wrapped:1", {"over": "heads"})):
+    for kind, path, options in (("hidden", "embed", {}), ("attention", "wrapped:1", {"over": "heads"})):
         with pytest.raises(RecipeError, match="are the vocabularies or lengths different"):
-            taps.attach_taps(*networks(Shorter(8, 2), Attending(8, 2)), [term(kind, (path, path), **more)], [tokens], 0)
+            taps.attach_taps(*networks(Shorter(8, 2), Attending(8, 2)), [make_loss(kind, (path, path), **options)], [tokens], 0)
 
 
-def test_a_module_that_is_left_out_later_is_told_and_nothing_stale_is_used():
+def test_a_module_that_is_skipped_later_is_reported_and_no_stale_tensor_is_used():
     class Skipping(Attending):
         skip = False
 
@@ -231,17 +231,17 @@ def test_a_module_that_is_left_out_later_is_told_and_nothing_stale_is_used():
 
     student, tokens = Skipping(8, 2), torch.randint(0, 20, (5, 7))
     tapped = taps.attach_taps(
-        *networks(student, Attending(8, 2)), [term("attention", ("wrapped:1", "wrapped:1"), over="heads")], [tokens], 0
+        *networks(student, Attending(8, 2)), [make_loss("attention", ("wrapped:1", "wrapped:1"), over="heads")], [tokens], 0
     )
     student.skip = True
     student(tokens)
     with pytest.raises(RecipeError, match="tap 'wrapped:1': the module was not called for this batch"):
-        asked(tapped, tokens, 0)
+        loss_of(tapped, tokens, 0)
 
 
-def test_what_was_refused_leaves_the_student_as_it_was():
+def test_refused_taps_leave_the_student_unchanged():
     student = convolutional(4).train()
     with pytest.raises(RecipeError):
-        taps.attach_taps(*networks(student, convolutional(6)), [term("hidden", ("3", "3"))], [images()], 0)
+        taps.attach_taps(*networks(student, convolutional(6)), [make_loss("hidden", ("3", "3"))], [images()], 0)
     assert student.training
     assert not any(module._forward_hooks for module in student.modules())

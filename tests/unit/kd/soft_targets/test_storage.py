@@ -20,21 +20,21 @@ SAMPLED = storage.make_header("train", (2, 50, 300), slots=16, **DIGESTS)
 BOTH = pytest.mark.parametrize("header", [DENSE, SAMPLED], ids=["dense", "sampled"])
 
 
-def logits(header, seed=0):
-    """Answers (V, n, C) of a teacher that is sure of some samples and not of others."""
-    found = np.random.default_rng(seed).standard_normal((header.views, header.samples, header.classes)).astype(np.float32) * 2
-    found[..., 5] += np.linspace(0, 20, header.samples, dtype=np.float32)
-    return found
+def teacher_logits(header, seed=0):
+    """Return logits (V, n, C) of a teacher that is confident of some samples and not of others."""
+    values = np.random.default_rng(seed).standard_normal((header.views, header.samples, header.classes)).astype(np.float32) * 2
+    values[..., 5] += np.linspace(0, 20, header.samples, dtype=np.float32)
+    return values
 
 
-def fill(path, header, given, chunk=20, stop=None):
-    """Fill as a stage would: chunk by chunk, each of one view; stop early after so many chunks, as if killed."""
-    done, chunks = storage.begin(path, header), 0
-    while done < header.rows and chunks != stop:
-        view, row = divmod(done, header.samples)
-        done = storage.append(path, header, done, given[view, row : row + chunk])
+def fill(path, header, logits, chunk=20, stop=None):
+    """Fill a file as the stage does: chunk by chunk, each of one view; stop after ``stop`` chunks, as if killed."""
+    stored_rows, chunks = storage.begin(path, header), 0
+    while stored_rows < header.rows and chunks != stop:
+        view, row = divmod(stored_rows, header.samples)
+        stored_rows = storage.append(path, header, stored_rows, logits[view, row : row + chunk])
         chunks += 1
-    if done == header.rows:
+    if stored_rows == header.rows:
         storage.finish(path, header, path.with_suffix(".done"))
     return path.with_suffix(".done")
 
@@ -44,12 +44,12 @@ def softmax(values):
 
 
 def tile(tmp_path, rows, repeats, slots):
-    """A store in which each of a few rows is drawn anew many times: (repeats * m) rows."""
+    """Return soft targets in which each of a few rows is sampled many times: (repeats * m) rows."""
     header = storage.make_header("train", (1, repeats * len(rows), rows.shape[1]), slots=slots, **DIGESTS)
     return storage.open_expected(fill(tmp_path / "tile", header, np.tile(rows, (repeats, 1))[None], chunk=header.rows), header)
 
 
-def test_the_number_of_classes_decides_how_answers_are_stored():
+def test_the_number_of_classes_decides_how_soft_targets_are_stored():
     assert storage.make_header("train", (1, 1, 256), **DIGESTS).slots == 0
     assert storage.make_header("train", (1, 1, 257), **DIGESTS).slots == storage.SLOTS
     assert storage.make_header("train", (1, 1, 1000), slots=0, **DIGESTS).item.itemsize == 2000
@@ -60,37 +60,37 @@ def test_the_number_of_classes_decides_how_answers_are_stored():
             storage.make_header("train", (1, 1, 1000), slots=slots, **DIGESTS)
 
 
-def test_dense_answers_come_back_but_for_their_rounding(tmp_path):
-    given = logits(DENSE)
-    given[0, 0] = [1e-5, -1e-5, 0, 65504, -65504, 3e-8, 1000.3]
-    targets = storage.open_expected(fill(tmp_path / "a", DENSE, given), DENSE)
+def test_dense_soft_targets_are_read_back_except_for_rounding(tmp_path):
+    logits = teacher_logits(DENSE)
+    logits[0, 0] = [1e-5, -1e-5, 0, 65504, -65504, 3e-8, 1000.3]
+    targets = storage.open_expected(fill(tmp_path / "a", DENSE, logits), DENSE)
     rows = np.random.default_rng(1).permutation(50)[:30]
     for view in (0, 1):
-        found = targets.read(view, rows)
-        assert (found.shape, found.dtype) == ((30, 7), np.float32)
-        assert (np.abs(found - given[view, rows]) <= np.abs(given[view, rows]) / 2048 + 3e-8).all()
+        values = targets.read(view, rows)
+        assert (values.shape, values.dtype) == ((30, 7), np.float32)
+        assert (np.abs(values - logits[view, rows]) <= np.abs(logits[view, rows]) / 2048 + 3e-8).all()
     np.testing.assert_array_equal(targets.read(0, [0, 1], 4.0), targets.read(0, range(2)))
-    with pytest.raises(ValueError, match="a dense file is read densely"):
+    with pytest.raises(ValueError, match="a dense file has no sparse rows"):
         targets.read_sparse(0, [0])
     with pytest.raises(IndexError):
         targets.read(0, [50])
 
 
 def test_a_sampled_record_has_the_largest_first_and_sums_to_one(tmp_path):
-    given = logits(SAMPLED)
-    targets = storage.open_expected(fill(tmp_path / "a", SAMPLED, given), SAMPLED)
+    logits = teacher_logits(SAMPLED)
+    targets = storage.open_expected(fill(tmp_path / "a", SAMPLED, logits), SAMPLED)
     for view in (0, 1):
         ids, values = targets.read_sparse(view, range(50))
-        records, shares = targets.stored(view, range(50)), softmax(given[view])
+        records, probabilities = targets.stored(view, range(50)), softmax(logits[view])
         assert (ids.dtype, values.dtype, ids.shape) == (np.int64, np.float32, (50, 16))
         assert (np.diff(np.sort(ids, axis=1)) > 0).all()
-        np.testing.assert_array_equal(ids[:, 0], given[view].argmax(axis=1))
-        logs = np.log(np.take_along_axis(shares, ids, axis=1))
+        np.testing.assert_array_equal(ids[:, 0], logits[view].argmax(axis=1))
+        logs = np.log(np.take_along_axis(probabilities, ids, axis=1))
         assert (np.abs(records["logs"] - logs) <= np.abs(logs) / 2048 + 1e-6).all()
         np.testing.assert_allclose(np.exp(values.astype(np.float64)).sum(axis=1), 1, atol=4e-3)
         assert 8 <= records["exact"].min() < 16
         for row, exact in enumerate(records["exact"].tolist()):
-            np.testing.assert_array_equal(ids[row, :exact], np.argsort(-given[view, row], kind="stable")[:exact])
+            np.testing.assert_array_equal(ids[row, :exact], np.argsort(-logits[view, row], kind="stable")[:exact])
             np.testing.assert_array_equal(values[row, :exact], records["logs"][row, :exact].astype(np.float32))
             assert np.ptp(values[row, exact:]) == 0
             assert (np.diff(ids[row, exact:]) > 0).all()
@@ -100,37 +100,37 @@ def test_a_sampled_record_has_the_largest_first_and_sums_to_one(tmp_path):
 
 
 @pytest.mark.parametrize("slots", [5, 16])
-def test_the_mean_of_many_draws_is_the_softmax_and_that_of_the_largest_is_not(tmp_path, slots):
+def test_the_mean_of_many_samples_is_the_softmax_and_that_of_the_largest_is_not(tmp_path, slots):
     repeats, halves = 4000, np.arange(300, dtype=np.float32) * -np.log(np.float32(2))  # each as likely as all after it
-    rows = np.stack([*logits(SAMPLED)[0, [0, 20]], halves])
-    targets, wanted = tile(tmp_path, rows, repeats, slots), softmax(rows)
-    found = softmax(targets.read(0, range(3 * repeats))).reshape(repeats, 3, 300)
+    rows = np.stack([*teacher_logits(SAMPLED)[0, [0, 20]], halves])
+    targets, expected = tile(tmp_path, rows, repeats, slots), softmax(rows)
+    estimates = softmax(targets.read(0, range(3 * repeats))).reshape(repeats, 3, 300)
     assert slots // 2 < targets.stored(0, [2])["exact"] >= slots - 2
-    error = np.abs(found.mean(axis=0) - wanted)
-    chance = np.sqrt(wanted * found.max(axis=(0, 2))[:, None] / repeats)  # of a draw with weight w: at most sqrt(p w / n)
-    assert (error <= 5 * chance + 0.004 * wanted).all()
-    top = np.where(wanted >= np.sort(wanted, axis=1)[:, [-slots]], wanted, 0)
-    bias = np.abs(top / top.sum(axis=1, keepdims=True) - wanted).sum(axis=1)
+    error = np.abs(estimates.mean(axis=0) - expected)
+    standard_error = np.sqrt(expected * estimates.max(axis=(0, 2))[:, None] / repeats)  # of a draw with weight w: at most sqrt(p w / n)
+    assert (error <= 5 * standard_error + 0.004 * expected).all()
+    top = np.where(expected >= np.sort(expected, axis=1)[:, [-slots]], expected, 0)
+    bias = np.abs(top / top.sum(axis=1, keepdims=True) - expected).sum(axis=1)
     assert (error.sum(axis=1)[:2] < bias[:2] / 5).all()
     assert bias[0] > 0.5
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
 def test_the_mass_at_another_temperature_is_estimated_without_bias_before_it_is_normalized(tmp_path, temperature):
-    rows, repeats = logits(SAMPLED)[0, [0, 20, 49]], 4000
+    rows, repeats = teacher_logits(SAMPLED)[0, [0, 20, 49]], 4000
     targets = tile(tmp_path, rows, repeats, 32)
-    found = np.exp(targets.read(0, range(3 * repeats), temperature).astype(np.float64) / temperature).sum(axis=1).reshape(repeats, 3)
-    wanted = (softmax(rows) ** (1 / temperature)).sum(axis=1)
-    assert (np.abs(found.mean(axis=0) - wanted) <= 5 * found.std(axis=0) / np.sqrt(repeats) + 0.004 * wanted).all()
+    mass = np.exp(targets.read(0, range(3 * repeats), temperature).astype(np.float64) / temperature).sum(axis=1).reshape(repeats, 3)
+    expected = (softmax(rows) ** (1 / temperature)).sum(axis=1)
+    assert (np.abs(mass.mean(axis=0) - expected) <= 5 * mass.std(axis=0) / np.sqrt(repeats) + 0.004 * expected).all()
 
 
 def test_equal_and_extreme_logits_have_records_too(tmp_path):
     header = replace(SAMPLED, views=1, samples=4)
-    given = np.zeros((1, 4, 300), dtype=np.float32)
-    given[0, 1, 7] = 3e38  # sure beyond what a softmax can tell
-    given[0, 2, :200] = -1e5
-    given[0, 3, 3:5] = 800
-    targets = storage.open_expected(fill(tmp_path / "a", header, given), header, lambda view, rows: given[view, rows])
+    logits = np.zeros((1, 4, 300), dtype=np.float32)
+    logits[0, 1, 7] = 3e38  # a softmax rounds its probability to 1
+    logits[0, 2, :200] = -1e5
+    logits[0, 3, 3:5] = 800
+    targets = storage.open_expected(fill(tmp_path / "a", header, logits), header, lambda view, rows: logits[view, rows])
     ids, values = targets.read_sparse(0, range(4))
     np.testing.assert_allclose(values[0, :8], np.log(1 / 300), rtol=1 / 2048)
     np.testing.assert_allclose(values[0, 8:], np.log(292 / 300 / 8), rtol=1 / 2048)  # 8 draws stand for the others
@@ -140,9 +140,9 @@ def test_equal_and_extreme_logits_have_records_too(tmp_path):
     np.testing.assert_allclose(values[3, :2], np.log(0.5), atol=4e-4)
 
 
-def test_the_losses_take_what_is_read(tmp_path):
-    targets = storage.open_expected(fill(tmp_path / "a", SAMPLED, logits(SAMPLED)), SAMPLED)
-    student, labels = torch.from_numpy(logits(SAMPLED, seed=1)[0]).requires_grad_(), torch.arange(50)
+def test_the_losses_accept_sampled_soft_targets(tmp_path):
+    targets = storage.open_expected(fill(tmp_path / "a", SAMPLED, teacher_logits(SAMPLED)), SAMPLED)
+    student, labels = torch.from_numpy(teacher_logits(SAMPLED, seed=1)[0]).requires_grad_(), torch.arange(50)
     for temperature in (1.0, 4.0, 100.0):
         teacher = torch.from_numpy(targets.read(0, range(50), temperature))
         for loss in (losses.kl(student, teacher, temperature), losses.dkd(student, teacher, labels, temperature, 1.0, 2.0)):
@@ -155,57 +155,58 @@ def test_the_losses_take_what_is_read(tmp_path):
 
 @BOTH
 def test_the_file_is_one_that_safetensors_reads(tmp_path, header):
-    given = logits(header)
-    path = fill(tmp_path / "a", header, given)
+    logits = teacher_logits(header)
+    path = fill(tmp_path / "a", header, logits)
     with safe_open(path, "numpy") as file:
         assert file.metadata() == header.metadata()
         (name,) = file.keys()
-        found = file.get_tensor(name)
+        tensor = file.get_tensor(name)
     assert (name, header.metadata()["kind"]) == (("records", "sampled") if header.slots else ("logits", "dense"))
-    found = found.view(header.item)[..., 0] if header.slots else found
-    np.testing.assert_array_equal(found[1], storage.open_expected(path, header).stored(1, range(50)))
+    rows = tensor.view(header.item)[..., 0] if header.slots else tensor
+    np.testing.assert_array_equal(rows[1], storage.open_expected(path, header).stored(1, range(50)))
     assert [item.name for item in tmp_path.iterdir()] == ["a.done"]
 
 
 @BOTH
 @pytest.mark.parametrize("chunk", [1, 7, 50])
 def test_the_bytes_do_not_depend_on_the_chunks(tmp_path, header, chunk):
-    given = logits(header)
-    assert fill(tmp_path / "a", header, given).read_bytes() == fill(tmp_path / "b", header, given, chunk).read_bytes()
+    logits = teacher_logits(header)
+    assert fill(tmp_path / "a", header, logits).read_bytes() == fill(tmp_path / "b", header, logits, chunk).read_bytes()
 
 
 def test_a_draw_depends_on_split_view_and_row(tmp_path):
     header = storage.make_header("train", (2, 5000, 20), slots=4, **DIGESTS)  # more rows than draw from one generator
-    given = np.broadcast_to(logits(header)[0, 0], (2, 5000, 20))
-    whole = fill(tmp_path / "a", header, given, 5000)
-    assert fill(tmp_path / "b", header, given, 4095).read_bytes() == whole.read_bytes()
-    ids, _ = storage.open_expected(whole, header).read_sparse(0, range(5000))
-    others, _ = storage.open_expected(whole, header).read_sparse(1, range(5000))
-    elsewhere = replace(header, split="unlabelled")
-    foreign, _ = storage.open_expected(fill(tmp_path / "c", elsewhere, given, 5000), elsewhere).read_sparse(0, range(5000))
-    for other in (others, foreign, np.roll(ids, 1, axis=0), np.roll(ids, 4096, axis=0)):
+    logits = np.broadcast_to(teacher_logits(header)[0, 0], (2, 5000, 20))
+    path = fill(tmp_path / "a", header, logits, 5000)
+    assert fill(tmp_path / "b", header, logits, 4095).read_bytes() == path.read_bytes()
+    ids, _ = storage.open_expected(path, header).read_sparse(0, range(5000))
+    of_other_view, _ = storage.open_expected(path, header).read_sparse(1, range(5000))
+    other_header = replace(header, split="unlabelled")
+    other_split = storage.open_expected(fill(tmp_path / "c", other_header, logits, 5000), other_header)
+    of_other_split, _ = other_split.read_sparse(0, range(5000))
+    for other in (of_other_view, of_other_split, np.roll(ids, 1, axis=0), np.roll(ids, 4096, axis=0)):
         assert (ids != other).any(axis=1).mean() > 0.5
 
 
 @BOTH
 @pytest.mark.parametrize("stop", [0, 1, 3])
-def test_a_filling_that_was_killed_goes_on_and_ends_in_the_same_bytes(tmp_path, header, stop):
-    given, path = logits(header), tmp_path / "b"
-    whole = fill(tmp_path / "a", header, given).read_bytes()
-    fill(path, header, given, stop=stop)
+def test_a_run_that_was_killed_resumes_and_ends_with_the_same_bytes(tmp_path, header, stop):
+    logits, path = teacher_logits(header), tmp_path / "b"
+    expected = fill(tmp_path / "a", header, logits).read_bytes()
+    fill(path, header, logits, stop=stop)
     assert storage.begin(path, header) == [0, 20, 40, 50][stop]
     with path.open("r+b") as file:  # a chunk that was being written
-        file.seek(len(whole) - header.item.itemsize * (header.rows - 50))
+        file.seek(len(expected) - header.item.itemsize * (header.rows - 50))
         file.write(b"torn")
-    assert fill(path, header, given).read_bytes() == whole
+    assert fill(path, header, logits).read_bytes() == expected
 
 
 @BOTH
 @pytest.mark.parametrize("damage", ["torn journal", "no journal", "no file", "cut file", "torn header", "another teacher"])
-def test_what_is_not_known_to_be_whole_is_made_again(tmp_path, header, damage):
-    given, path = logits(header), tmp_path / "b"
-    whole = fill(tmp_path / "a", header, given).read_bytes()
-    fill(path, replace(header, teacher="4" * 64) if damage == "another teacher" else header, given, stop=2)
+def test_a_file_that_is_not_known_to_be_undamaged_is_written_again(tmp_path, header, damage):
+    logits, path = teacher_logits(header), tmp_path / "b"
+    expected = fill(tmp_path / "a", header, logits).read_bytes()
+    fill(path, replace(header, teacher="4" * 64) if damage == "another teacher" else header, logits, stop=2)
     journal = tmp_path / "b.journal"
     if damage == "torn journal":
         journal.write_bytes(journal.read_bytes()[:-1])
@@ -216,16 +217,16 @@ def test_what_is_not_known_to_be_whole_is_made_again(tmp_path, header, damage):
     elif damage.startswith("no "):
         (path if damage == "no file" else journal).unlink()
     assert storage.begin(path, header) == 0
-    assert fill(path, header, given).read_bytes() == whole
+    assert fill(path, header, logits).read_bytes() == expected
 
 
 @BOTH
-def test_only_a_whole_file_is_finished_and_a_chunk_is_of_one_view(tmp_path, header):
-    path, given = tmp_path / "a", logits(header)
-    fill(path, header, given, stop=2)
-    with pytest.raises(ValueError, match="a: 40 of 100 rows are filled"):
+def test_only_a_complete_file_is_finished_and_a_chunk_is_of_one_view(tmp_path, header):
+    path, logits = tmp_path / "a", teacher_logits(header)
+    fill(path, header, logits, stop=2)
+    with pytest.raises(ValueError, match="a: 40 of 100 rows are stored"):
         storage.finish(path, header, tmp_path / "b")
-    for wrong in (given[0, :11], given[0, :5, 1:]):
+    for wrong in (logits[0, :11], logits[0, :5, 1:]):
         with pytest.raises(ValueError, match="after row 40 of view 0; expected rows of one view"):
             storage.append(path, header, 40, wrong)
 
@@ -233,13 +234,15 @@ def test_only_a_whole_file_is_finished_and_a_chunk_is_of_one_view(tmp_path, head
 @pytest.mark.parametrize("shape", [(1, 0, 7), (3, 0, 300)])
 def test_a_split_without_samples_has_a_file_too(tmp_path, shape):
     header = storage.make_header("unlabelled", shape, **DIGESTS)
-    targets = storage.open_expected(fill(tmp_path / "a", header, logits(header)), header, lambda *_: pytest.fail("there is nothing to ask"))
+    targets = storage.open_expected(
+        fill(tmp_path / "a", header, teacher_logits(header)), header, lambda *_: pytest.fail("there is no row to check")
+    )
     assert targets.read(0, []).shape == (0, shape[2])
 
 
 @BOTH
-def test_other_answers_are_refused_and_it_is_told_which(tmp_path, header):
-    path = fill(tmp_path / "a", header, logits(header))
+def test_other_soft_targets_are_refused_with_their_differences(tmp_path, header):
+    path = fill(tmp_path / "a", header, teacher_logits(header))
     changes = [
         ("teacher", "4" * 64, "teacher 111111111111, expected 444444444444"),
         ("augment", "4" * 64, "augment 222222222222, expected 444444444444"),
@@ -251,8 +254,8 @@ def test_other_answers_are_refused_and_it_is_told_which(tmp_path, header):
         ("schema", 2, "schema 1, expected 2"),
         ("slots", 3, f"slots {header.slots}, expected 3" + ("" if header.slots else "; kind dense, expected sampled")),
     ]
-    for name, value, told in changes:
-        with pytest.raises(RecipeError, match=f"^a.done: holds other answers: {told}; remove it and ask the teacher again$") as caught:
+    for name, value, difference in changes:
+        with pytest.raises(RecipeError, match=f"^a.done: holds other soft targets: {difference}; remove it and build again$") as caught:
             storage.open_expected(path, replace(header, **{name: value}))
         assert len(caught.value.problems) == 1
     with pytest.raises(RecipeError, match="samples 50, expected 9; teacher 111111111111, expected 5; remove"):
@@ -261,79 +264,79 @@ def test_other_answers_are_refused_and_it_is_told_which(tmp_path, header):
 
 @BOTH
 def test_a_damaged_file_is_refused(tmp_path, header):
-    path = fill(tmp_path / "a", header, logits(header))
-    whole = path.read_bytes()
-    for cut in (whole[:-1], whole + b"\0"):
+    path = fill(tmp_path / "a", header, teacher_logits(header))
+    expected = path.read_bytes()
+    for cut in (expected[:-1], expected + b"\0"):
         path.write_bytes(cut)
-        with pytest.raises(RecipeError, match=rf"^a.done: has {len(cut)} bytes, expected {len(whole)}; remove"):
+        with pytest.raises(RecipeError, match=rf"^a.done: has {len(cut)} bytes, expected {len(expected)}; remove"):
             storage.open_expected(path, header)
-    other_type = whole.replace(b"U8" if header.slots else b"F16", b"I8")
-    for other in (b"", whole[:20], b"\xff" * 400, b"\2" + b"\0" * 7 + b"[]", b"\4" + b"\0" * 7 + b"[}[}", other_type):
+    other_type = expected.replace(b"U8" if header.slots else b"F16", b"I8")
+    for other in (b"", expected[:20], b"\xff" * 400, b"\2" + b"\0" * 7 + b"[]", b"\4" + b"\0" * 7 + b"[}[}", other_type):
         path.write_bytes(other)
-        with pytest.raises(RecipeError, match=r"^a.done: is not a file of answers; remove it and ask the teacher again$"):
+        with pytest.raises(RecipeError, match=r"^a.done: is not a file of soft targets; remove it and build again$"):
             storage.open_expected(path, header)
 
 
 @BOTH
-def test_a_spot_check_asks_the_same_few_rows_and_takes_the_rounding(tmp_path, header):
-    given, asked = logits(header), []
-    path = fill(tmp_path / "a", header, given)
+def test_a_spot_check_recomputes_the_same_few_rows_and_tolerates_rounding(tmp_path, header):
+    logits, requests = teacher_logits(header), []
+    path = fill(tmp_path / "a", header, logits)
 
     def recompute(view, rows):
-        asked.append((view, rows.tolist()))
-        return given[view, rows] * np.float32(1 + 2e-6)
+        requests.append((view, rows.tolist()))
+        return logits[view, rows] * np.float32(1 + 2e-6)
 
     for _ in range(2):
         storage.open_expected(path, header, recompute)
-    assert asked[:2] == asked[2:]
-    assert [(view, len(rows)) for view, rows in asked[:2]] == [(0, storage.SPOT_ROWS), (1, storage.SPOT_ROWS)]
+    assert requests[:2] == requests[2:]
+    assert [(view, len(rows)) for view, rows in requests[:2]] == [(0, storage.SPOT_ROWS), (1, storage.SPOT_ROWS)]
 
 
 @BOTH
 @pytest.mark.parametrize("change", ["another teacher", "rows moved", "a little", "not a number"])
-def test_a_spot_check_refuses_what_the_teacher_does_not_answer(tmp_path, header, change):
-    given = logits(header)
+def test_a_spot_check_refuses_logits_that_the_teacher_does_not_return(tmp_path, header, change):
+    logits = teacher_logits(header)
     other = {
-        "another teacher": logits(header, seed=1),
-        "rows moved": np.roll(given, 1, axis=1),
-        "a little": given + np.float32(0.1) * np.sign(np.arange(header.classes, dtype=np.float32) % 2 - 0.5),
-        "not a number": given * np.float32("nan"),
+        "another teacher": teacher_logits(header, seed=1),
+        "rows moved": np.roll(logits, 1, axis=1),
+        "a little": logits + np.float32(0.1) * np.sign(np.arange(header.classes, dtype=np.float32) % 2 - 0.5),
+        "not a number": logits * np.float32("nan"),
     }[change]
-    path = fill(tmp_path / "a", header, given)
-    told = r"^a.done: the teacher no longer answers as is stored: train\[\d+\] in view 0, class \d+: \S+, stored -?\d\S*; remove it"
-    with pytest.raises(RecipeError, match=told):
+    path = fill(tmp_path / "a", header, logits)
+    message = r"^a.done: the teacher no longer returns the stored logits: train\[\d+\] in view 0, class \d+: \S+, stored -?\d\S*; remove it"
+    with pytest.raises(RecipeError, match=message):
         storage.open_expected(path, header, lambda view, rows: other[view, rows])
 
 
 @BOTH
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_an_answer_that_is_not_finite_is_told_with_its_sample(tmp_path, header, value):
-    given, path = logits(header), tmp_path / "a"
-    given[0, 23, 3] = value
-    with pytest.raises(RecipeError, match=rf"^teacher: its answer to train\[23\] is {value} for class 3; expected finite logits"):
-        fill(path, header, given)
+def test_a_logit_that_is_not_finite_is_reported_with_its_sample(tmp_path, header, value):
+    logits, path = teacher_logits(header), tmp_path / "a"
+    logits[0, 23, 3] = value
+    with pytest.raises(RecipeError, match=rf"^teacher: its logit for train\[23\] is {value} for class 3; expected finite logits"):
+        fill(path, header, logits)
     assert storage.begin(path, header) == 20
 
 
-def test_a_logit_that_no_float16_holds_is_refused(tmp_path):
-    given = logits(DENSE)
-    given[1, 30, 2] = -65505
+def test_a_logit_out_of_the_range_of_float16_is_refused(tmp_path):
+    logits = teacher_logits(DENSE)
+    logits[1, 30, 2] = -65505
     with pytest.raises(
-        RecipeError, match=r"train\[30\] is -65505.0 for class 2; expected finite logits within 65504, which a float16 holds"
+        RecipeError, match=r"train\[30\] is -65505.0 for class 2; expected finite logits within 65504, the range of float16"
     ):
-        fill(tmp_path / "a", DENSE, given)
-    given = logits(SAMPLED)
-    given[1, 30, 2] = -65505  # a record holds log-probabilities
-    fill(tmp_path / "b", SAMPLED, given)
+        fill(tmp_path / "a", DENSE, logits)
+    logits = teacher_logits(SAMPLED)
+    logits[1, 30, 2] = -65505  # a record holds log-probabilities
+    fill(tmp_path / "b", SAMPLED, logits)
 
 
 @BOTH
 def test_a_large_file_is_read_without_mapping_it(tmp_path, monkeypatch, header):
-    path = fill(tmp_path / "a", header, logits(header))
+    path = fill(tmp_path / "a", header, teacher_logits(header))
     mapped = storage.open_expected(path, header)
     monkeypatch.setattr(storage, "MAPPED_BYTES", 1000)
     monkeypatch.setattr(mmap, "mmap", lambda *_, **__: pytest.fail("mapped"))
-    targets = storage.open_expected(path, header, lambda view, rows: logits(header)[view, rows])
+    targets = storage.open_expected(path, header, lambda view, rows: teacher_logits(header)[view, rows])
     for view in (0, 1, -1):
         for rows in (np.random.default_rng(0).permutation(50), [3, 3, -1], []):
             np.testing.assert_array_equal(targets.read(view, rows), mapped.read(view, rows))
@@ -344,7 +347,7 @@ def test_a_large_file_is_read_without_mapping_it(tmp_path, monkeypatch, header):
 
 
 @BOTH
-def test_answers_that_are_let_go_close_their_file(tmp_path, header):
-    file = storage.open_expected(fill(tmp_path / "a", header, logits(header)), header)._file
+def test_soft_targets_that_are_released_close_their_file(tmp_path, header):
+    file = storage.open_expected(fill(tmp_path / "a", header, teacher_logits(header)), header)._file
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(file)

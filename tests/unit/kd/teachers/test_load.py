@@ -23,7 +23,7 @@ def network():
     torch.manual_seed(5)
     layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
     module = nn.Sequential(*layers)
-    module(torch.randn(16, 1, 8, 8))  # batch norm learns statistics that are not its first ones
+    module(torch.randn(16, 1, 8, 8))  # batch norm gets statistics other than its initial ones
     return module.eval()
 
 
@@ -58,37 +58,37 @@ def onnx_file(path, batch="n", outputs=1):
 
 
 @pytest.mark.parametrize("starts_in_train_mode", [False, True])
-def test_answering_leaves_parameters_and_buffers_untouched(starts_in_train_mode):
+def test_running_a_teacher_does_not_change_parameters_or_buffers(starts_in_train_mode):
     module = network().train(starts_in_train_mode)
     before = digest(module)
     teacher = load.teacher_from_module(module, EntryPoint("a.py", "net"))
-    found = [teacher([IMAGES]) for _ in range(3)]
+    logits = [teacher([IMAGES]) for _ in range(3)]
     assert digest(module) == before
     assert not any(part.training for part in module.modules())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in module.parameters())
-    np.testing.assert_array_equal(found[0], expected())
-    np.testing.assert_array_equal(found[2], found[0])
+    np.testing.assert_array_equal(logits[0], expected())
+    np.testing.assert_array_equal(logits[2], logits[0])
 
 
-def test_a_teacher_whose_code_goes_back_to_train_mode_still_answers_in_eval_mode():
-    class Restless(nn.Module):
+def test_a_teacher_whose_code_returns_to_train_mode_still_runs_in_eval_mode():
+    class ReturnsToTrainMode(nn.Module):
         def __init__(self):
             super().__init__()
             self.drop = nn.Dropout(0.5)
 
         def forward(self, x):
-            found = self.drop(x.flatten(1))
+            output = self.drop(x.flatten(1))
             self.train()
-            return found
+            return output
 
-    teacher = load.teacher_from_module(Restless(), EntryPoint("a.py", "net"))
+    teacher = load.teacher_from_module(ReturnsToTrainMode(), EntryPoint("a.py", "net"))
     np.testing.assert_array_equal(teacher([IMAGES]), IMAGES.reshape(5, -1))
     np.testing.assert_array_equal(teacher([IMAGES]), IMAGES.reshape(5, -1))
 
 
-def test_torchscript_saved_in_train_mode_answers_in_eval_mode(tmp_path):
+def test_torchscript_saved_in_train_mode_runs_in_eval_mode(tmp_path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls TorchScript deprecated; teachers still come as such files
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript; there still are such files
         torch.jit.script(network().train()).save(str(tmp_path / "teacher.ts"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -98,13 +98,13 @@ def test_torchscript_saved_in_train_mode_answers_in_eval_mode(tmp_path):
 
 
 @pytest.mark.parametrize("batch", [None, 1])
-def test_an_exported_program_answers_any_batch(tmp_path, batch):
+def test_an_exported_program_takes_any_batch_size(tmp_path, batch):
     teacher = load_teacher(tmp_path, None, export(tmp_path / "teacher.pt2", batch))
     np.testing.assert_allclose(teacher([IMAGES]), expected(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(teacher([IMAGES[:2]]), expected()[:2], rtol=1e-5, atol=1e-6)
 
 
-def test_an_exported_program_keeps_its_weights(tmp_path):
+def test_an_exported_program_is_not_changed(tmp_path):
     path = export(tmp_path / "teacher.pt2", None)
     before = hashlib.sha256(path.read_bytes()).digest()
     teacher = load_teacher(tmp_path, None, path)
@@ -119,7 +119,7 @@ def test_the_module_of_an_exported_program_can_be_exported_again(tmp_path, batch
     torch.testing.assert_close(again(torch.tensor(IMAGES[:1])).detach(), torch.tensor(expected()[:1]), rtol=1e-5, atol=1e-6)
 
 
-def test_another_fixed_batch_is_refused(tmp_path):
+def test_any_other_fixed_batch_size_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="fixed batch of 4; export it with a dynamic batch, or with 1"):
         load_teacher(tmp_path, None, export(tmp_path / "teacher.pt2", 4))
     with pytest.raises(RecipeError, match="fixed batch of 2"):
@@ -127,12 +127,12 @@ def test_another_fixed_batch_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("batch", ["n", 1])
-def test_an_onnx_teacher_answers_any_batch(tmp_path, batch):
+def test_an_onnx_teacher_takes_any_batch_size(tmp_path, batch):
     teacher = load_teacher(tmp_path, None, onnx_file(tmp_path / "teacher.onnx", batch))
     weights = np.arange(64 * 3, dtype=np.float32).reshape(64, 3) / 100
-    found = teacher([IMAGES])
-    np.testing.assert_allclose(found, IMAGES.reshape(5, -1) @ weights, rtol=1e-4, atol=1e-4)
-    assert found.dtype == np.float32
+    logits = teacher([IMAGES])
+    np.testing.assert_allclose(logits, IMAGES.reshape(5, -1) @ weights, rtol=1e-4, atol=1e-4)
+    assert logits.dtype == np.float32
 
 
 def test_an_onnx_teacher_with_two_outputs_is_refused(tmp_path):
@@ -140,7 +140,7 @@ def test_an_onnx_teacher_with_two_outputs_is_refused(tmp_path):
         load_teacher(tmp_path, None, onnx_file(tmp_path / "teacher.onnx", outputs=2))
 
 
-def test_an_onnx_teacher_of_other_inputs_is_refused(tmp_path):
+def test_an_onnx_teacher_with_other_inputs_is_refused(tmp_path):
     teacher = load_teacher(tmp_path, None, onnx_file(tmp_path / "teacher.onnx"))
     with pytest.raises(RecipeError, match=r"has 1 inputs; student.inputs names 2"):
         teacher([IMAGES, IMAGES])
@@ -156,7 +156,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_an_error_inside_a_file_is_told_with_its_name(tmp_path):
+def test_an_error_inside_a_file_is_reported_with_its_name(tmp_path):
     teacher = load_teacher(tmp_path, None, export(tmp_path / "teacher.pt2", None))
     with pytest.raises(RecipeError, match=r"teacher\.pt2"):
         teacher([IMAGES[:, :, :2, :2]])

@@ -61,16 +61,16 @@ def encoder():
         (encoder, (torch.ones(4, 5, 8),)),
     ],
 )
-@pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")  # export speaks of the flat weights of a GRU
+@pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")  # torch.export warns about the flat weights of a GRU
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_ordinary_networks_pass_and_answer(tmp_path, make, inputs, dynamic):
+def test_ordinary_networks_are_accepted_and_run(tmp_path, make, inputs, dynamic):
     inputs = inputs if dynamic else tuple(item[:1] for item in inputs)
     shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs) if dynamic else None
     module = make().eval()
     torch.export.save(torch.export.export(module, inputs, dynamic_shapes=shapes), tmp_path / "teacher.pt2")
     teacher = load_teacher(tmp_path, None, tmp_path / "teacher.pt2")
-    found = teacher([item.numpy() for item in inputs])
-    torch.testing.assert_close(torch.from_numpy(found), module(*inputs).detach(), rtol=1e-4, atol=1e-5)
+    logits = teacher([item.numpy() for item in inputs])
+    torch.testing.assert_close(torch.from_numpy(logits), module(*inputs).detach(), rtol=1e-4, atol=1e-5)
 
 
 class Payload:
@@ -89,27 +89,27 @@ def file(tmp_path):
     return path
 
 
-def rewrite(path, change, twice=()):
-    """Write an archive again after ``change`` had its records: name without the root folder -> bytes."""
+def rewrite(path, change, duplicates=()):
+    """Write an archive again after ``change`` was called with its records: name without the root folder -> bytes."""
     with zipfile.ZipFile(path) as archive:
         records = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
     change(records)
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
         warnings.simplefilter("ignore")  # on duplicate names
-        for name in [*records, *twice]:
+        for name in [*records, *duplicates]:
             archive.writestr(f"teacher/{name}", records[name])
 
 
 def in_json(name, change):
-    def changed(records):
-        found = json.loads(records[name])
-        change(found)
-        records[name] = json.dumps(found).encode()
+    def change_records(records):
+        content = json.loads(records[name])
+        change(content)
+        records[name] = json.dumps(content).encode()
 
-    return changed
+    return change_records
 
 
-def saved(value):
+def torch_bytes(value):
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
@@ -124,21 +124,21 @@ def expression(marker):
     return change
 
 
-def refused(path, words):
-    with pytest.raises(RecipeError, match=words) as caught:
+def assert_refused(path, message):
+    with pytest.raises(RecipeError, match=message) as caught:
         load_teacher(path.parent, None, path)
     assert "could run code when it is loaded, so it is refused" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def runs(path, marker):
-    """Return whether torch, left alone, runs the payload: else the test of its refusal would prove nothing."""
-    with contextlib.suppress(Exception):  # whatever it says of the file, the question is what it did before
+def torch_runs_payload(path, marker):
+    """Return whether torch itself runs the payload: otherwise the test of the refusal would prove nothing."""
+    with contextlib.suppress(Exception):  # the error does not matter, only what ran before it
         torch.export.load(path)
     return marker.exists()
 
 
-def test_an_unchanged_copy_passes(file):
+def test_an_unchanged_copy_is_accepted(file):
     rewrite(file, lambda _: None)
     assert safety.check_exported_program(file) == file.read_bytes()
     assert load_teacher(file.parent, None, file)
@@ -149,12 +149,12 @@ def test_pickled_weights_are_refused(file, tmp_path):
 
     def change(records):
         in_json(WEIGHTS, lambda table: table["config"]["weight"].update(use_pickle=True))(records)
-        records["data/weights/weight_0"] = saved(Payload(marker))
+        records["data/weights/weight_0"] = torch_bytes(Payload(marker))
 
     rewrite(file, change)
-    refused(file, "weight is a pickled object")
+    assert_refused(file, "weight is a pickled object")
     assert not marker.exists()
-    assert runs(file, marker)
+    assert torch_runs_payload(file, marker)
 
 
 def test_pickled_constants_are_refused(file, tmp_path):
@@ -166,39 +166,39 @@ def test_pickled_constants_are_refused(file, tmp_path):
         records["data/constants/opaque_obj_0"] = pickle.dumps(Payload(marker))
 
     rewrite(file, change)
-    refused(file, "opaque_obj_0")
+    assert_refused(file, "opaque_obj_0")
     assert not marker.exists()
-    assert runs(file, marker)
+    assert torch_runs_payload(file, marker)
 
 
 def test_pickled_example_inputs_are_refused(file, tmp_path):
     marker = tmp_path / "ran"
-    rewrite(file, lambda records: records.update({EXAMPLES: saved(((Payload(marker),), {}))}))
-    refused(file, "example inputs are a pickle")
+    rewrite(file, lambda records: records.update({EXAMPLES: torch_bytes(((Payload(marker),), {}))}))
+    assert_refused(file, "example inputs are a pickle")
     assert not marker.exists()
-    assert runs(file, marker)
+    assert torch_runs_payload(file, marker)
 
 
 def test_code_in_a_symbolic_size_is_refused(file, tmp_path):
     marker = tmp_path / "ran"
     rewrite(file, in_json(GRAPH, expression(marker)))
-    refused(file, "expr_str")
+    assert_refused(file, "expr_str")
     assert not marker.exists()
-    assert runs(file, marker)
+    assert torch_runs_payload(file, marker)
 
 
 @pytest.mark.parametrize(
     "text",
     ["s1.real", "(lambda: 1)()", "[s1 for s1 in s2]", "print(s1)", "Symbol('os', positive=True)", "Symbol(b's1')", "s1 if s2 else s3", ""],
 )
-def test_only_arithmetic_may_stand_in_a_symbolic_size(text):
+def test_only_arithmetic_is_allowed_in_a_symbolic_size(text):
     assert not safety._is_arithmetic(text)
 
 
 @pytest.mark.parametrize(
     "text", ["s77", "2*s0 + 1", "Mul(Integer(64), Symbol('s77', positive=True, integer=True))", "FloorDiv(s1, 2)", "-1"]
 )
-def test_arithmetic_passes(text):
+def test_arithmetic_is_accepted(text):
     assert safety._is_arithmetic(text)
 
 
@@ -214,9 +214,9 @@ def test_arithmetic_passes(text):
         "math.__loader__.x",
     ],
 )
-def test_operators_that_are_no_arithmetic_are_refused(file, target):
+def test_operators_that_are_not_allowed_are_refused(file, target):
     rewrite(file, in_json(GRAPH, lambda graph: graph["graph_module"]["graph"]["nodes"][0].update(target=target)))
-    refused(file, target)
+    assert_refused(file, target)
 
 
 @pytest.mark.parametrize(
@@ -226,30 +226,30 @@ def test_operators_that_are_no_arithmetic_are_refused(file, target):
 def test_trees_that_import_modules_are_refused(file, kind, context):
     spec = json.dumps([1, {"type": kind, "context": context, "children_spec": []}])
     rewrite(file, in_json(GRAPH, lambda graph: graph["graph_module"]["module_call_graph"][0]["signature"].update(in_spec=spec)))
-    refused(file, "in_spec")
+    assert_refused(file, "in_spec")
 
 
 @pytest.mark.parametrize("name", ["data/aotinductor/model/x.so", "data/weights/model.pt", "models/other.json", "serialized_state_dict.pt"])
 def test_records_that_a_network_does_not_need_are_refused(file, name):
     rewrite(file, lambda records: records.update({name: b"x"}))
-    refused(file, name)
+    assert_refused(file, name)
 
 
-def test_two_records_of_one_name_are_refused(file):
-    rewrite(file, lambda _: None, twice=[GRAPH])
-    refused(file, GRAPH)
+def test_two_records_with_the_same_name_are_refused(file):
+    rewrite(file, lambda _: None, duplicates=[GRAPH])
+    assert_refused(file, GRAPH)
 
 
 def test_names_that_are_code_are_refused(file):
     rewrite(file, in_json(GRAPH, lambda graph: graph["graph_module"]["graph"]["nodes"][0].update(name="x\nimport os")))
-    refused(file, "import os")
+    assert_refused(file, "import os")
 
 
 def test_guards_are_never_evaluated(file, tmp_path):
     marker = tmp_path / "ran"
     rewrite(file, in_json(GRAPH, lambda graph: graph.update(guards_code=[f"__import__('os').mkdir({str(marker)!r})"])))
-    found = load_teacher(tmp_path, None, file)([torch.ones(3, 4).numpy()])
-    assert found.shape == (3, 3)
+    logits = load_teacher(tmp_path, None, file)([torch.ones(3, 4).numpy()])
+    assert logits.shape == (3, 3)
     assert not marker.exists()
 
 
@@ -257,7 +257,7 @@ def test_the_older_format_is_refused(tmp_path):
     path = tmp_path / "teacher.pt2"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("version", "8.1")
-        archive.writestr("serialized_state_dict.pt", saved({}))
+        archive.writestr("serialized_state_dict.pt", torch_bytes({}))
     with pytest.raises(RecipeError, match=r"torch.export.save of torch 2.9 or later"):
         safety.check_exported_program(path)
 

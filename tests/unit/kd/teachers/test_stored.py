@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from edgekd.errors import RecipeError
-from edgekd.kd.teachers import stored
+from edgekd.kd.teachers.stored import save_teacher_logits, teacher_from_stored_logits
 
 
 def samples(count, seed=0):
@@ -15,51 +15,51 @@ def samples(count, seed=0):
     return inputs, generator.standard_normal((count, 5)).astype(np.float32)
 
 
-def test_answers_come_back_in_any_order(tmp_path):
-    inputs, outputs = samples(300)
-    stored.save_teacher_logits(tmp_path / "a.safetensors", inputs, outputs)
-    answer = stored.teacher_from_stored_logits(tmp_path / "a.safetensors")
+def test_logits_are_returned_in_any_order_of_the_samples(tmp_path):
+    inputs, logits = samples(300)
+    save_teacher_logits(tmp_path / "a.safetensors", inputs, logits)
+    teacher = teacher_from_stored_logits(tmp_path / "a.safetensors")
     order = np.random.default_rng(1).permutation(300)
-    assert np.array_equal(answer([item[order] for item in inputs]), outputs[order])
+    assert np.array_equal(teacher([item[order] for item in inputs]), logits[order])
 
 
-def test_the_order_in_which_they_are_stored_does_not_matter(tmp_path):
-    inputs, outputs = samples(50)
-    stored.save_teacher_logits(tmp_path / "a.safetensors", inputs, outputs)
-    stored.save_teacher_logits(tmp_path / "b.safetensors", [item[::-1] for item in inputs], outputs[::-1])
+def test_the_order_of_the_stored_samples_does_not_matter(tmp_path):
+    inputs, logits = samples(50)
+    save_teacher_logits(tmp_path / "a.safetensors", inputs, logits)
+    save_teacher_logits(tmp_path / "b.safetensors", [item[::-1] for item in inputs], logits[::-1])
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_another_sample_is_refused(tmp_path):
-    inputs, outputs = samples(20)
-    stored.save_teacher_logits(tmp_path / "a.safetensors", inputs, outputs)
+def test_a_sample_that_is_not_stored_is_refused(tmp_path):
+    inputs, logits = samples(20)
+    save_teacher_logits(tmp_path / "a.safetensors", inputs, logits)
     inputs[0][7, 0, 0] += 1e-3
-    with pytest.raises(RecipeError, match=r"a.safetensors: has no answer to a sample \(number 7 of a batch of 20\)"):
-        stored.teacher_from_stored_logits(tmp_path / "a.safetensors")(inputs)
+    with pytest.raises(RecipeError, match=r"a.safetensors: has no logits for a sample \(number 7 in a batch of 20\)"):
+        teacher_from_stored_logits(tmp_path / "a.safetensors")(inputs)
 
 
-def test_a_sample_of_the_same_bytes_in_another_type_is_another(tmp_path):
-    inputs, outputs = samples(5)
-    stored.save_teacher_logits(tmp_path / "a.safetensors", inputs, outputs)
-    with pytest.raises(RecipeError, match="has no answer to a sample"):
-        stored.teacher_from_stored_logits(tmp_path / "a.safetensors")([inputs[0].view(np.int32), inputs[1]])
+def test_a_sample_of_the_same_bytes_but_another_type_is_a_different_one(tmp_path):
+    inputs, logits = samples(5)
+    save_teacher_logits(tmp_path / "a.safetensors", inputs, logits)
+    with pytest.raises(RecipeError, match="has no logits for a sample"):
+        teacher_from_stored_logits(tmp_path / "a.safetensors")([inputs[0].view(np.int32), inputs[1]])
 
 
 def test_what_cannot_be_stored_is_refused(tmp_path):
-    inputs, outputs = samples(20)
+    inputs, logits = samples(20)
     path = tmp_path / "a.safetensors"
-    with pytest.raises(RecipeError, match="end in .safetensors"):
-        stored.save_teacher_logits(tmp_path / "a.npz", inputs, outputs)
-    with pytest.raises(RecipeError, match=r"expected inputs \(n, ...\) and outputs \(n, classes\) with one n; found"):
-        stored.save_teacher_logits(path, inputs, outputs[:-1])
+    with pytest.raises(RecipeError, match="expected one that ends in .safetensors"):
+        save_teacher_logits(tmp_path / "a.npz", inputs, logits)
+    with pytest.raises(RecipeError, match=r"expected inputs \(n, ...\) and logits \(n, classes\) with the same n; found"):
+        save_teacher_logits(path, inputs, logits[:-1])
     with pytest.raises(RecipeError, match="is not finite"):
-        stored.save_teacher_logits(path, inputs, np.where(outputs > 1, np.nan, outputs))
-    twice = [np.concatenate([item, item[3:4]]) for item in inputs]
-    stored.save_teacher_logits(path, twice, np.concatenate([outputs, outputs[3:4]]))
-    assert np.array_equal(stored.teacher_from_stored_logits(path)(inputs), outputs)
+        save_teacher_logits(path, inputs, np.where(logits > 1, np.nan, logits))
+    duplicated = [np.concatenate([item, item[3:4]]) for item in inputs]
+    save_teacher_logits(path, duplicated, np.concatenate([logits, logits[3:4]]))
+    assert np.array_equal(teacher_from_stored_logits(path)(inputs), logits)
     path.unlink()
-    with pytest.raises(RecipeError, match="is there twice, with two answers"):
-        stored.save_teacher_logits(path, twice, np.concatenate([outputs, outputs[4:5]]))
+    with pytest.raises(RecipeError, match="occurs twice, with different logits"):
+        save_teacher_logits(path, duplicated, np.concatenate([logits, logits[4:5]]))
     assert not path.exists()
 
 
@@ -67,13 +67,13 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
     "tensors",
     [
         {"weight": np.zeros((3, 4), np.float32)},
-        {"digests": np.zeros((3, 16), np.uint8), "outputs": np.zeros((4, 2), np.float32)},
-        {"digests": np.zeros((3, 8), np.uint8), "outputs": np.zeros((3, 2), np.float32)},
-        {"digests": np.zeros((3, 16), np.uint8), "outputs": np.zeros((3, 2), np.float64)},
-        {"digests": np.zeros((0, 16), np.uint8), "outputs": np.zeros((0, 2), np.float32)},
+        {"digests": np.zeros((3, 16), np.uint8), "logits": np.zeros((4, 2), np.float32)},
+        {"digests": np.zeros((3, 8), np.uint8), "logits": np.zeros((3, 2), np.float32)},
+        {"digests": np.zeros((3, 16), np.uint8), "logits": np.zeros((3, 2), np.float64)},
+        {"digests": np.zeros((0, 16), np.uint8), "logits": np.zeros((0, 2), np.float32)},
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, tensors):
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(RecipeError, match="holds no stored answers; expected a file that edgekd.save_teacher_logits wrote"):
-        stored.teacher_from_stored_logits(tmp_path / "a.safetensors")
+    with pytest.raises(RecipeError, match="holds no stored logits; expected a file that edgekd.save_teacher_logits wrote"):
+        teacher_from_stored_logits(tmp_path / "a.safetensors")
