@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe, data and networks that are right and tiny, as a user writes them; tests of wrong ones change a line."""
+"""A tiny valid recipe with data and networks, as a user writes them; tests of invalid ones change a line."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ DATA = """\
 import torch
 from torch.utils.data import Subset, TensorDataset
 def splits():
-    made = torch.Generator().manual_seed(0)
-    x, y = torch.randn(60, 4, generator=made), torch.arange(60) % 3
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 4, generator=generator), torch.arange(60) % 3
     train = TensorDataset(x[:30], y[:30])
-    found = {"train": train, "validation": TensorDataset(x[30:40], y[30:40]),
-             "calibration": Subset(train, range(8)), "evaluation": TensorDataset(x[40:], y[40:])}
-    return found
+    splits = {"train": train, "validation": TensorDataset(x[30:40], y[30:40]),
+              "calibration": Subset(train, range(8)), "evaluation": TensorDataset(x[40:], y[40:])}
+    return splits
 """
 MODELS = """\
 import torch

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate: teacher, student, exports and candidates on the same samples; outputs and scores of each sample are kept."""
+"""Evaluate: run teacher, student, exports and candidates on the same samples; store outputs and scores of each sample."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry, usercode
@@ -15,6 +16,7 @@ from edgekd.ports import Context, StageResult, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     import numpy as np
 
@@ -23,46 +25,68 @@ if TYPE_CHECKING:
     from edgekd.domain.target import Target
 
 NAME = "evaluate"
-CODE: tuple[str, ...] = ("stages/evaluate", "kd/modules", "kd/reproducible", "kd/teachers", "stats/intervals", "usercode")
+CODE: tuple[str, ...] = (
+    "stages/evaluate",
+    "domain/losses",
+    "harness/runner",
+    "kd/modules",
+    "kd/reproducible",
+    "kd/teachers",
+    "stats/intervals",
+    "usercode",
+)
 BATCH = 256  # of models in PyTorch; model files run one sample at a time
 RESAMPLES = 1000
 SEED = 0
 
 
-def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
-    """Return a step for the teacher, the student, each export of the student and each quantized candidate."""
-    evaluate, facts = recipe.evaluate, runner.facts()
-    common = {
-        "metric": None if isinstance(evaluate.metric, str) else str(evaluate.metric),
-        "score": None if evaluate.score is None else str(evaluate.score),
-        "instruction_set": facts["instruction_set"],
-        "resamples": RESAMPLES,
-        "seed": SEED,
-    }
-    shared = {f"inputs.{i}": f"inspect:evaluation.inputs.{i}.npy" for i in range(len(recipe.student.inputs))}
-    shared |= {name: f"inspect:evaluation.{name}.npy" for name in ("labels", "groups")} | {"metric": "inspect:metric.code.json"}
-    in_torch = {**common, "batch": BATCH, "threads": facts["cores"]}
-    entry = recipe.teacher.model
-    tools = ("torch", "numpy", "safetensors")
-    found = [
-        Step("evaluate/teacher", NAME, {**in_torch, "model": None if entry is None else str(entry)},
-             {"model": recipe.teacher.artifact, "code": "inspect:teacher.code.json", **shared}, tools),
-        Step("evaluate/student", NAME, {**in_torch, "model": str(recipe.student.model)},
-             {"model": "distill:student.safetensors", "code": "inspect:student.code.json", **shared}, tools),
-    ]  # fmt: skip
-    for twin in (name for names in recipe.arms.values() for name in names if name != "distill"):
-        inputs = {"model": f"{twin}:student.safetensors", "code": "inspect:student.code.json", **shared}
-        found.append(Step(f"evaluate/{twin}", NAME, {**in_torch, "model": str(recipe.student.model)}, inputs, tools))
-    files = {f"export/student/{name}": name for name in runtimes_of(recipe, targets)}
-    files |= {step: candidate.runtime for step, candidate in quantized(recipe, targets).items()}
-    for step, name in files.items():
+@dataclass(frozen=True, slots=True)
+class EvaluateParams:
+    """What may change outputs and scores, where a model runs in PyTorch or on a ``runtime``.
+
+    ``model`` is the entry point of a module in PyTorch, None for a teacher that is a whole-model file, and for model files.
+    ``metric`` is None for top-1 and for a ``score`` per sample.
+    """
+
+    metric: str | None
+    score: str | None
+    instruction_set: str
+    threads: int
+    model: str | None = None
+    runtime: str | None = None
+
+
+def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[EvaluateParams]]:
+    """Return a step for the teacher, each student in PyTorch, each export of the student and each quantized candidate."""
+    facts, inputs_count = runner.facts(), len(recipe.student.inputs)
+    metric = None if isinstance(recipe.evaluate.metric, str) else str(recipe.evaluate.metric)
+    score = None if recipe.evaluate.score is None else str(recipe.evaluate.score)
+    samples = {f"inputs.{i}": f"inspect:evaluation.inputs.{i}.npy" for i in range(inputs_count)}
+    samples |= {name: f"inspect:evaluation.{name}.npy" for name in ("labels", "groups")} | {"metric": "inspect:metric.code.json"}
+
+    def in_torch(name: str, model: EntryPoint | None, weights: str, code: str) -> Step[EvaluateParams]:
+        params = EvaluateParams(metric, score, facts["instruction_set"], facts["cores"], model=None if model is None else str(model))
+        inputs = {"model": weights, "code": f"inspect:{code}.code.json", **samples}
+        return Step(f"evaluate/{name}", NAME, params, inputs, ("torch", "numpy", "safetensors"))
+
+    def on_runtime(step: str, name: str) -> Step[EvaluateParams]:
         runtime = registry.runtime(name)
-        inputs = {"model": f"{step}:model.{runtime.FORMAT}", **shared}
-        found.append(Step(f"evaluate/{step}", NAME, {**common, "runtime": name}, inputs, (runtime.PACKAGE, "numpy")))
-    return found
+        params = EvaluateParams(metric, score, facts["instruction_set"], 1, runtime=name)
+        return Step(f"evaluate/{step}", NAME, params, {"model": f"{step}:model.{runtime.FORMAT}", **samples}, (runtime.PACKAGE, "numpy"))
+
+    student = recipe.student.model
+    further_students = [step for arm in recipe.arms.values() for step in arm if step != "distill"]  # other seeds, and baselines
+    model_files = {f"export/student/{name}": name for name in runtimes_of(recipe, targets)}
+    model_files |= {step: candidate.runtime for step, candidate in quantized(recipe, targets).items()}
+    return [
+        in_torch("teacher", recipe.teacher.model, recipe.teacher.artifact, "teacher"),
+        in_torch("student", student, "distill:student.safetensors", "student"),
+        *(in_torch(step, student, f"{step}:student.safetensors", "student") for step in further_students),
+        *(on_runtime(step, name) for step, name in model_files.items()),
+    ]
 
 
-def run(step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+def run(step: Step[EvaluateParams], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Write ``outputs.npy``, ``scores.npy`` (or ``resampled.npy`` for a whole-set metric) and ``summary.json``.
 
     Raises:
@@ -71,122 +95,116 @@ def run(step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> St
     """
     import numpy as np
 
-    params: Mapping[str, Any] = step.params
-    arrays: list[Any] = []
-    while (name := f"inputs.{len(arrays)}") in inputs:
-        arrays.append(np.load(inputs[name].path, mmap_mode="r", allow_pickle=False))
+    params, path = step.params, inputs["model"].path
+    samples = [artifact.path for name, artifact in inputs.items() if name.startswith("inputs.")]
+    arrays = [np.load(sample, mmap_mode="r", allow_pickle=False) for sample in samples]
     labels = np.load(inputs["labels"].path, allow_pickle=False)
     groups = np.load(inputs["groups"].path, allow_pickle=False)
-    outputs = _in_torch(params, inputs, context, arrays) if "model" in params else _on_runtime(params, inputs, context, arrays)
-    bad = np.flatnonzero(~np.isfinite(outputs).all(axis=1))
-    if len(bad):
-        raise StageError(f"{step.id}: the output for sample {bad[0]} is not finite ({len(bad)} of {len(outputs)} samples)")
+    outputs = _run_in_torch(params, path, context, arrays) if params.runtime is None else _run_on_runtime(params, path, context, arrays)
+    not_finite = np.flatnonzero(~np.isfinite(outputs).all(axis=1))
+    if len(not_finite):
+        raise StageError(f"{step.id}: the output for sample {not_finite[0]} is not finite ({len(not_finite)} of {len(outputs)} samples)")
     np.save(context.out / "outputs.npy", outputs)
-    summary: dict[str, Any] = {"samples": len(labels), "groups": len(np.unique(groups)), "instruction_set": params["instruction_set"]}
-    if params["metric"] is not None:
-        resampled, summary["accuracy"] = _whole_set(params, context, outputs, labels, groups)
+    summary: dict[str, Any] = {"samples": len(labels), "groups": len(np.unique(groups)), "instruction_set": params.instruction_set}
+    if params.metric is not None:
+        resampled, summary["accuracy"] = _score_set(params.metric, context, outputs, labels, groups)
         np.save(context.out / "resampled.npy", resampled)
     else:
-        scores = _scores(params, context, outputs, labels)
+        scores = _score_samples(params.score, context, outputs, labels)
         np.save(context.out / "scores.npy", scores)
         summary["accuracy"] = float(scores.mean())
-        summary["classes"] = {
-            str(c): {"samples": int((labels == c).sum()), "accuracy": float(scores[labels == c].mean())}
-            for c in (np.unique(labels) if labels.ndim == 1 else ())  # of samples with several labels there are no classes to tell apart
-        }
+        classes = np.unique(labels) if labels.ndim == 1 else ()  # samples with several labels have no single class
+        summary["classes"] = {str(c): {"samples": int((labels == c).sum()), "accuracy": float(scores[labels == c].mean())} for c in classes}
     (context.out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
     return StageResult({"accuracy": summary["accuracy"]})
 
 
-def _in_torch(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context, arrays: Sequence[np.ndarray]) -> np.ndarray:
+def _run_in_torch(params: EvaluateParams, path: Path, context: Context, arrays: Sequence[np.ndarray]) -> np.ndarray:
     import numpy as np
 
     from edgekd.kd.reproducible import deterministic
     from edgekd.kd.teachers.load import load_teacher
 
-    entry = None if params["model"] is None else EntryPoint.parse(params["model"])
-    rows, total = [], len(arrays[0])
-    with deterministic(params["threads"]):
-        answer = load_teacher(context.recipe_dir, entry, inputs["model"].path)
-        for start in range(0, total, params["batch"]):
-            rows.append(answer([np.array(array[start : start + params["batch"]]) for array in arrays]))
-            context.progress(min(1.0, (start + params["batch"]) / total), f"{total} samples")
-    return np.concatenate(rows).astype(np.float32)
+    entry = None if params.model is None else EntryPoint.parse(params.model)
+    batches, total = [], len(arrays[0])
+    with deterministic(params.threads):
+        network = load_teacher(context.recipe_dir, entry, path)
+        for start in range(0, total, BATCH):
+            batches.append(network([np.array(array[start : start + BATCH]) for array in arrays]))
+            context.progress(min(1.0, (start + BATCH) / total), f"{total} samples")
+    return np.concatenate(batches).astype(np.float32)
 
 
-def _on_runtime(params: Mapping[str, Any], inputs: Mapping[str, Artifact], context: Context, arrays: Sequence[np.ndarray]) -> np.ndarray:
+def _run_on_runtime(params: EvaluateParams, path: Path, context: Context, arrays: Sequence[np.ndarray]) -> np.ndarray:
     import numpy as np
 
-    session: Any = registry.runtime(params["runtime"]).open(inputs["model"].path, 1)
-    columns = [_quantized(array, item) for array, item in zip(arrays, session.inputs, strict=True)]
+    session: Any = registry.runtime(str(params.runtime)).open(path, params.threads)
+    columns = [_quantize_input(array, tensor) for array, tensor in zip(arrays, session.inputs, strict=True)]
     rows, total = [], len(arrays[0])
     for row in range(total):
         rows.append(session.run([column[row : row + 1] for column in columns])[0])
         if row % 500 == 0:
             context.progress(row / total, f"{total} samples")
-    found = np.concatenate(rows)
-    edge = session.outputs[0]
-    if edge["scale"] is not None and found.dtype.kind in "iu":
-        found = (found.astype(np.float32) - edge["zero_point"]) * np.float32(edge["scale"])
-    dequantized: np.ndarray = found.astype(np.float32)
+    outputs = np.concatenate(rows)
+    tensor = session.outputs[0]
+    if tensor["scale"] is not None and outputs.dtype.kind in "iu":
+        outputs = (outputs.astype(np.float32) - tensor["zero_point"]) * np.float32(tensor["scale"])
+    dequantized: np.ndarray = outputs.astype(np.float32)
     return dequantized
 
 
-def _quantized(array: np.ndarray, edge: Mapping[str, Any]) -> np.ndarray:
-    """Return inputs as the model file takes them: integers by its scale and zero point where it wants them."""
+def _quantize_input(array: np.ndarray, tensor: Mapping[str, Any]) -> np.ndarray:
+    """Return an input as the model file takes it: quantized by the tensor's scale and zero point where it has them."""
     import numpy as np
 
-    if edge["dtype"] == array.dtype.name or (array.dtype.kind in "iu" and edge["scale"] is None):
-        return np.ascontiguousarray(array.astype(edge["dtype"], copy=False))
-    if edge["scale"] is None:
-        raise StageError(
-            f"the model wants {edge['dtype']} for input '{edge['name']}' without a scale, and the samples are {array.dtype.name}"
-        )
-    limits = np.iinfo(edge["dtype"])
-    quantized_array: np.ndarray = np.clip(np.round(array / edge["scale"]) + edge["zero_point"], limits.min, limits.max).astype(
-        edge["dtype"]
-    )
+    if tensor["dtype"] == array.dtype.name or (array.dtype.kind in "iu" and tensor["scale"] is None):
+        return np.ascontiguousarray(array.astype(tensor["dtype"], copy=False))
+    if tensor["scale"] is None:
+        expected = f"expects {tensor['dtype']} for input '{tensor['name']}' without a scale"
+        raise StageError(f"the model {expected}, and the samples are {array.dtype.name}")
+    limits = np.iinfo(tensor["dtype"])
+    integers = np.clip(np.round(array / tensor["scale"]) + tensor["zero_point"], limits.min, limits.max)
+    quantized_array: np.ndarray = integers.astype(tensor["dtype"])
     return quantized_array
 
 
-def _scores(params: Mapping[str, Any], context: Context, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _score_samples(score: str | None, context: Context, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     import numpy as np
 
-    if params["score"] is None:
-        right: np.ndarray = (outputs.argmax(1) == labels).astype(np.float64)
-        return right
-    function, entry = _function(params["score"], context)
-    found = np.asarray(usercode.call_user_code(function, entry, outputs, labels), dtype=np.float64)
-    if found.shape != labels.shape[:1] or not np.isfinite(found).all() or found.min() < 0 or found.max() > 1:
-        raise RecipeError(f"{entry}: returned scores of shape {list(found.shape)}; expected {len(labels)} finite numbers from 0 to 1")
-    return found
+    if score is None:
+        correct: np.ndarray = (outputs.argmax(1) == labels).astype(np.float64)
+        return correct
+    function, entry = _load_function(score, context)
+    scores = np.asarray(usercode.call_user_code(function, entry, outputs, labels), dtype=np.float64)
+    if scores.shape != labels.shape[:1] or not np.isfinite(scores).all() or scores.min() < 0 or scores.max() > 1:
+        raise RecipeError(f"{entry}: returned scores of shape {list(scores.shape)}; expected {len(labels)} finite numbers from 0 to 1")
+    return scores
 
 
-def _whole_set(
-    params: Mapping[str, Any], context: Context, outputs: np.ndarray, labels: np.ndarray, groups: np.ndarray
-) -> tuple[np.ndarray, float]:
+def _score_set(metric: str, context: Context, outputs: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return a whole-set metric on resamples of the groups, and on the set itself."""
     import numpy as np
 
     from edgekd.stats.intervals import bootstrap_groups
 
-    function, entry = _function(params["metric"], context)
+    function, entry = _load_function(metric, context)
 
-    def metric(rows: np.ndarray | slice) -> float:
-        found = usercode.call_user_code(function, entry, outputs[rows], labels[rows])
-        if not np.isfinite(found):
-            raise RecipeError(f"{entry}: returned {found} on a resample of the evaluation set; expected a finite number")
-        return float(found)
+    def value_on(rows: np.ndarray | slice) -> float:
+        value = usercode.call_user_code(function, entry, outputs[rows], labels[rows])
+        if not np.isfinite(value):
+            raise RecipeError(f"{entry}: returned {value} on a resample of the evaluation set; expected a finite number")
+        return float(value)
 
     order = np.argsort(groups, kind="stable")
-    members = np.split(order, np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])
-    drawn = bootstrap_groups(groups, params["resamples"], params["seed"])
+    rows_by_group = np.split(order, np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])
+    resamples = bootstrap_groups(groups, RESAMPLES, SEED)
     values = []
-    for number, index in enumerate(drawn):
-        values.append(metric(np.concatenate([members[group] for group in index])))
-        context.progress(number / len(drawn), f"{len(drawn)} resamples")
-    return np.array(values), metric(slice(None))
+    for number, resample in enumerate(resamples):
+        values.append(value_on(np.concatenate([rows_by_group[group] for group in resample])))
+        context.progress(number / len(resamples), f"{len(resamples)} resamples")
+    return np.array(values), value_on(slice(None))
 
 
-def _function(text: str, context: Context) -> tuple[Callable[..., Any], EntryPoint]:
-    entry = EntryPoint.parse(text)
+def _load_function(name: str, context: Context) -> tuple[Callable[..., Any], EntryPoint]:
+    entry = EntryPoint.parse(name)
     return usercode.load_function(context.recipe_dir, entry), entry

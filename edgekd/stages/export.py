@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export: the student and the teacher as float32 model files, one a runtime, with parity against PyTorch."""
+"""Export: write student and teacher as float32 model files, one per runtime, and check their parity with PyTorch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import json
 import math
 import shutil
 import traceback
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry, usercode
-from edgekd.domain.recipe import EntryPoint, TensorSpec
+from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import StageError
 from edgekd.harness import runner
 from edgekd.plan import runtimes_of
@@ -24,127 +24,148 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgekd.domain.artifact import Artifact
-    from edgekd.domain.recipe import Recipe
+    from edgekd.domain.recipe import Recipe, TensorSpec
     from edgekd.domain.target import Target
     from edgekd.ports import Runtime
 
 NAME = "export"
-CODE: tuple[str, ...] = ("stages/export", "kd/modules", "kd/reproducible", "kd/teachers", "usercode")
+CODE: tuple[str, ...] = (
+    "stages/export",
+    "domain/losses",
+    "harness/runner",
+    "kd/modules",
+    "kd/reproducible",
+    "kd/teachers",
+    "usercode",
+)
 TEACHER = "export/teacher/"
 PARITY_SAMPLES = 64
 # Of the outputs' range. Kernels that sum in another order differ by 1e-7 to 5e-7 of it (seven small nets and one of 46
-# convolutions); batch norms with another epsilon, the mildest mistake that was tried, by 5e-4.
+# convolutions); batch norms with another epsilon, the mildest mistake tested, by 5e-4.
 TOLERANCE = 1e-4
 
 
-def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
+@dataclass(frozen=True, slots=True)
+class ExportParams:
+    """What may change an exported file and its parity.
+
+    ``model`` is the entry point of the module, None for a teacher that is a whole-model file.
+    ``instruction_set`` is that of the CPU that checks the parity: float kernels differ in the last bits.
+    """
+
+    runtime: str
+    model: str | None
+    inputs: tuple[TensorSpec, ...]
+    instruction_set: str
+
+
+def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[ExportParams]]:
     """Return a step for student and teacher on each runtime that a target has."""
-    found = []
-    specs = [asdict(spec) for spec in recipe.student.inputs]
+    result = []
+    specs = recipe.student.inputs
     samples = {f"inputs.{i}": f"inspect:evaluation.inputs.{i}.npy" for i in range(len(specs))}
     instruction_set = runner.facts()["instruction_set"]
+    entry = recipe.teacher.model
+    networks = {
+        "export/student/": (str(recipe.student.model), "distill:student.safetensors", "inspect:student.code.json"),
+        TEACHER: (None if entry is None else str(entry), recipe.teacher.artifact, "inspect:teacher.code.json"),
+    }
     for name in runtimes_of(recipe, targets):
         runtime = registry.runtime(name)
         tools = (*runtime.EXPORT_TOOLS, runtime.PACKAGE)
-        common: dict[str, Any] = {
-            "runtime": name,
-            "inputs": specs,
-            "parity_samples": PARITY_SAMPLES,
-            "tolerance": TOLERANCE,
-            "instruction_set": instruction_set,  # float kernels differ in the last bits
-        }
-        student = {"weights": "distill:student.safetensors", "code": "inspect:student.code.json", **samples}
-        found.append(Step(f"export/student/{name}", NAME, {**common, "model": str(recipe.student.model)}, student, tools))
-        teacher = {"weights": recipe.teacher.artifact, "code": "inspect:teacher.code.json", **samples}
-        entry = recipe.teacher.model
-        found.append(Step(f"{TEACHER}{name}", NAME, {**common, "model": None if entry is None else str(entry)}, teacher, tools))
-    return found
+        for prefix, (model, weights, code) in networks.items():
+            params = ExportParams(name, model, specs, instruction_set)
+            result.append(Step(f"{prefix}{name}", NAME, params, {"weights": weights, "code": code, **samples}, tools))
+    return result
 
 
-def run(step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+def run(step: Step[ExportParams], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Write ``model.FORMAT`` and ``parity.json``; ``why_not.txt`` for a teacher that cannot be exported.
 
     Raises:
         StageError: if the student cannot be exported.
     """
-    params: Mapping[str, Any] = step.params
-    runtime = registry.runtime(params["runtime"])
+    runtime = registry.runtime(step.params.runtime)
     path = context.out / f"model.{runtime.FORMAT}"
     try:
         context.progress(0.0, f"to {runtime.FORMAT}")
-        reference = _write(runtime, params, inputs["weights"].path, path, context)
+        reference = _write_model(runtime, step.params, inputs["weights"].path, path, context)
         context.progress(0.7, "parity")
-        parity = _parity(reference, runtime, path, inputs, params)
+        parity = _check_parity(reference, runtime, path, _parity_samples(inputs))
     except StageError as error:
-        told = f"{error}{_place(error)}"
+        reason = f"{error}{_user_location(error)}"
         if not step.id.startswith(TEACHER):
-            raise StageError(f"{step.id}: {told}; change the model, or leave {runtime.NAME} out with quantize.runtimes") from error
+            raise StageError(f"{step.id}: {reason}; change the model, or leave {runtime.NAME} out with quantize.runtimes") from error
         path.unlink(missing_ok=True)
-        (context.out / "why_not.txt").write_text(f"{told}\n")
-        return StageResult(notes=(f"the teacher has no {runtime.NAME} model, so the speed-up against it is unknown there: {told}",))
+        (context.out / "why_not.txt").write_text(f"{reason}\n")
+        return StageResult(notes=(f"the teacher has no {runtime.NAME} model, so the speed-up against it is unknown there: {reason}",))
     (context.out / "parity.json").write_text(json.dumps(parity, indent=1, sort_keys=True) + "\n")
     return StageResult({"size_bytes": path.stat().st_size, "parity": parity})
 
 
-def _write(
-    runtime: Runtime, params: Mapping[str, Any], weights: Path, path: Path, context: Context
+def _write_model(
+    runtime: Runtime, params: ExportParams, weights: Path, path: Path, context: Context
 ) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """Write the model file and return what answers for it in its original form."""
+    """Write the model file; return the original model as a function from a batch of inputs to logits."""
     from edgekd.kd import modules
     from edgekd.kd.teachers.load import load_exported_module, load_teacher
 
-    entry = EntryPoint.parse(params["model"]) if params["model"] else None
-    specs = [TensorSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in params["inputs"]]
+    entry = EntryPoint.parse(params.model) if params.model else None
     if entry is not None:
-        runtime.export(modules.load_frozen_module(context.recipe_dir, entry, weights), specs, path)
+        runtime.export(modules.load_frozen_module(context.recipe_dir, entry, weights), params.inputs, path)
     elif weights.suffix == ".safetensors":
-        raise StageError("stored answers are no model")
+        raise StageError("stored logits are not a model")
     elif weights.suffix != ".onnx":
-        runtime.export(load_exported_module(weights), specs, path)
+        runtime.export(load_exported_module(weights), params.inputs, path)
     elif runtime.FORMAT == "onnx":
         shutil.copyfile(weights, path)
     else:
-        raise StageError(f"an ONNX file cannot become {runtime.FORMAT}")
+        raise StageError(f"an ONNX file cannot be converted to {runtime.FORMAT}")
     return load_teacher(context.recipe_dir, entry, weights)
 
 
-def _place(error: BaseException) -> str:
-    """Return where in the user's code an exporter stopped: `` (models.py:12)``, or nothing where that is not known."""
+def _user_location(error: BaseException) -> str:
+    """Return where in the user's code an exporter stopped, `` (models.py:12)``, or nothing where that is unknown."""
     cause: BaseException | None = error
-    found = ""
+    location = ""
     while cause is not None:
         frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if usercode.is_user_file(frame.filename)]
-        found = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else found
+        location = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else location
         cause = cause.__cause__
-    return found
+    return location
 
 
-def _parity(
-    reference: Callable[..., Any], runtime: Runtime, path: Path, inputs: Mapping[str, Artifact], params: Mapping[str, Any]
+def _parity_samples(inputs: Mapping[str, Artifact]) -> list[np.ndarray]:
+    import numpy as np
+
+    paths = [artifact.path for name, artifact in inputs.items() if name.startswith("inputs.")]
+    return [np.array(np.load(path, mmap_mode="r", allow_pickle=False)[:PARITY_SAMPLES]) for path in paths]
+
+
+def _check_parity(
+    reference: Callable[[list[np.ndarray]], np.ndarray], runtime: Runtime, path: Path, arrays: list[np.ndarray]
 ) -> dict[str, Any]:
+    """Return how far the outputs of a model file are from those of the original model."""
     import numpy as np
 
     from edgekd.kd.reproducible import deterministic
 
-    count = params["parity_samples"]
-    arrays = [
-        np.array(np.load(inputs[f"inputs.{i}"].path, mmap_mode="r", allow_pickle=False)[:count]) for i in range(len(params["inputs"]))
-    ]
     with deterministic(1):
-        wanted = reference(arrays)
+        expected = reference(arrays)
     session = runtime.open(path, 1)
-    found = np.concatenate([session.run([array[row : row + 1] for array in arrays])[0] for row in range(len(arrays[0]))])
-    if found.shape != wanted.shape:
-        raise StageError(f"{path.name}: gives outputs of shape {found.shape[1:]}, the model in PyTorch {wanted.shape[1:]}")
-    error = float(np.abs(found - wanted).max())
-    span = float(wanted.max() - wanted.min()) or 1.0
-    noise = float(np.mean((found - wanted) ** 2))
-    finite = math.isfinite(error)
+    outputs = np.concatenate([session.run([array[row : row + 1] for array in arrays])[0] for row in range(len(arrays[0]))])
+    if outputs.shape != expected.shape:
+        raise StageError(f"{path.name}: has outputs of shape {outputs.shape[1:]}, the model in PyTorch {expected.shape[1:]}")
+    error = float(np.abs(outputs - expected).max())
+    span = float(expected.max() - expected.min()) or 1.0
+    noise = float(np.mean((outputs - expected) ** 2))
+    is_finite = math.isfinite(error)
+    are_logits = expected.ndim == 2  # noqa: PLR2004  (samples and classes)
     return {
-        "samples": len(wanted),
-        "max_abs_error": error if finite else None,
-        "psnr_db": 10 * math.log10(span**2 / noise) if finite and noise > 0 else None,
-        "agreement": float((found.argmax(1) == wanted.argmax(1)).mean()) if wanted.ndim == 2 else None,  # noqa: PLR2004  (logits)
-        "tolerance": params["tolerance"] * span,
-        "ok": finite and error <= params["tolerance"] * span,
+        "samples": len(expected),
+        "max_abs_error": error if is_finite else None,
+        "psnr_db": 10 * math.log10(span**2 / noise) if is_finite and noise > 0 else None,
+        "agreement": float((outputs.argmax(1) == expected.argmax(1)).mean()) if are_logits else None,
+        "tolerance": TOLERANCE * span,
+        "ok": is_finite and error <= TOLERANCE * span,
     }

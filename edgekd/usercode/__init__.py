@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's own code: imported, called, and watched."""
+"""Import, call and watch the user's code."""
 
 from __future__ import annotations
 

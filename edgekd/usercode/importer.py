@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's own code: found, imported and called, with every mistake in it told in one line.
+"""Import and call the user's code; every error in it is reported in one line.
 
-Files of the user are always compiled from their source: no bytecode is written beside them, and none that lies there is
-believed (it is judged by size and seconds, so a quick edit would go unseen).
+Files of the user are always compiled from their source: no bytecode is written beside them, and existing bytecode is
+ignored (Python compares only size and seconds, so it would miss a quick edit).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from edgekd.domain.recipe import EntryPoint
 
-# modules that no file of the user may stand for: other code in this process imports them when it needs them
-_NEEDED = frozenset(
+# modules that no file of the user may replace: other code in this process imports them when it needs them
+_RESERVED = frozenset(
     [
         "ai_edge_litert",
         "ai_edge_quantizer",
@@ -43,7 +43,7 @@ _NEEDED = frozenset(
         "torch",
     ]
 )
-_entered: list[Path] = []  # the recipe's folder whose code is loaded in this process, and the folders of its entries
+_search_folders: list[Path] = []  # the folder of the recipe whose code is loaded in this process, and those of its entry points
 
 
 def load_function(recipe_dir: Path, entry: EntryPoint) -> Callable[..., Any]:
@@ -55,14 +55,16 @@ def load_function(recipe_dir: Path, entry: EntryPoint) -> Callable[..., Any]:
     recipe_dir = recipe_dir.absolute()
     path = Path(os.path.normpath(recipe_dir / entry.file))
     if path.suffix != ".py" or not path.is_file():
-        _refuse_file(recipe_dir, path, entry)
-    _enter(recipe_dir, path.parent)
-    module = _module(path, entry)
+        raise RecipeError(_describe_missing_file(recipe_dir, path, entry))
+    _activate(recipe_dir, path.parent)
+    module = _load_module(path, entry)
     function = getattr(module, entry.function, None)
     if function is None:
-        raise RecipeError(f"{entry.file}: has no function '{entry.function}'; {_what_there_is(module, entry.function)}")
+        raise RecipeError(f"{entry.file}: has no function '{entry.function}'; {_available_functions(module, entry.function)}")
     if not callable(function):
-        raise RecipeError(f"{entry.file}: '{entry.function}' is {_a(function)}; expected a function; {_what_there_is(module, '')}")
+        raise RecipeError(
+            f"{entry.file}: '{entry.function}' is {_with_article(function)}; expected a function; {_available_functions(module, '')}"
+        )
     return function  # type: ignore[no-any-return]  # checked to be callable
 
 
@@ -70,9 +72,9 @@ def call_user_code(function: Callable[..., Any], entry: EntryPoint, *arguments: 
     """Call user code, with the recipe's folder as the current one; ``what`` names it in the error, by default ``function()``.
 
     Raises:
-        RecipeError: if it raises anything but an interrupt, or wants to end the process.
+        RecipeError: if it raises anything but an interrupt, or tries to end the process.
     """
-    with _told(entry, what or f"{entry.function}()"), _inside():
+    with _user_errors(entry, what or f"{entry.function}()"), _in_recipe_dir():
         return function(*arguments)
 
 
@@ -87,7 +89,7 @@ def forget_modules() -> None:
 
 def is_user_file(path: str) -> bool:
     """Return whether a file is the user's: neither Python's, nor an installed package's, nor edgekd's."""
-    return not f"{path}{os.sep}".startswith(("<", *_foreign()))
+    return not f"{path}{os.sep}".startswith(("<", *_library_folders()))
 
 
 def is_user_module(module: object) -> bool:
@@ -95,8 +97,10 @@ def is_user_module(module: object) -> bool:
     spec = getattr(module, "__spec__", None)
     if isinstance(getattr(spec, "loader", None), _Source | _Extension):
         return True
-    places = getattr(spec, "submodule_search_locations", None) if getattr(spec, "origin", None) is None else None
-    return places is not None and any(Path(place).is_relative_to(folder) for place in places for folder in _entered)  # no __init__.py
+    if spec is None or getattr(spec, "origin", None) is not None:
+        return False
+    paths = getattr(spec, "submodule_search_locations", None) or ()  # of a package without __init__.py
+    return any(Path(path).is_relative_to(folder) for path in paths for folder in _search_folders)
 
 
 class _Source(SourceFileLoader):
@@ -122,70 +126,71 @@ class _Extension(ExtensionFileLoader):
 
 
 class _Finder(FileFinder):
-    """Finds the user's modules in one folder; in a recipe's, not those that would stand for Python's own or the runtimes'."""
+    """Finds the user's modules in one folder, except those in a recipe's folders that would replace Python's or a runtime's."""
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
-        return None if _is_reserved(fullname) and Path(self.path) in _entered else super().find_spec(fullname, target)
+        return None if _is_reserved(fullname) and Path(self.path) in _search_folders else super().find_spec(fullname, target)
 
 
 def _finder(path: str) -> _Finder:
     if not is_user_file(path) or not Path(path).is_dir():
-        raise ImportError(path)  # the next hook is asked
+        raise ImportError(path)  # the next hook takes over
     return _Finder(path, (_Extension, EXTENSION_SUFFIXES), (_Source, SOURCE_SUFFIXES))
 
 
 def _is_reserved(name: str) -> bool:
-    return name in sys.stdlib_module_names or name in _NEEDED
+    return name in sys.stdlib_module_names or name in _RESERVED
 
 
-def _enter(recipe_dir: Path, folder: Path) -> None:
-    """Make a folder of a recipe the place where imports look first, and drop modules that are another folder's or out of date."""
+def _activate(recipe_dir: Path, folder: Path) -> None:
+    """Put a recipe's folders first on the import path, and drop modules of other folders and those whose source changed."""
     if _finder not in sys.path_hooks:
         sys.path_hooks.insert(0, _finder)
-    if _entered[:1] != [recipe_dir]:
-        _leave()
-        _entered.append(recipe_dir)
+    if _search_folders[:1] != [recipe_dir]:
+        _deactivate()
+        _search_folders.append(recipe_dir)
     loaded = [(name, module) for name, module in list(sys.modules.items()) if is_user_module(module)]
     if any(isinstance(loader, _Source) and not loader.is_current() for loader in (module.__loader__ for _, module in loaded)):
         forget_modules()
-    rest = [item for item in _entered[1:] if item not in {recipe_dir, folder}]
-    folders = list(dict.fromkeys([recipe_dir, folder, *rest]))
+    folders = list(dict.fromkeys([recipe_dir, folder, *_search_folders[1:]]))
     sys.path[:] = [*map(str, folders), *(item for item in sys.path if Path(item) not in folders)]
-    _entered[:] = folders
-    for place in map(str, folders):
-        sys.path_importer_cache.pop(place, None)  # files may be new since it was listed
+    _search_folders[:] = folders
+    for path in map(str, folders):
+        sys.path_importer_cache.pop(path, None)  # there may be new files since it was listed
     for name, module in loaded:
-        if _is_shadowed(name.partition(".")[0], sys.modules.get(name.partition(".")[0], module), folders[:2]):
+        package = name.partition(".")[0]
+        if _is_shadowed(package, sys.modules.get(package, module), folders[:2]):
             sys.modules.pop(name, None)
 
 
-def _leave() -> None:
-    """Forget the recipe whose code was loaded so far."""
+def _deactivate() -> None:
+    """Forget the recipe whose code is loaded."""
     forget_modules()
-    sys.path[:] = [item for item in sys.path if Path(item) not in _entered]
-    _entered.clear()
+    sys.path[:] = [item for item in sys.path if Path(item) not in _search_folders]
+    _search_folders.clear()
 
 
 def _is_shadowed(name: str, module: ModuleType, folders: list[Path]) -> bool:
     """Return whether an import of this name would now find another file than the one it was imported from."""
-    found = next((path for folder in folders for path in (folder / name / "__init__.py", folder / f"{name}.py") if path.is_file()), None)
-    return found is not None and module.__spec__ is not None and module.__spec__.origin != str(found)
+    files = (path for folder in folders for path in (folder / name / "__init__.py", folder / f"{name}.py") if path.is_file())
+    first = next(files, None)
+    return first is not None and module.__spec__ is not None and module.__spec__.origin != str(first)
 
 
-def _module(path: Path, entry: EntryPoint) -> ModuleType:
+def _load_module(path: Path, entry: EntryPoint) -> ModuleType:
     name = path.stem
-    known = sys.modules.get(name)
-    if is_user_module(known) and known is not None and known.__spec__ is not None and known.__spec__.origin == str(path):
-        return known
-    if _is_reserved(name) or (known is not None and not is_user_module(known)):
-        raise RecipeError(f"{entry.file}: has the name of '{name}', a module of Python's or an installed package's; rename the file")
+    loaded = sys.modules.get(name)
+    if loaded is not None and is_user_module(loaded) and loaded.__spec__ is not None and loaded.__spec__.origin == str(path):
+        return loaded
+    if _is_reserved(name) or (loaded is not None and not is_user_module(loaded)):
+        raise RecipeError(f"{entry.file}: has the name of the module '{name}' of Python or of an installed package; rename the file")
     spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
     if spec is None or spec.loader is None:
         raise RecipeError(f"{entry.file}: cannot be imported; expected a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        with _told(entry, "importing it"), _inside():
+        with _user_errors(entry, "importing it"), _in_recipe_dir():
             spec.loader.exec_module(module)
     except BaseException:
         sys.modules.pop(name, None)
@@ -194,74 +199,74 @@ def _module(path: Path, entry: EntryPoint) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _told(entry: EntryPoint, what: str) -> Iterator[None]:
-    """Tell whatever the user's code raises in one line."""
+def _user_errors(entry: EntryPoint, what: str) -> Iterator[None]:
+    """Turn whatever the user's code raises into an error of one line."""
     try:
         yield
     except (KeyboardInterrupt, EdgekdError):
         raise
     except BaseException as error:  # the boundary to the user's code, which may raise anything
-        raise RecipeError(f"{_place(error, entry)}: {_problem(error, what)}") from error
+        raise RecipeError(f"{_location(error, entry)}: {_describe_error(error, what)}") from error
 
 
-def _inside() -> contextlib.AbstractContextManager[None]:
+def _in_recipe_dir() -> contextlib.AbstractContextManager[None]:
     """Return a context in which the recipe's folder is the current one, so that relative paths mean the same in every stage."""
-    return contextlib.chdir(_entered[0]) if _entered else contextlib.nullcontext()
+    return contextlib.chdir(_search_folders[0]) if _search_folders else contextlib.nullcontext()
 
 
-def _place(error: BaseException, entry: EntryPoint) -> str:
-    """Return ``file:line`` of the deepest frame in the user's own files, the file as it lies from the recipe's folder."""
+def _location(error: BaseException, entry: EntryPoint) -> str:
+    """Return ``file:line`` of the deepest frame in the user's files, relative to the recipe's folder."""
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__) if is_user_file(frame.filename)]
     if isinstance(error, SyntaxError) and error.filename and is_user_file(error.filename):
         frames.append((error.filename, error.lineno))
     if not frames:
         return entry.file
     file, line = frames[-1]
-    folder = _entered[0] if _entered else Path.cwd()
+    folder = _search_folders[0] if _search_folders else Path.cwd()
     return f"{os.path.relpath(file, folder)}:{line}"
 
 
-def _problem(error: BaseException, what: str) -> str:
+def _describe_error(error: BaseException, what: str) -> str:
     lines = str(error).strip().splitlines()
     text = f": {lines[0]}" if lines else ""
     if isinstance(error, SystemExit):
-        return f"{what} wants to end the process (SystemExit{text}); it must return"
+        return f"{what} tried to end the process (SystemExit{text}); it must return"
     if isinstance(error, SyntaxError):
         return f"is not valid Python ({error.msg})"
     hint = f"; install '{error.name}' where edgekd is installed, or correct the name" if isinstance(error, ModuleNotFoundError) else ""
     return f"{what} raised {type(error).__name__}{text}{hint}"
 
 
-def _refuse_file(recipe_dir: Path, path: Path, entry: EntryPoint) -> None:
+def _describe_missing_file(recipe_dir: Path, path: Path, entry: EntryPoint) -> str:
     if path.is_file():
-        raise RecipeError(f"{entry.file}: is not a Python file; expected file.py:{entry.function}")
-    beside = sorted(found.name for found in path.parent.glob("*.py")) if path.parent.is_dir() else []
-    hint = f"; {expected_one_of(path.name, beside)}" if beside else "; the folder has no Python file"
-    raise RecipeError(f"{entry.file}: no such file in {recipe_dir}{hint}")
+        return f"{entry.file}: is not a Python file; expected file.py:{entry.function}"
+    siblings = sorted(sibling.name for sibling in path.parent.glob("*.py")) if path.parent.is_dir() else []
+    hint = expected_one_of(path.name, siblings) if siblings else "the folder has no Python file"
+    return f"{entry.file}: no such file in {recipe_dir}; {hint}"
 
 
-def _what_there_is(module: ModuleType, wanted: str) -> str:
+def _available_functions(module: ModuleType, requested: str) -> str:
     public = [
         name
         for name, value in vars(module).items()
         if callable(value) and not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
     ]
-    return expected_one_of(wanted, public) if public else "it defines none"
+    return expected_one_of(requested, public) if public else "it defines none"
 
 
-def _a(value: object) -> str:
+def _with_article(value: object) -> str:
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 @functools.cache
-def _foreign() -> tuple[str, ...]:
-    """Return the folders of files that are not the user's: Python's, the installed packages', edgekd's."""
+def _library_folders() -> tuple[str, ...]:
+    """Return the folders of files that are not the user's: Python's, those of installed packages, edgekd's."""
     import site
     import sysconfig
 
     paths = sysconfig.get_paths()
-    found = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    found |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[1])}
-    found |= {path for path in sys.path if path.endswith((".zip", "-packages"))}
-    return tuple(sorted({f"{form}{os.sep}" for path in found for form in (path, os.path.realpath(path))}))
+    folders = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    folders |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[1])}
+    folders |= {path for path in sys.path if path.endswith((".zip", "-packages"))}
+    return tuple(sorted({f"{path}{os.sep}" for folder in folders for path in (folder, os.path.realpath(folder))}))

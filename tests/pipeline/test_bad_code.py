@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrong data and wrong user code: one clear message before any long work, and nothing of a payload runs."""
+"""Invalid data and user code: one clear message before any long work, and no payload runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgekd.ports import Context
 from edgekd.stages import inspect
 from tests.toy import DATA, MODELS, RECIPE
 
-RETURN = "    return found\n"
+RETURN = "    return splits\n"
 TEACHER, STUDENT = "def teacher():\n    return nn.Linear(4, 3)\n", "def student():\n    return nn.Linear(4, 3)\n"
 
 
@@ -33,7 +33,7 @@ def _inspect(folder, data=DATA, models=MODELS, recipe=RECIPE):
     return inspect.run(step, {}, Context(folder, folder / "out", folder / "work", lambda share, text: None))
 
 
-def test_the_base_is_right_and_what_it_read_is_recorded(tmp_path):
+def test_the_valid_recipe_passes_and_its_reads_are_recorded(tmp_path):
     data = DATA.replace("import torch\n", "import os, torch, shared\n").replace(
         RETURN, "    open(os.environ['TOY_FILE']).read()\n" + RETURN
     )
@@ -41,66 +41,66 @@ def test_the_base_is_right_and_what_it_read_is_recorded(tmp_path):
     (tmp_path / "undeclared.txt").write_text("x")
     os.environ["TOY_FILE"] = "undeclared.txt"
     try:
-        found = _inspect(tmp_path, data)
+        result = _inspect(tmp_path, data)
     finally:
         del os.environ["TOY_FILE"]
-    assert set(found.record.files) == {"data.py", "models.py", "shared.py", "undeclared.txt"}
-    assert set(found.record.env) == {"TOY_FILE"}
-    assert found.metrics["classes"] == 3
-    assert found.metrics["splits"]["evaluation"]["samples"] == 20
+    assert set(result.record.files) == {"data.py", "models.py", "shared.py", "undeclared.txt"}
+    assert set(result.record.env) == {"TOY_FILE"}
+    assert result.metrics["classes"] == 3
+    assert result.metrics["splits"]["evaluation"]["samples"] == 20
 
 
 DATA_CASES = {
-    "raises": ("    made", "    raise ValueError('no disk')\n    made", r"data\.py:4: splits\(\) raised ValueError: no disk"),
-    "exits": ("    made", "    raise SystemExit(0)\n    made", "wants to end the process"),
-    "leaves at once": ("    made", "    import os; os._exit(7)\n    made", r"data\.py:splits: the process ended with exit code 7"),
-    "is killed": ("    made", "    import os; os.kill(os.getpid(), 9)\n    made", "ended by signal SIGKILL"),
+    "raises": ("    generator", "    raise ValueError('no disk')\n    generator", r"data\.py:4: splits\(\) raised ValueError: no disk"),
+    "exits": ("    generator", "    raise SystemExit(0)\n    generator", "tried to end the process"),
+    "ends at once": ("    generator", "    import os; os._exit(7)\n    generator", r"data\.py:splits: the process ended with exit code 7"),
+    "is killed": ("    generator", "    import os; os.kill(os.getpid(), 9)\n    generator", "ended by signal SIGKILL"),
     "does not parse": ("def splits():", "def splits(:", r"data\.py:3: is not valid Python"),
-    "imports what is not there": ("import torch\n", "import torch, no_such_module\n", "no_such_module"),
+    "imports a module that is absent": ("import torch\n", "import torch, no_such_module\n", "no_such_module"),
     "has no such function": ("def splits", "def split", r"splits.*did you mean 'split'"),
     "returns nothing": (RETURN, "", "returned NoneType; expected a mapping"),
-    "lacks a split": (RETURN, "    del found['calibration']\n" + RETURN, "lacks the split 'calibration'"),
-    "has a strange split": (RETURN, "    found['test'] = train\n" + RETURN, "'test' is not a split"),
-    "has an empty split": (RETURN, "    found['validation'] = Subset(train, [])\n" + RETURN, "split 'validation' is empty"),
-    "has a split that is no data set": (RETURN, "    found['train'] = iter(train)\n" + RETURN, "expected a map-style torch data set"),
+    "lacks a split": (RETURN, "    del splits['calibration']\n" + RETURN, "lacks the split 'calibration'"),
+    "has an unknown split": (RETURN, "    splits['test'] = train\n" + RETURN, "'test' is not a split"),
+    "has an empty split": (RETURN, "    splits['validation'] = Subset(train, [])\n" + RETURN, "split 'validation' is empty"),
+    "has a split that is not a data set": (RETURN, "    splits['train'] = iter(train)\n" + RETURN, "expected a map-style torch data set"),
     "evaluates on what it trained on": (
         RETURN,
-        "    found['evaluation'] = train\n" + RETURN,
+        "    splits['evaluation'] = train\n" + RETURN,
         "splits train and evaluation overlap: 30 of 30",
     ),
     "validates on what it evaluates": (
         RETURN,
-        "    found['validation'] = found['evaluation']\n" + RETURN,
+        "    splits['validation'] = splits['evaluation']\n" + RETURN,
         "validation and evaluation overlap: 20",
     ),
     "calibrates on what it evaluates": (
         RETURN,
-        "    found['calibration'] = Subset(found['evaluation'], range(3))\n" + RETURN,
+        "    splits['calibration'] = Subset(splits['evaluation'], range(3))\n" + RETURN,
         "calibration and evaluation overlap|3 of 3 samples are not in train",
     ),
     "labels are nan": ("torch.arange(60) % 3", "torch.full((60,), float('nan'))", "label 0 is not finite"),
-    "labels are floats": ("torch.arange(60) % 3", "torch.rand(60)", "labels are float32; expected one whole number"),
+    "labels are floats": ("torch.arange(60) % 3", "torch.rand(60)", "labels are float32; expected one whole number per sample"),
     "labels are negative": ("torch.arange(60) % 3", "torch.arange(60) % 3 - 1", "class ids from 0 upwards"),
     "labels are vectors": ("torch.arange(60) % 3", "torch.zeros(60, 2).long()", r"labels are int64 of shape \[2\]"),
     "labels exceed the classes": (
         "torch.arange(60) % 3",
         "torch.arange(60) % 5",
-        "has the label 4, but teacher and student know 3 classes",
+        "has the label 4, but teacher and student have 3 classes",
     ),
     "inputs are nan": ("    train =", "    x[7] = float('nan')\n    train =", "train: sample 7 has an input that is not finite"),
     "inputs have another shape": ("torch.randn(60, 4,", "torch.randn(60, 5,", r"input 'x' has shape \[5\]; expected \[4\]"),
     "inputs have another type": ("    train =", "    x = x.double()\n    train =", "input 'x' is float64; expected float32"),
-    "items are no pairs": ("TensorDataset(x[:30], y[:30])", "TensorDataset(x[:30])", r"expected a pair \(input, label\)"),
+    "items are not pairs": ("TensorDataset(x[:30], y[:30])", "TensorDataset(x[:30])", r"expected a pair \(input, label\)"),
     "items are random": (
         RETURN,
         "    class R(torch.utils.data.Dataset):\n        def __len__(self): return 5\n        def __getitem__(self, i): return torch.rand(4), 0\n"
-        "    found['train'] = R()\n" + RETURN,
+        "    splits['train'] = R()\n" + RETURN,
         "differs when it is read twice|not in train",
     ),
     "an item raises": (
         RETURN,
         "    class R(torch.utils.data.Dataset):\n        def __len__(self): return 5\n        def __getitem__(self, i): return {}[i]\n"
-        "    found['train'] = R()\n" + RETURN,
+        "    splits['train'] = R()\n" + RETURN,
         "reading sample 0.*KeyError",
     ),
 }
@@ -108,19 +108,19 @@ MODEL_CASES = {
     "teacher returns no module": (TEACHER, "def teacher():\n    return 3\n", "returned int; .*torch.nn.Module"),
     "student raises": (STUDENT, "def student():\n    raise KeyError('width')\n", r"student\(\) raised KeyError"),
     "student takes another input": (STUDENT, "def student():\n    return nn.Linear(5, 3)\n", "raised RuntimeError"),
-    "student has other classes": (STUDENT, "def student():\n    return nn.Linear(4, 2)\n", "the teacher 3 classes, the student 2"),
-    "student has nothing to train": (STUDENT, "def student():\n    return nn.Identity()\n", "no parameter that can be trained"),
+    "student has other classes": (STUDENT, "def student():\n    return nn.Linear(4, 2)\n", "the teacher has 3 classes, the student 2"),
+    "student has nothing to train": (STUDENT, "def student():\n    return nn.Identity()\n", "no trainable parameter"),
     "student is random": (
         STUDENT,
         "class S(nn.Linear):\n    def forward(self, x): return super().forward(x) + torch.rand(1)\ndef student():\n    return S(4, 3)\n",
-        "two answers to one input",
+        "returns different outputs for the same input",
     ),
     "student returns a pair": (
         STUDENT,
         "class S(nn.Linear):\n    def forward(self, x): return super().forward(x), 1\ndef student():\n    return S(4, 3)\n",
         "returned tuple; expected one tensor",
     ),
-    "student gives nan": (
+    "student returns nan": (
         STUDENT,
         "class S(nn.Linear):\n    def forward(self, x): return super().forward(x) * float('nan')\ndef student():\n    return S(4, 3)\n",
         "not finite",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process in which the user's code runs for inspection; it gets its job on standard input and answers on a pipe."""
+"""The child process that runs the user's code. It reads its job from standard input and sends messages through a pipe."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +19,18 @@ from typing import TYPE_CHECKING, Any
 from edgekd import usercode
 from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import EdgekdError, RecipeError
-from edgekd.kd.output_spec import MULTICLASS, OutputSpec, label_problem
-from edgekd.stages.inspect import networks, splits
+from edgekd.kd.output_spec import OutputSpec, label_problem
+from edgekd.stages.inspect import checks, splits
+from edgekd.stages.inspect.params import InspectParams
 from edgekd.store.digests import file_digest
-from edgekd.usercode.watch import Watcher, code, union
+from edgekd.usercode.watch import Watcher, code_dependencies, merge_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from edgekd.ports import Record
+    from edgekd.stages.inspect.params import TeacherParams
 
 _PR_SET_PDEATHSIG = 1
 _FEW_SAMPLES = 100
@@ -38,205 +41,195 @@ _DATA_SHARE = 0.8  # of the progress
 class Inspection:
     """One run over the user's code: data, teacher, student, metric, augmentation."""
 
-    def __init__(self, job: Mapping[str, Any], tell: Callable[..., None]) -> None:
-        self.params, self.tell = job["params"], tell
+    def __init__(self, job: Mapping[str, Any], send: Callable[..., None]) -> None:
+        self.params, self.send = InspectParams.from_dict(job["params"]), send
         self.recipe_dir, self.out = Path(job["recipe_dir"]), Path(job["out"])
-        self.bench = networks.Bench(self.params, self.recipe_dir, self.out)
+        self.check = checks.CheckContext(self.params, self.recipe_dir, self.out)
         self.watcher = Watcher(self.recipe_dir, (self.out, Path(job["work"])))
         self.records: list[Record] = []
         self.notes: list[str] = []
-        self.summary: dict[str, Any] = {"inputs": self.params["inputs"]}
+        self.summary: dict[str, Any] = {"inputs": [asdict(spec) for spec in self.params.inputs]}
         self.labels: dict[str, Any] = {}
-        self.scored: list[int] = []
-        self.answers: Any = None
-        self._beside: dict[str, dict[str, Any]] = {}  # further teachers, assistants, students of other sizes
+        self.metric_rows: list[int] = []
+        self.student_outputs: Any = None
+        self._further_networks: dict[str, dict[str, Any]] = {}  # further teachers, assistants, students of other sizes
 
     def run(self) -> dict[str, Any]:
-        """Run all phases and return what was found.
+        """Run all phases and return the result of the stage.
 
         Raises:
             RecipeError: what is wrong.
         """
-        self._phase("data", self.params["splits"], self._data)
-        self._phase("teacher", self.params["teacher"] or self.params["file"], self._teacher)
-        self._phase("student", self.params["student"], self._student)
-        for number, given in enumerate(self.params["teachers"]):
-            self._phase(f"teacher.{number}", given["teacher"] or given["file"], partial(self._further, number, given))
-        for number, model in enumerate(self.params["assistants"]):
-            self._phase(f"assistant.{number}", model, partial(self._assistant, model))
-        for number, model in enumerate(self.params["sizes"]):
-            self._phase(f"size.{number}", model, partial(self._size, model))
-        self._compare()
-        if self.params["taps"]:
-            self._phase("taps", self.params["student"], self._taps)
-        self._phase("metric", self.params["score"] or self.params["metric"], self._metric)
-        for name in ("augment", "views"):
-            self._phase(name, self.params[name], partial(networks.augment, self.bench, name))
+        params = self.params
+        self._run_phase("data", params.splits, self._read_data)
+        self._run_phase("teacher", params.teacher.name, self._check_teacher)
+        self._run_phase("student", params.student, self._check_student)
+        for number, teacher in enumerate(params.teachers):
+            self._run_phase(f"teacher.{number}", teacher.name, partial(self._check_further_teacher, number, teacher))
+        for number, model in enumerate(params.assistants):
+            self._run_phase(f"assistant.{number}", model, partial(self._check_assistant, model))
+        for number, model in enumerate(params.sizes):
+            self._run_phase(f"size.{number}", model, partial(self._check_size, model))
+        self._compare_outputs()
+        if params.tapped_losses:
+            self._run_phase("taps", params.student, self._check_taps)
+        self._run_phase("metric", params.score or params.metric, self._check_metric)
+        for name, entry in (("augment", params.augment), ("views", params.views)):
+            self._run_phase(name, entry, partial(checks.check_augmentation, self.check, str(entry)))
         self._write("summary.json", self.summary)
-        record = union(self.records)
-        weights = {name: file_digest(self.recipe_dir / name) for name in self._weights()}
-        return {
-            "metrics": self.summary,
-            "notes": self.notes,
-            "record": {
-                "files": {**record.files, **weights},
-                "listings": record.listings,
-                "env": record.env,
-                "modules": record.modules,
-            },
-        }
+        record = merge_records(self.records)
+        model_files = {name: file_digest(self.recipe_dir / name) for name in params.model_files}
+        return {"metrics": self.summary, "notes": self.notes, "record": {**asdict(record), "files": {**record.files, **model_files}}}
 
-    def _phase(self, name: str, what: str | None, work: Callable[[], None]) -> None:
-        if what is None:
+    def _run_phase(self, name: str, entry: str | None, work: Callable[[], None]) -> None:
+        """Run a phase under the watcher, and write what its code depends on; a phase without an entry point has no code."""
+        if entry is None:
             self._write(f"{name}.code.json", {})
             return
-        self.tell(running=what)
-        with self.watcher.phase() as seen:
+        self.send(running=entry)
+        with self.watcher.phase() as reads:
             work()
-        record = self.watcher.record(seen)
+        record = self.watcher.record(reads)
         self.records.append(record)
-        found = code(record)
-        for weights in self._weights():  # an artifact of their own
-            found["files"].pop(weights, None)
-        self._write(f"{name}.code.json", found)
+        dependencies = code_dependencies(record)
+        for path in self.params.model_files:  # they are artifacts of their own
+            dependencies["files"].pop(path, None)
+        self._write(f"{name}.code.json", dependencies)
 
-    def _data(self) -> None:
+    def _read_data(self) -> None:
         from edgekd.kd.reproducible import seed_all
 
-        entry = self.bench.entry("splits")
-        reader = splits.Reader(
+        entry = EntryPoint.parse(self.params.splits)
+        settings = splits.ReadSettings(
             entry,
-            self.params["inputs"],
-            self._has_classes(),
+            self.params.inputs,
+            self.params.needs_class_ids,
             self.out,
-            lambda share, text: self.tell(share=share * _DATA_SHARE, text=text),
+            lambda share, text: self.send(share=share * _DATA_SHARE, text=text),
         )
         seed_all(0)  # splits that are drawn without a seed of their own are the same in each run
-        found = splits.named(usercode.call_user_code(usercode.load_function(self.recipe_dir, entry), entry), entry)
-        kept = splits.read(found, reader)
-        if self.params["pseudo_labels"] and not kept["unlabelled"].digests:
-            what = "distill.baselines.pseudo_labels needs samples without labels, and the split 'unlabelled' has none"
-            raise RecipeError(f"{entry}: {what}; return some, or leave pseudo_labels out")
-        shared = splits.overlaps(kept, self.params["max_overlap"], entry)
-        self.labels = {name: split.labels for name, split in kept.items()}
-        self.scored = networks.scored_rows(self.labels["evaluation"])
+        datasets = splits.check_datasets(usercode.call_user_code(usercode.load_function(self.recipe_dir, entry), entry), entry)
+        stored = splits.read_splits(datasets, settings)
+        if self.params.pseudo_labels and not stored["unlabelled"].digests:
+            problem = "distill.baselines.pseudo_labels needs samples without labels, and the split 'unlabelled' has none"
+            raise RecipeError(f"{entry}: {problem}; return some, or leave pseudo_labels out")
+        overlaps = splits.count_overlaps(stored, self.params.max_overlap, entry)
+        self.labels = {name: split.labels for name, split in stored.items()}
+        self.metric_rows = checks.metric_rows(self.labels["evaluation"])
         self.summary["splits"] = {
-            name: {"samples": len(split.digests), "classes": splits.class_counts(split.labels), "overlap": shared[name]}
-            for name, split in kept.items()
+            name: {"samples": len(split.digests), "classes": splits.class_counts(split.labels), "overlap": overlaps[name]}
+            for name, split in stored.items()
         }
-        self.summary["groups"] = splits.groups(found["evaluation"], len(kept["evaluation"].digests), reader)
-        self._remark()
+        self.summary["groups"] = splits.write_groups(datasets["evaluation"], len(stored["evaluation"].digests), settings)
+        self._note_rare_classes()
 
-    def _remark(self) -> None:
-        found = self.summary["splits"]
-        count = found["evaluation"]["samples"]
+    def _note_rare_classes(self) -> None:
+        summary = self.summary["splits"]
+        count = summary["evaluation"]["samples"]
         if count < _FEW_SAMPLES:
             self.notes.append(f"evaluation has {count} samples; accuracy is known only roughly")
-        if not self._has_classes():
+        if not self.params.needs_class_ids:
             return
-        evaluated = found["evaluation"]["classes"]
-        unseen = sorted(set(evaluated) - set(found["train"]["classes"]), key=int)
-        if unseen:
-            self.notes.append(f"train has no sample of class {', '.join(unseen)}, which evaluation has")
-        few = [name for name in sorted(evaluated, key=int) if evaluated[name] < _FEW_OF_A_CLASS]
-        if few:
-            self.notes.append(f"evaluation has fewer than {_FEW_OF_A_CLASS} samples of class {', '.join(few)}; their accuracy says little")
+        evaluated = summary["evaluation"]["classes"]
+        untrained = sorted(set(evaluated) - set(summary["train"]["classes"]), key=int)
+        if untrained:
+            self.notes.append(f"train has no sample of class {', '.join(untrained)}, which evaluation has")
+        rare = [name for name in sorted(evaluated, key=int) if evaluated[name] < _FEW_OF_A_CLASS]
+        if rare:
+            self.notes.append(f"evaluation has fewer than {_FEW_OF_A_CLASS} samples of class {', '.join(rare)}; their accuracy says little")
 
-    def _teacher(self) -> None:
-        self.tell(share=_DATA_SHARE, text="tries the teacher")
-        self.summary["teacher"] = networks.teacher(self.bench, self.params)
-        for number, weights in enumerate(self.params["checkpoints"]):
-            networks.teacher(self.bench, {**self.params, "weights": weights}, f"checkpoint.{number}")
+    def _check_teacher(self) -> None:
+        self.send(share=_DATA_SHARE, text="checking the teacher")
+        teacher = self.params.teacher
+        self.summary["teacher"] = checks.check_teacher(self.check, teacher, "teacher")
+        for number, weights in enumerate(self.params.checkpoints):
+            checks.check_teacher(self.check, replace(teacher, weights=weights), f"checkpoint.{number}")
 
-    def _taps(self) -> None:
-        if (warning := networks.taps(self.bench)) is not None:
+    def _check_student(self) -> None:
+        self.send(share=0.9, text="checking the student")
+        self.summary["student"], self.student_outputs = checks.check_student(self.check, self.metric_rows)
+
+    def _check_further_teacher(self, number: int, teacher: TeacherParams) -> None:
+        self._further_networks[teacher.name] = checks.check_teacher(self.check, teacher, f"teacher.{number}")
+
+    def _check_assistant(self, model: str) -> None:
+        self._further_networks[model] = checks.check_trainable(self.check, EntryPoint.parse(model), "assistant")
+
+    def _check_size(self, model: str) -> None:
+        self._further_networks[model] = checks.check_trainable(self.check, EntryPoint.parse(model), "student")
+        self.summary.setdefault("sizes", {})[model] = self._further_networks[model]["parameters"]
+
+    def _check_taps(self) -> None:
+        if (warning := checks.check_taps(self.check)) is not None:
             self.notes.append(f"warning: {warning}")
 
-    def _further(self, number: int, given: Mapping[str, Any]) -> None:
-        self._beside[given["teacher"] or given["file"]] = networks.teacher(self.bench, given, f"teacher.{number}")
+    def _check_metric(self) -> None:
+        checks.check_metric(self.check, self.student_outputs, self.labels["evaluation"][self.metric_rows])
 
-    def _assistant(self, model: str) -> None:
-        self._beside[model] = networks.fresh(self.bench, EntryPoint.parse(model), "assistant")
-
-    def _size(self, model: str) -> None:
-        self._beside[model] = networks.fresh(self.bench, EntryPoint.parse(model), "student")
-        self.summary.setdefault("sizes", {})[model] = self._beside[model]["parameters"]
-
-    def _student(self) -> None:
-        self.tell(share=0.9, text="tries the student")
-        self.summary["student"], self.answers = networks.student(self.bench, self.scored)
-
-    def _compare(self) -> None:
-        (teacher,), (student,) = self.summary["teacher"]["outputs"], self.summary["student"]["outputs"]
-        names = f"{self.params['student']} and {self.params['teacher'] or self.params['file']}"
-        if teacher != student:
-            told = f"the teacher {teacher} classes, the student {student}"
-            raise RecipeError(f"{names}: teacher and student give different outputs: {told}; expected the same")
-        for name, other in self._beside.items():
-            if other["outputs"] != [student]:
-                what = f"it has {other['outputs'][0]} classes, teacher and student have {student}"
-                raise RecipeError(f"{name}: gives other outputs than teacher and student: {what}; expected the same")
-        self.summary["classes"] = student
-        form = OutputSpec(self.params.get("task", MULTICLASS), tuple(self.params.get("heads", ())))
+    def _compare_outputs(self) -> None:
+        """Compare the number of outputs of all networks with each other and with the labels."""
+        params = self.params
+        (teacher_width,), (width,) = self.summary["teacher"]["outputs"], self.summary["student"]["outputs"]
+        networks = f"{params.student} and {params.teacher.name}"
+        if teacher_width != width:
+            widths = f"the teacher has {teacher_width} classes, the student {width}"
+            raise RecipeError(f"{networks}: teacher and student have different outputs: {widths}; expected the same")
+        for name, network in self._further_networks.items():
+            if network["outputs"] != [width]:
+                widths = f"it has {network['outputs'][0]} classes, teacher and student have {width}"
+                raise RecipeError(f"{name}: has other outputs than teacher and student: {widths}; expected the same")
+        self.summary["classes"] = width
+        spec = OutputSpec(params.task, params.heads)
         for name in splits.LABELLED:
-            if (why := label_problem(form, self.labels[name], student)) is not None:
-                raise RecipeError(f"{self.params['splits']}: {name}: {why}")
-        if not self._has_classes():
-            return
-        if student == 1:
-            raise RecipeError(f"{names}: teacher and student give one output; top-1 needs one for each class, two at least")
+            if (problem := label_problem(spec, self.labels[name], width)) is not None:
+                raise RecipeError(f"{params.splits}: {name}: {problem}")
+        if params.needs_class_ids:
+            self._compare_classes(networks, width)
+
+    def _compare_classes(self, networks: str, classes: int) -> None:
+        if classes == 1:
+            raise RecipeError(f"{networks}: teacher and student have one output; top-1 needs one for each class, at least two")
         problems = []
         for name in splits.LABELLED:
-            outside = int((self.labels[name] >= student).sum())
+            outside = int((self.labels[name] >= classes).sum())
             if outside:
                 problems.append(
-                    f"{self.params['splits']}: {name}: has the label {self.labels[name].max()}, but teacher and student know "
-                    f"{student} classes (0 to {student - 1}); {outside} of {len(self.labels[name])} labels are above"
+                    f"{self.params.splits}: {name}: has the label {self.labels[name].max()}, but teacher and student have "
+                    f"{classes} classes (0 to {classes - 1}); {outside} of {len(self.labels[name])} labels are above"
                 )
         if problems:
             raise RecipeError(*problems)
-
-    def _metric(self) -> None:
-        networks.metric(self.bench, self.answers, self.labels["evaluation"][self.scored])
-
-    def _has_classes(self) -> bool:
-        """Return whether labels must be class ids: for top-1, and to teach a teacher."""
-        return self.params["taught"] or (self.params["metric"] is None and self.params["score"] is None)
-
-    def _weights(self) -> list[str]:
-        given = [teacher[name] for teacher in (self.params, *self.params["teachers"]) for name in ("weights", "file")]
-        return [name for name in (*given, *self.params["checkpoints"]) if name is not None]
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         (self.out / name).write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def main(descriptor: int) -> None:
-    """Do the job on standard input and tell of it, one JSON text a line, on a pipe."""
+    """Do the job on standard input and send messages through a pipe, one line of JSON each."""
     job = json.loads(sys.stdin.buffer.read())
     _die_with(job["parent"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interrupt and ends this process
     faulthandler.enable()
     os.set_inheritable(descriptor, False)  # noqa: FBT003  (takes no keyword)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # user code that asks for input gets none
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is printed before a crash is of use
-    channel = os.fdopen(descriptor, "w", buffering=1)  # open to the end: a bug is told last
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # user code that reads standard input gets none
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is printed before a crash reaches the file
+    channel = os.fdopen(descriptor, "w", buffering=1)  # stays open until the end: a bug is reported last
 
-    def tell(**message: Any) -> None:
+    def send(**message: Any) -> None:
         channel.write(json.dumps(message) + "\n")
 
-    def tell_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        tell(bug="".join(traceback.format_exception(kind, error, trace)))
+    def send_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        send(bug="".join(traceback.format_exception(kind, error, trace)))
 
-    sys.excepthook = tell_bug
-    importlib.import_module("torch")  # before the watch begins, and numpy with it: not the user's
+    sys.excepthook = send_bug
+    importlib.import_module("torch")  # and numpy with it, before the watch begins: their files are not the user's
 
     try:
-        tell(**Inspection(job, tell).run())
+        send(**Inspection(job, send).run())
     except EdgekdError as error:
-        tell(error=type(error).__name__, problems=getattr(error, "problems", (str(error),)))
-    except OSError as error:  # the cache's disk; the user's own are told by usercode
-        tell(os_error=[error.errno, error.strerror, error.filename])
+        send(error=type(error).__name__, problems=getattr(error, "problems", (str(error),)))
+    except OSError as error:  # of the cache's disk; usercode reports those of the user's code
+        send(os_error=[error.errno, error.strerror, error.filename])
 
 
 def _die_with(parent: int) -> None:

@@ -48,13 +48,16 @@ def entry(function):
     return EntryPoint("export_user.py", function)
 
 
+SPECS = (TensorSpec("x", (1, 2, 9)),)
+
+
 def recipe(student="student", **teacher):
     return Recipe(
         schema=1,
         name="t",
         data=Data(entry("splits")),
         teacher=Teacher(**(teacher or {"model": entry("student"), "weights": "w.safetensors"})),
-        student=Student(entry(student), (TensorSpec("x", (1, 2, 9)),)),
+        student=Student(entry(student), SPECS),
         distill=Distill(epochs=1),
     )
 
@@ -85,7 +88,7 @@ def weights(folder, function="student"):
     torch.manual_seed(0)
     module = modules.build_module(folder, entry(function))
     with torch.no_grad():
-        module(torch.from_numpy(SAMPLES))  # so that batch norm has seen something
+        module(torch.from_numpy(SAMPLES))  # so that batch norm has statistics
     modules.save_weights(module, folder / f"{function}.safetensors")
     return folder / f"{function}.safetensors"
 
@@ -99,13 +102,13 @@ def run(folder, step, path, out="out"):
     return result, folder / out
 
 
-def step_of(given, name):
-    return next(step for step in export.steps(given, [target(*RUNTIMES)]) if step.id == name)
+def find_step(recipe, name):
+    return next(step for step in export.steps(recipe, [target(*RUNTIMES)]) if step.id == name)
 
 
-def test_a_step_for_student_and_teacher_on_each_runtime_that_targets_share():
+def test_targets_share_a_step_for_student_and_teacher_on_each_runtime():
     steps = export.steps(recipe(), [target("litert"), target("onnxruntime", "litert")])
-    assert [step.id for step in steps] == [f"export/{who}/{name}" for name in RUNTIMES for who in ("student", "teacher")]
+    assert [step.id for step in steps] == [f"export/{network}/{name}" for name in RUNTIMES for network in ("student", "teacher")]
     student, teacher = steps[0], steps[1]
     assert student.inputs == {
         "weights": "distill:student.safetensors",
@@ -114,14 +117,13 @@ def test_a_step_for_student_and_teacher_on_each_runtime_that_targets_share():
     }
     assert teacher.inputs["weights"] == "inspect:teacher.safetensors"
     assert teacher.inputs["code"] == "inspect:teacher.code.json"
-    assert {"runtime", "inputs", "model", "tolerance", "parity_samples", "instruction_set"} == set(student.params)
-    assert json.loads(json.dumps(student.params)) == {**student.params, "inputs": [{"name": "x", "shape": [1, 2, 9], "dtype": "float32"}]}
+    assert (student.params.runtime, student.params.model, student.params.inputs) == ("litert", "export_user.py:student", SPECS)
     assert student.tools == ("torch", "litert-torch", "litert-converter", "jax", "ai-edge-litert")
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_a_student_is_exported_with_its_parity(folder, name):
-    result, out = run(folder, step_of(recipe(), f"export/student/{name}"), weights(folder))
+    result, out = run(folder, find_step(recipe(), f"export/student/{name}"), weights(folder))
     parity = json.loads((out / "parity.json").read_text())
     assert sorted(path.name for path in out.iterdir()) == [f"model.{registry.runtime(name).FORMAT}", "parity.json"]
     assert (parity["samples"], parity["agreement"], parity["ok"]) == (64, 1.0, True)
@@ -131,17 +133,17 @@ def test_a_student_is_exported_with_its_parity(folder, name):
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_another_answer_is_recorded_and_no_exception(folder, name):
-    _, out = run(folder, step_of(recipe("Noisy"), f"export/student/{name}"), weights(folder, "Noisy"))
+def test_different_outputs_are_recorded_without_an_error(folder, name):
+    _, out = run(folder, find_step(recipe("Noisy"), f"export/student/{name}"), weights(folder, "Noisy"))
     parity = json.loads((out / "parity.json").read_text())
     assert parity["ok"] is False
     assert parity["max_abs_error"] > parity["tolerance"]
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_a_student_that_cannot_be_exported_names_the_line_and_the_way_out(folder, name):
+def test_a_student_that_cannot_be_exported_is_reported_with_its_line_and_a_remedy(folder, name):
     with pytest.raises(StageError) as caught:
-        run(folder, step_of(recipe("Branches"), f"export/student/{name}"), weights(folder, "Branches"))
+        run(folder, find_step(recipe("Branches"), f"export/student/{name}"), weights(folder, "Branches"))
     text = str(caught.value)
     assert text.startswith(f"export/student/{name}: ")
     assert "data-dependent" in text
@@ -150,16 +152,16 @@ def test_a_student_that_cannot_be_exported_names_the_line_and_the_way_out(folder
     assert "\n" not in text
 
 
-def test_a_teacher_that_cannot_be_exported_says_why_not(folder):
-    result, out = run(folder, step_of(recipe(model=entry("Branches"), weights="w"), "export/teacher/litert"), weights(folder, "Branches"))
+def test_a_teacher_that_cannot_be_exported_leaves_the_reason(folder):
+    result, out = run(folder, find_step(recipe(model=entry("Branches"), weights="w"), "export/teacher/litert"), weights(folder, "Branches"))
     assert [path.name for path in out.iterdir()] == ["why_not.txt"]
     assert "data-dependent" in (out / "why_not.txt").read_text()
     assert (out / "why_not.txt").read_text().count("\n") == 1
     assert "the speed-up against it is unknown there" in result.notes[0]
 
 
-def whole(folder, suffix):
-    """Return a file that is a whole model: the student's."""
+def whole_model(folder, suffix):
+    """Write the student as a whole-model file and return its path."""
     module = modules.load_module(folder, entry("student"), weights(folder))
     path, sample = folder / f"teacher{suffix}", torch.zeros(1, 2, 9)
     if suffix == ".ts":
@@ -176,7 +178,7 @@ def whole(folder, suffix):
     ("suffix", "name", "why_not"),
     [
         (".onnx", "onnxruntime", None),
-        (".onnx", "litert", "an ONNX file cannot become tflite\n"),
+        (".onnx", "litert", "an ONNX file cannot be converted to tflite\n"),
         (".ts", "onnxruntime", None),
         (".ts", "litert", "litert-torch reads no TorchScript; save the model with torch.export.save, or as weights\n"),
         (".pt2", "onnxruntime", None),
@@ -184,9 +186,9 @@ def whole(folder, suffix):
     ],
 )
 def test_a_teacher_that_is_a_whole_model(folder, suffix, name, why_not):
-    path = whole(folder, suffix)
-    step = step_of(recipe(file=path.name), f"export/teacher/{name}")
-    assert (step.inputs["weights"], step.params["model"]) == (f"inspect:teacher{suffix}", None)
+    path = whole_model(folder, suffix)
+    step = find_step(recipe(file=path.name), f"export/teacher/{name}")
+    assert (step.inputs["weights"], step.params.model) == (f"inspect:teacher{suffix}", None)
     _, out = run(folder, step, path)
     if why_not is not None:
         assert {item.name: item.read_text() for item in out.iterdir()} == {"why_not.txt": why_not}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stage inspect as a whole, with its child process: what is kept, what is recorded, and how it ends."""
+"""The stage inspect as a whole, with its child process: what is stored and what is recorded."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,9 +17,12 @@ import torch
 from safetensors.torch import save_file
 
 from edgekd import config
+from edgekd.domain.losses import Loss, Tap
+from edgekd.domain.recipe import Assistant, Data, Distill, EntryPoint, Recipe, Student, Teacher, TensorSpec
 from edgekd.ports import Context
 from edgekd.stages import inspect
-from edgekd.store.digests import changed, listing_digest
+from edgekd.stages.inspect.params import InspectParams
+from edgekd.store.digests import first_change, listing_digest
 from tests import toy
 
 RECIPE = toy.RECIPE.replace("[teacher.train]\nepochs = 1", 'weights = "teacher.safetensors"') + '[evaluate]\nscore = "metrics.py:score"\n'
@@ -43,7 +47,7 @@ except ImportError:
 try:
     print("typed:", input())
 except EOFError:
-    print("nobody types")
+    print("no input")
 
 
 def splits():
@@ -52,9 +56,9 @@ def splits():
     x[0, 0] = len(os.listdir("listed"))
     x[1] += torch.rand(1) + np.random.rand()  # nobody seeded it
     if Path("optional.npy").exists():
-        raise RuntimeError("not here")
-    os.environ["OWN"] = "1"
-    assert os.environ.get("OWN") == "1"
+        raise RuntimeError("must be absent")
+    os.environ["TOY_SET"] = "1"
+    assert os.environ.get("TOY_SET") == "1"
     assert os.getenv("TOY_UNSET") is None
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "scratch.txt").write_text("x")
@@ -95,7 +99,7 @@ TEXTS = {
     "metrics.py": METRICS,
     "shared.py": "SCALE = 1.0\n",
     "blocks.py": "WIDTH = 2\n",
-    "json.py": "raise RuntimeError('stands for Python\\'s own')\n",
+    "json.py": "raise RuntimeError('replaces a module of Python')\n",
     "more/a.txt": "",
     "more/b.txt": "",
     "listed/c.txt": "",
@@ -115,7 +119,7 @@ READ = {  # by the data function
 }
 
 
-def _site(folder):
+def _write_recipe(folder):
     for name, text in TEXTS.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,15 +150,15 @@ def _names(folder):
 def runs(tmp_path_factory):
     """Return two runs, in two folders."""
     os.environ["TOY_FILE"] = "undeclared.npy"
-    found = {}
+    results = {}
     try:
         for name in ("one", "two"):
-            folder = _site(tmp_path_factory.mktemp(name) / f"recipe-{name}")
+            folder = _write_recipe(tmp_path_factory.mktemp(name) / f"recipe-{name}")
             before = _names(folder)
-            found[name] = (folder, _run(folder), _names(folder) - before)
+            results[name] = (folder, _run(folder), _names(folder) - before)
     finally:
         del os.environ["TOY_FILE"]
-    return found
+    return results
 
 
 def _out(folder):
@@ -202,19 +206,19 @@ def test_two_folders_give_the_same_bytes(runs):
     assert not [path.name for path in _out(runs["one"][0]).iterdir() if str(runs["one"][0]).encode() in path.read_bytes()]
 
 
-def test_all_that_was_read_is_recorded_and_nothing_else(runs):
+def test_everything_that_was_read_is_recorded_and_nothing_else(runs):
     folder, result, _ = runs["one"]
     record = result.record
     assert set(record.files) == READ | {"models.py", "blocks.py", "start.npy", "metrics.py", "teacher.safetensors"}
     assert {name for name, digest in record.files.items() if digest is None} == {"faster_reader.py", "optional.npy", "gone.csv"}
     assert record.files["undeclared.npy"] == hashlib.sha256((folder / "undeclared.npy").read_bytes()).hexdigest()
     assert record.listings == {"more": listing_digest(folder / "more"), "listed": listing_digest(folder / "listed"), "optional.npy": None}
-    assert record.env == {"TOY_FILE": hashlib.sha256(b"undeclared.npy").hexdigest(), "OWN": None, "TOY_UNSET": None}
+    assert record.env == {"TOY_FILE": hashlib.sha256(b"undeclared.npy").hexdigest(), "TOY_SET": None, "TOY_UNSET": None}
     assert record.modules == {"hypothesis": version("hypothesis")}
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda folder: (folder / "undeclared.npy").write_bytes(b"x"), "undeclared.npy changed"),
         (lambda folder: (folder / "shared.py").write_text("SCALE = 2.0\n"), "shared.py changed"),
@@ -228,23 +232,23 @@ def test_all_that_was_read_is_recorded_and_nothing_else(runs):
         (lambda folder: (folder / "json.py").write_text("x = 1"), None),
     ],
 )
-def test_the_record_sees_a_change(runs, change, told, tmp_path, monkeypatch):
+def test_a_change_of_what_was_read_is_noticed(runs, change, message, tmp_path, monkeypatch):
     monkeypatch.setenv("TOY_FILE", "undeclared.npy")
     result = runs["one"][1]
     folder = tmp_path / "recipe"
     shutil.copytree(runs["one"][0], folder, symlinks=True)
     record = {name: getattr(result.record, name) for name in ("files", "listings", "env", "modules")}
-    assert changed(record, folder) is None
+    assert first_change(record, folder) is None
     change(folder)
-    assert changed(record, folder) == told
+    assert first_change(record, folder) == message
 
 
-def test_each_entry_has_the_code_that_it_needs(runs):
+def test_each_entry_point_depends_on_the_code_that_it_reads(runs):
     folder = runs["one"][0]
-    needed = {
+    dependencies = {
         name: set(_json(folder, f"{name}.code.json").get("files", {})) for name in ("data", "teacher", "student", "metric", "augment")
     }
-    assert needed == {
+    assert dependencies == {
         "data": READ - {"faster_reader.py", "optional.npy", "gone.csv"},
         "teacher": {"models.py", "blocks.py"},
         "student": {"models.py", "blocks.py", "start.npy"},
@@ -256,27 +260,27 @@ def test_each_entry_has_the_code_that_it_needs(runs):
     assert _json(folder, "student.code.json")["modules"] == {}
 
 
-def test_the_users_folder_stays_as_it_is_but_for_what_their_code_writes(runs):
+def test_only_the_users_code_writes_to_the_recipes_folder(runs):
     assert [new for _, _, new in runs.values()] == [{"cache.txt"}, {"cache.txt"}]
 
 
-def test_what_the_code_prints_stays_off_our_output(capfd, tmp_path, monkeypatch):
+def test_the_output_of_user_code_goes_to_a_file(capfd, tmp_path, monkeypatch):
     monkeypatch.setenv("TOY_FILE", "undeclared.npy")
-    told = []
-    folder = _site(tmp_path / "recipe")
-    _run(folder, lambda share, text: told.append((share, text)))
+    calls = []
+    folder = _write_recipe(tmp_path / "recipe")
+    _run(folder, lambda *call: calls.append(call))
     assert capfd.readouterr() == ("", "")
     printed = (tmp_path / "recipe-work" / "printed.txt").read_text()
-    assert "nobody types" in printed
+    assert "no input" in printed
     assert "to standard output\nto standard error\n" in printed
-    shares = [share for share, _ in told]
+    shares = [share for share, _ in calls]
     assert shares == sorted(shares)
-    assert told[-1][1] == "tries the student"
+    assert calls[-1][1] == "checking the student"
 
 
-def test_code_outside_the_recipes_folder_is_named_without_its_place(tmp_path, monkeypatch):
+def test_code_outside_the_recipes_folder_is_named_without_its_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TOY_FILE", "undeclared.npy")
-    folder = _site(tmp_path / "recipe")
+    folder = _write_recipe(tmp_path / "recipe")
     (tmp_path / "elsewhere").mkdir()
     (folder / "metrics.py").rename(tmp_path / "elsewhere" / "metrics.py")
     (folder / "edgekd.toml").write_text(RECIPE.replace("metrics.py", "../elsewhere/metrics.py"))
@@ -288,12 +292,34 @@ def test_code_outside_the_recipes_folder_is_named_without_its_place(tmp_path, mo
 
 
 def test_the_step_needs_onnxruntime_only_for_a_teacher_in_onnx(tmp_path):
-    folder = _site(tmp_path / "recipe")
+    folder = _write_recipe(tmp_path / "recipe")
     (folder / "big.onnx").write_bytes(b"")
-    given = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
-    assert given.tools == ("torch", "numpy", "safetensors")
+    weights = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
+    assert weights.tools == ("torch", "numpy", "safetensors")
     (folder / "edgekd.toml").write_text(RECIPE.replace('model = "models.py:teacher"\nweights = "teacher.safetensors"', 'file = "big.onnx"'))
     whole = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
     assert whole.tools == ("torch", "numpy", "safetensors", "onnxruntime")
-    assert whole.params["file"] == "big.onnx"
-    json.dumps(whole.params)
+    assert whole.params.teacher.file == "big.onnx"
+
+
+def test_the_parameters_survive_json():
+    model = EntryPoint("models.py", "net")
+    recipe = Recipe(
+        schema=1,
+        name="toy",
+        data=Data(EntryPoint("data.py", "splits")),
+        teacher=Teacher(model, "teacher.safetensors", checkpoints=("early.safetensors",)),
+        student=Student(model, (TensorSpec("x", (1, 4)),), heads=(2, 3)),
+        distill=Distill(
+            epochs=1,
+            losses=(Loss("attention", taps=(Tap("a", "b"),)), Loss("ce")),
+            teachers=(Teacher(file="other.onnx"),),
+            assistants=(Assistant(model),),
+            sizes=(model,),
+        ),
+    )
+    (step,) = inspect.steps(recipe, [])
+    assert step.params.model_files == ("teacher.safetensors", "other.onnx", "early.safetensors")
+    assert step.params.tapped_losses[0]["taps"] == [{"student": "a", "teacher": "b"}]
+    assert step.params.needs_class_ids
+    assert InspectParams.from_dict(json.loads(json.dumps(dataclasses.asdict(step.params)))) == step.params

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splits that are wrong: what is said of each."""
+"""Invalid splits, and the message about each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from edgekd.stages.inspect import splits
-from tests.unit.stages.toy_splits import ENTRY, TWO, Items, good, part, problems, read, tensors
+from tests.unit.stages.toy_splits import ENTRY, TWO_INPUTS, Items, dataset, datasets, problems_of, read, tensors
 
 X, Y = tensors(0, 30)
 
@@ -22,8 +22,8 @@ class Unstable(Items):
 
 class UnstableLabel(Items):
     def __getitem__(self, index):
-        self.turn = getattr(self, "turn", 0) + 1
-        return self.items[index][0], self.turn
+        self.reads = getattr(self, "reads", 0) + 1
+        return self.items[index][0], self.reads
 
 
 class Raises(Items):
@@ -47,17 +47,17 @@ PAIRS = [(X[i], int(Y[i])) for i in range(30)]
 BAD_TRAIN = {
     "input of another shape": (
         TensorDataset(X[:, :3], Y),
-        ["30 of 30 samples (0, 1, 2, ...): input 'x' has shape [3]; expected [4], as student.inputs says without the batch axis"],
+        ["30 of 30 samples (0, 1, 2, ...): input 'x' has shape [3]; expected [4], the shape in student.inputs without the batch axis"],
     ),
     "input with the batch axis": (
         Items([(x[None], y) for x, y in PAIRS]),
-        ["sample 0: input 'x' has shape [1, 4]; expected [4], as student.inputs says without the batch axis"],
+        ["sample 0: input 'x' has shape [1, 4]; expected [4], the shape in student.inputs without the batch axis"],
     ),
     "input of another type": (
         TensorDataset(X.double(), Y),
         [
             (
-                "30 of 30 samples (0, 1, 2, ...): input 'x' is float64; expected float32, as student.inputs says; "
+                "30 of 30 samples (0, 1, 2, ...): input 'x' is float64; expected float32, as in student.inputs; "
                 "convert it with .to(torch.float32) or .astype('float32')"
             )
         ],
@@ -69,14 +69,14 @@ BAD_TRAIN = {
     "input that is sparse": (Items([(X[0].to_sparse(), 0)]), ["sample 0: input 'x' is a sparse_coo tensor; expected a plain one"]),
     "input that is a list": (
         Items([([1.0, 2.0, 3.0, 4.0], 0)]),
-        ["sample 0: has 4 inputs; expected a pair (input, label), as student.inputs says"],
+        ["sample 0: has 4 inputs; expected a pair (input, label), as in student.inputs"],
     ),
     "input that is text": (Items([("word", 0)]), ["sample 0: input 'x' is str; expected a tensor or an array"]),
-    "input that is nothing": (Items([(None, 0)]), ["sample 0: input 'x' is NoneType; expected a tensor or an array"]),
+    "input that is None": (Items([(None, 0)]), ["sample 0: input 'x' is NoneType; expected a tensor or an array"]),
     "input of objects": (Items([(np.array(["a"] * 4), 0)]), ["sample 0: input 'x' is an array of str32; expected a tensor or an array"]),
     "some inputs of another shape": (
         Items([(x if i % 10 else x[:2], y) for i, (x, y) in enumerate(PAIRS, 1)]),
-        ["3 of 30 samples (9, 19, 29): input 'x' has shape [2]; expected [4], as student.inputs says without the batch axis"],
+        ["3 of 30 samples (9, 19, 29): input 'x' has shape [2]; expected [4], the shape in student.inputs without the batch axis"],
     ),
     "one input that is nan": (
         Items([(x if i != 7 else x * float("nan"), y) for i, (x, y) in enumerate(PAIRS)]),
@@ -87,7 +87,7 @@ BAD_TRAIN = {
         ["10 of 30 samples (0, 3, 6, ...) have an input that is not finite (NaN or infinite); expected finite numbers"],
     ),
     "items without label": (TensorDataset(X), ["30 of 30 samples (0, 1, 2, ...): is a tuple of 1; expected a pair (input, label)"]),
-    "items that are no pair": (Items(list(X)), ["sample 0: is Tensor; expected a pair (input, label)"]),
+    "items that are not pairs": (Items(list(X)), ["sample 0: is Tensor; expected a pair (input, label)"]),
     "items that are dictionaries": (Items([{"x": x, "y": y} for x, y in PAIRS]), ["sample 0: is dict; expected a pair (input, label)"]),
     "items with something more": (Items([(x, y, 0) for x, y in PAIRS]), ["sample 0: is a tuple of 3; expected a pair (input, label)"]),
     "label nan": (
@@ -96,24 +96,24 @@ BAD_TRAIN = {
     ),
     "label whole floats": (
         TensorDataset(X, Y.float()),
-        ["labels are float32; expected one whole number a sample, its class id; convert them with .long() or .astype('int64')"],
+        ["labels are float32; expected one whole number per sample, its class id; convert them with .long() or .astype('int64')"],
     ),
-    "label floats": (TensorDataset(X, Y + 0.5), ["labels are float32; expected one whole number a sample, its class id"]),
+    "label floats": (TensorDataset(X, Y + 0.5), ["labels are float32; expected one whole number per sample, its class id"]),
     "label truth values": (
         Items([(x, y > 0) for x, y in PAIRS]),
-        ["labels are bool; expected one whole number a sample, its class id; convert them with .long() or .astype('int64')"],
+        ["labels are bool; expected one whole number per sample, its class id; convert them with .long() or .astype('int64')"],
     ),
     "label one-hot": (
         TensorDataset(X, torch.eye(3, dtype=torch.int64)[Y]),
-        ["labels are int64 of shape [3]; expected one whole number a sample, its class id"],
+        ["labels are int64 of shape [3]; expected one whole number per sample, its class id"],
     ),
     "label with an axis": (
         TensorDataset(X, Y[:, None]),
-        ["labels are int64 of shape [1]; expected one whole number a sample, its class id"],
+        ["labels are int64 of shape [1]; expected one whole number per sample, its class id"],
     ),
     "one sample with a label of one axis": (
         Items([(X[0], torch.tensor([1, 2]))]),
-        ["labels are int64 of shape [2]; expected one whole number a sample, its class id"],
+        ["labels are int64 of shape [2]; expected one whole number per sample, its class id"],
     ),
     "label of several shapes": (
         Items([(x, torch.zeros(1 + i % 2).long()) for i, (x, _) in enumerate(PAIRS)]),
@@ -124,28 +124,28 @@ BAD_TRAIN = {
         [
             (
                 "label 0 is -1, and 9 more are negative; expected class ids from 0 upwards "
-                "(samples without a class belong into the split 'unlabelled')"
+                "(samples without a class belong in the split 'unlabelled')"
             )
         ],
     ),
     "label text": (Items([(x, "cat") for x, _ in PAIRS]), ["sample 0: its label is str; expected a number, a tensor or an array"]),
-    "label nothing": (Items([(x, None) for x, _ in PAIRS]), ["sample 0: its label is NoneType; expected a number, a tensor or an array"]),
+    "label None": (Items([(x, None) for x, _ in PAIRS]), ["sample 0: its label is NoneType; expected a number, a tensor or an array"]),
     "samples differ when they are read twice": (
         Unstable(PAIRS),
         [
-            "sample 0 differs when it is read twice; give each sample as it is: augmentation belongs into teacher.train.augment or distill.augment"
+            "sample 0 differs when it is read twice; return each sample unchanged: augmentation belongs in teacher.train.augment or distill.augment"
         ],
     ),
     "labels differ when they are read twice": (
         UnstableLabel(PAIRS),
         [
-            "sample 0 differs when it is read twice; give each sample as it is: augmentation belongs into teacher.train.augment or distill.augment"
+            "sample 0 differs when it is read twice; return each sample unchanged: augmentation belongs in teacher.train.augment or distill.augment"
         ],
     ),
     "several things wrong": (
         Items([(x if i != 4 else x[:2], y if i != 6 else "cat") for i, (x, y) in enumerate(PAIRS)]),
         [
-            "sample 4: input 'x' has shape [2]; expected [4], as student.inputs says without the batch axis",
+            "sample 4: input 'x' has shape [2]; expected [4], the shape in student.inputs without the batch axis",
             "sample 6: its label is str; expected a number, a tensor or an array",
         ],
     ),
@@ -153,34 +153,34 @@ BAD_TRAIN = {
 
 
 @pytest.mark.parametrize("name", BAD_TRAIN)
-def test_a_split_with(name, tmp_path):
+def test_invalid_training_split(name, tmp_path):
     data, expected = BAD_TRAIN[name]
-    assert problems(read, tmp_path, good(train=data)) == [f"data.py:splits: train: {text}" for text in expected]
+    assert problems_of(read, tmp_path, datasets(train=data)) == [f"data.py:splits: train: {text}" for text in expected]
 
 
-def test_the_problems_of_all_splits_are_told_at_once(tmp_path):
-    found = problems(read, tmp_path, good(train=TensorDataset(X, Y.float()), evaluation=TensorDataset(*tensors(40, 60)[:1])))
-    assert [text.split(": ")[1] for text in found] == ["train", "evaluation"]
+def test_the_problems_of_all_splits_are_reported_together(tmp_path):
+    problems = problems_of(read, tmp_path, datasets(train=TensorDataset(X, Y.float()), evaluation=TensorDataset(*tensors(40, 60)[:1])))
+    assert [text.split(": ")[1] for text in problems] == ["train", "evaluation"]
 
 
-def test_a_sample_that_raises_is_told_with_its_number(tmp_path):
-    (found,) = problems(read, tmp_path, good(train=Raises(PAIRS)))
-    assert found.endswith(": reading sample 5 of train raised OSError: disk gone")
-    (found,) = problems(read, tmp_path, good(train=Subset(part(0, 30), [0, 99])))
-    assert "reading train raised IndexError" in found
+def test_a_sample_that_raises_is_reported_with_its_number(tmp_path):
+    (problem,) = problems_of(read, tmp_path, datasets(train=Raises(PAIRS)))
+    assert problem.endswith(": reading sample 5 of train raised OSError: disk gone")
+    (problem,) = problems_of(read, tmp_path, datasets(train=Subset(dataset(0, 30), [0, 99])))
+    assert "reading train raised IndexError" in problem
 
 
-NOT_MAPPINGS = {"nothing": None, "a list": [part(0, 3)], "a tuple": (1, 2), "a data set": part(0, 3)}
+NOT_MAPPINGS = {"nothing": None, "a list": [dataset(0, 3)], "a tuple": (1, 2), "a data set": dataset(0, 3)}
 
 
 @pytest.mark.parametrize("name", NOT_MAPPINGS)
-def test_splits_that_are(name):
-    (found,) = problems(splits.named, NOT_MAPPINGS[name], ENTRY)
-    assert found.startswith("data.py:splits: returned ")
-    assert found.endswith("; expected a mapping with the splits train, validation, calibration, evaluation")
+def test_splits_that_are_not_a_mapping(name):
+    (problem,) = problems_of(splits.check_datasets, NOT_MAPPINGS[name], ENTRY)
+    assert problem.startswith("data.py:splits: returned ")
+    assert problem.endswith("; expected a mapping with the splits train, validation, calibration, evaluation")
 
 
-NO_DATA_SETS = {
+NOT_MAP_STYLE = {
     "a stream": Stream(),
     "a loader of a stream": DataLoader(Stream()),
     "an iterator": iter(()),
@@ -191,17 +191,17 @@ NO_DATA_SETS = {
 }
 
 
-@pytest.mark.parametrize("name", NO_DATA_SETS)
-def test_a_split_that_is(name):
-    (found,) = problems(splits.named, good(validation=NO_DATA_SETS[name]), ENTRY)
-    assert found.startswith("data.py:splits: split 'validation' is ")
-    assert found.endswith("; expected a map-style torch data set, with __len__ and __getitem__")
+@pytest.mark.parametrize("name", NOT_MAP_STYLE)
+def test_a_split_that_is_not_map_style(name):
+    (problem,) = problems_of(splits.check_datasets, datasets(validation=NOT_MAP_STYLE[name]), ENTRY)
+    assert problem.startswith("data.py:splits: split 'validation' is ")
+    assert problem.endswith("; expected a map-style torch data set, with __len__ and __getitem__")
 
 
-def test_missing_unknown_and_empty_splits_are_told_at_once():
-    found = good(validaton=part(30, 40), evaluation=Items([]))
-    del found["validation"]
-    assert problems(splits.named, found, ENTRY) == [
+def test_missing_unknown_and_empty_splits_are_reported_together():
+    returned = datasets(validaton=dataset(30, 40), evaluation=Items([]))
+    del returned["validation"]
+    assert problems_of(splits.check_datasets, returned, ENTRY) == [
         "data.py:splits: lacks the split 'validation'; expected train, validation, calibration, evaluation, and unlabelled if there is one",
         (
             "data.py:splits: 'validaton' is not a split; expected one of calibration, evaluation, train, unlabelled, validation "
@@ -209,65 +209,68 @@ def test_missing_unknown_and_empty_splits_are_told_at_once():
         ),
         "data.py:splits: split 'evaluation' is empty; expected at least one sample",
     ]
-    (found,) = problems(splits.named, good(train=NoLength([])), ENTRY)
-    assert found.endswith("the length of split 'train' raised NotImplementedError: no length")
+    (problem,) = problems_of(splits.check_datasets, datasets(train=NoLength([])), ENTRY)
+    assert problem.endswith("the length of split 'train' raised NotImplementedError: no length")
 
 
 OVERLAPS = {
     "train and evaluation": (
-        {"evaluation": part(28, 48), "validation": part(50, 60)},
+        {"evaluation": dataset(28, 48), "validation": dataset(50, 60)},
         [
-            "splits train and evaluation overlap: 2 of 20 samples of evaluation stand in train too (evaluation[0] is train[28], evaluation[1] is train[29]);"
+            "splits train and evaluation overlap: 2 of 20 samples of evaluation are also in train (evaluation[0] is train[28], evaluation[1] is train[29]);"
         ],
     ),
-    "train and validation": ({"validation": part(27, 37)}, ["splits train and validation overlap: 3 of 10 samples of validation"]),
+    "train and validation": ({"validation": dataset(27, 37)}, ["splits train and validation overlap: 3 of 10 samples of validation"]),
     "validation and evaluation": (
-        {"validation": part(30, 41)},
+        {"validation": dataset(30, 41)},
         ["splits validation and evaluation overlap: 1 of 20 samples of evaluation"],
     ),
     "one data set for two": (
-        {"validation": part(40, 60)},
+        {"validation": dataset(40, 60)},
         ["splits validation and evaluation overlap: 20 of 20 samples of evaluation"],
     ),
-    "unlabelled and evaluation": ({"unlabelled": part(59, 70)}, ["splits unlabelled and evaluation overlap: 1 of 20"]),
+    "unlabelled and evaluation": ({"unlabelled": dataset(59, 70)}, ["splits unlabelled and evaluation overlap: 1 of 20"]),
     "calibration and validation": (
-        {"calibration": part(29, 32)},
+        {"calibration": dataset(29, 32)},
         [
-            "splits calibration and validation overlap: 2 of 10 samples of validation stand in calibration too",
-            "calibration: 2 of 3 samples are not in train (1, 2); expected samples of the training split, as they are there",
+            "splits calibration and validation overlap: 2 of 10 samples of validation are also in calibration",
+            "calibration: 2 of 3 samples are not in train (1, 2); expected unchanged samples of the training split",
         ],
     ),
-    "calibration from nowhere": ({"calibration": part(70, 75)}, ["calibration: 5 of 5 samples are not in train (0, 1, 2, ...);"]),
+    "calibration from nowhere": ({"calibration": dataset(70, 75)}, ["calibration: 5 of 5 samples are not in train (0, 1, 2, ...);"]),
     "calibration scaled": ({"calibration": TensorDataset(X[:4] / 2)}, ["calibration: 4 of 4 samples are not in train"]),
 }
 
 
 @pytest.mark.parametrize("name", OVERLAPS)
-def test_overlap_of(name, tmp_path):
+def test_splits_that_overlap(name, tmp_path):
     changes, expected = OVERLAPS[name]
-    found = problems(splits.overlaps, read(tmp_path, good(**changes)), 0, ENTRY)
-    assert len(found) == len(expected)
-    assert all(text.startswith(f"data.py:splits: {start}") for text, start in zip(found, expected, strict=True))
+    problems = problems_of(splits.count_overlaps, read(tmp_path, datasets(**changes)), 0, ENTRY)
+    assert len(problems) == len(expected)
+    assert all(text.startswith(f"data.py:splits: {start}") for text, start in zip(problems, expected, strict=True))
 
 
-def test_overlap_is_allowed_up_to_what_the_recipe_says(tmp_path):
-    kept = read(tmp_path, good(evaluation=part(28, 48), validation=part(50, 60)))
-    assert splits.overlaps(kept, 2, ENTRY)["evaluation"] == {"train": 2}
-    assert "expected at most data.max_overlap = 1" in problems(splits.overlaps, kept, 1, ENTRY)[0]
+def test_overlap_is_allowed_up_to_max_overlap(tmp_path):
+    stored = read(tmp_path, datasets(evaluation=dataset(28, 48), validation=dataset(50, 60)))
+    assert splits.count_overlaps(stored, 2, ENTRY)["evaluation"] == {"train": 2}
+    assert "expected at most data.max_overlap = 1" in problems_of(splits.count_overlaps, stored, 1, ENTRY)[0]
 
 
-def test_samples_of_several_inputs_overlap_only_if_all_are_the_same(tmp_path):
+def test_samples_with_several_inputs_overlap_only_if_all_inputs_are_equal(tmp_path):
     x, y = tensors(0, 60)
     x = x[torch.arange(60) % 30]  # evaluation repeats the first inputs of train
     mask = torch.arange(360).reshape(60, 2, 3)
 
-    def part(start, stop, second):
+    def masked(start, stop, second):
         return TensorDataset(x[start:stop], second[start:stop], y[start:stop])
 
-    found = {
-        name: part(*rows, mask)
+    returned = {
+        name: masked(*rows, mask)
         for name, rows in {"train": (0, 30), "calibration": (0, 3), "validation": (30, 40), "evaluation": (40, 60)}.items()
     }
-    splits.overlaps(read(tmp_path, found, TWO), 0, ENTRY)
-    found["evaluation"] = part(40, 60, mask[torch.arange(60) % 30])
-    assert "splits train and evaluation overlap: 20 of 20" in problems(splits.overlaps, read(tmp_path, found, TWO), 0, ENTRY)[0]
+    splits.count_overlaps(read(tmp_path, returned, TWO_INPUTS), 0, ENTRY)
+    returned["evaluation"] = masked(40, 60, mask[torch.arange(60) % 30])
+    assert (
+        "splits train and evaluation overlap: 20 of 20"
+        in problems_of(splits.count_overlaps, read(tmp_path, returned, TWO_INPUTS), 0, ENTRY)[0]
+    )

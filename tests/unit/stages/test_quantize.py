@@ -15,6 +15,7 @@ from edgekd.domain.target import Cpu, DeviceEntry, Limits, Protocol, RuntimeEntr
 from edgekd.errors import RecipeError, StageError
 from edgekd.ports import Context
 from edgekd.stages import quantize
+from edgekd.stages.quantize import QuantizeParams
 
 SPECS = (TensorSpec("x", (1, 6)),)
 
@@ -64,22 +65,25 @@ def run(folder, step, model, calibration):
     return result, json.loads((folder / "out" / "scheme.json").read_text())
 
 
-def step_of(name, given=None):
-    return next(step for step in quantize.steps(given or recipe(), [target()]) if step.id == name)
+def find_step(name, changed=None):
+    return next(step for step in quantize.steps(changed or recipe(), [target()]) if step.id == name)
 
 
-def test_a_step_for_each_candidate_and_only_static_ones_read_the_calibration_set():
+def test_each_candidate_has_a_step_and_only_static_ones_read_the_calibration_set():
     steps = {step.id: step for step in quantize.steps(recipe(), [target(), target("other")])}
-    assert sorted(steps) == [f"quantize/{r}/{s}/ptq" for r in ("litert", "onnxruntime") for s in ("dynamic_wi8_afp32", "static_wi8_ai8")]
+    assert sorted(steps) == [
+        f"quantize/{runtime}/{scheme}/ptq" for runtime in ("litert", "onnxruntime") for scheme in ("dynamic_wi8_afp32", "static_wi8_ai8")
+    ]
     static, dynamic = steps["quantize/litert/static_wi8_ai8/ptq"], steps["quantize/onnxruntime/dynamic_wi8_afp32/ptq"]
     assert static.inputs == {"model": "export/student/litert:model.tflite", "calibration.0": "inspect:calibration.inputs.0.npy"}
     assert dynamic.inputs == {"model": "export/student/onnxruntime:model.onnx"}
-    assert static.params.keys() == {"scheme", "io", "runtime", "max_samples", "instruction_set"}
-    assert dynamic.params == {"scheme": "dynamic_wi8_afp32", "io": "float32", "runtime": "onnxruntime"}
+    assert static.params.options == {"scheme": "static_wi8_ai8", "io": "float32"}
+    assert static.params.instruction_set is not None
+    assert dynamic.params == QuantizeParams("onnxruntime", {"scheme": "dynamic_wi8_afp32", "io": "float32"}, None)
     assert static.tools == ("ai-edge-quantizer", "ai-edge-litert", "numpy")
 
 
-def test_targets_whose_processors_differ_share_what_does_not_depend_on_them():
+def test_targets_with_different_cpus_share_the_steps_that_do_not_depend_on_the_cpu():
     steps = [step.id for step in quantize.steps(recipe(), [target(), target("old", "x86_64", ("avx2",))])]
     assert [step for step in steps if "reduce_range" in step] == [
         "quantize/onnxruntime/static_wi8_ai8/ptq/reduce_range=True",
@@ -88,7 +92,7 @@ def test_targets_whose_processors_differ_share_what_does_not_depend_on_them():
     assert len(steps) == len(set(steps)) == 6
 
 
-def test_integer_edges_leave_static_candidates_alone():
+def test_integer_inputs_and_outputs_leave_only_static_candidates():
     steps = [step.id for step in quantize.steps(recipe(io="int8"), [target()])]
     assert steps == ["quantize/litert/static_wi8_ai8/ptq/io=int8", "quantize/onnxruntime/static_wi8_ai8/ptq/io=int8"]
     with pytest.raises(RecipeError, match="'dynamic_wi8_afp32' has float inputs and outputs; quantize.io = \"int8\" needs a static scheme"):
@@ -97,7 +101,7 @@ def test_integer_edges_leave_static_candidates_alone():
 
 def test_a_static_candidate_has_its_scheme_file(mlp, tmp_path):
     calibration = np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32)
-    result, scheme = run(tmp_path, step_of("quantize/onnxruntime/static_wi8_ai8/ptq"), mlp, calibration)
+    result, scheme = run(tmp_path, find_step("quantize/onnxruntime/static_wi8_ai8/ptq"), mlp, calibration)
     assert (scheme["scheme"], scheme["io"], scheme["calibration_samples"]) == ("static_wi8_ai8", "float32", 20)
     assert (result.metrics["ops"], result.metrics["float_ops"], result.notes) == (2, 0, ())
     assert result.metrics["size_bytes"] == (tmp_path / "out" / "model.onnx").stat().st_size
@@ -106,27 +110,27 @@ def test_a_static_candidate_has_its_scheme_file(mlp, tmp_path):
 def test_a_large_calibration_set_is_sampled_evenly(mlp, tmp_path):
     rows = 4 * quantize.MAX_SAMPLES
     calibration = np.repeat(np.linspace(0, 7, rows, dtype=np.float32)[:, None], 6, axis=1)  # sorted, as by class
-    given = recipe(io="int8")
-    _, scheme = run(tmp_path, step_of("quantize/onnxruntime/static_wi8_ai8/ptq/io=int8", given), mlp, calibration)
+    integer_io = recipe(io="int8")
+    _, scheme = run(tmp_path, find_step("quantize/onnxruntime/static_wi8_ai8/ptq/io=int8", integer_io), mlp, calibration)
     assert scheme["calibration_samples"] == quantize.MAX_SAMPLES
     assert scheme["inputs"][0]["scale"] == pytest.approx(7 / 255)
 
 
 def test_a_dynamic_candidate_notes_what_stays_float(mlp, tmp_path):
-    result, _ = run(tmp_path, step_of("quantize/onnxruntime/dynamic_wi8_afp32/ptq"), mlp, [])
+    result, _ = run(tmp_path, find_step("quantize/onnxruntime/dynamic_wi8_afp32/ptq"), mlp, [])
     assert result.notes == ("Relu (1) stays float: activations stay float in a dynamic scheme",)
     assert result.metrics["float_ops"] == 1
 
 
-def test_a_model_that_nothing_in_was_quantized_says_so(tmp_path):
+def test_a_model_without_a_quantized_op_is_noted(tmp_path):
     path = tmp_path / "conv.onnx"
     registry.runtime("onnxruntime").export(nn.Conv1d(2, 3, 3).eval(), (TensorSpec("x", (1, 2, 6)),), path)
-    result, scheme = run(tmp_path, step_of("quantize/onnxruntime/dynamic_wi8_afp32/ptq"), path, [])
+    result, scheme = run(tmp_path, find_step("quantize/onnxruntime/dynamic_wi8_afp32/ptq"), path, [])
     assert scheme["integer_ops"] == []
     assert result.notes[0] == "nothing was quantized: no op of the model has an int8 form under dynamic_wi8_afp32"
 
 
-def test_what_a_quantizer_refuses_names_the_step(tmp_path):
+def test_a_refusal_of_the_quantizer_names_the_step(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"")
     with pytest.raises(StageError, match=r"quantize/onnxruntime/static_wi8_ai8/ptq: onnxruntime's quantizer refuses static_wi8_ai8: "):
-        run(tmp_path, step_of("quantize/onnxruntime/static_wi8_ai8/ptq"), tmp_path / "model.onnx", np.zeros((4, 6), np.float32))
+        run(tmp_path, find_step("quantize/onnxruntime/static_wi8_ai8/ptq"), tmp_path / "model.onnx", np.zeros((4, 6), np.float32))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small splits that are right, and ways to read and refuse them; the tests of right and of wrong splits start from these."""
+"""Small valid splits, and functions that read them; the tests of valid and of invalid splits start from these."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from edgekd.domain.recipe import EntryPoint
+from edgekd.domain.recipe import EntryPoint, TensorSpec
 from edgekd.errors import RecipeError
 from edgekd.stages.inspect import splits
 
 ENTRY = EntryPoint("data.py", "splits")
-ONE = [{"name": "x", "shape": [1, 4], "dtype": "float32"}]
-TWO = [*ONE, {"name": "mask", "shape": [1, 2, 3], "dtype": "int64"}]
+ONE_INPUT = (TensorSpec("x", (1, 4)),)
+TWO_INPUTS = (*ONE_INPUT, TensorSpec("mask", (1, 2, 3), "int64"))
 
 
 class Items(Dataset):
@@ -30,29 +30,29 @@ class Items(Dataset):
 
 
 def tensors(start, stop, classes=3):
-    made = torch.Generator().manual_seed(0)
-    return torch.randn(100, 4, generator=made)[start:stop], (torch.arange(100) % classes)[start:stop]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(100, 4, generator=generator)[start:stop], (torch.arange(100) % classes)[start:stop]
 
 
-def part(start, stop):
+def dataset(start, stop):
     return TensorDataset(*tensors(start, stop))
 
 
-def good(**changes):
-    train = part(0, 30)
-    found = {"train": train, "validation": part(30, 40), "calibration": Subset(train, range(8)), "evaluation": part(40, 60)}
-    return {**found, **changes}
+def datasets(**changes):
+    """Return valid splits, with changes by name."""
+    train, validation, evaluation = dataset(0, 30), dataset(30, 40), dataset(40, 60)
+    return {"train": train, "validation": validation, "calibration": Subset(train, range(8)), "evaluation": evaluation, **changes}
 
 
-def reader(out, specs=ONE, *, classes=True):
-    return splits.Reader(ENTRY, specs, classes, out, lambda share, text: None)
+def settings(out, specs=ONE_INPUT, *, class_ids=True):
+    return splits.ReadSettings(ENTRY, specs, class_ids, out, lambda share, text: None)
 
 
-def read(out, found, specs=ONE, *, classes=True):
-    return splits.read(splits.named(found, ENTRY), reader(out, specs, classes=classes))
+def read(out, returned, specs=ONE_INPUT, *, class_ids=True):
+    return splits.read_splits(splits.check_datasets(returned, ENTRY), settings(out, specs, class_ids=class_ids))
 
 
-def problems(call, *arguments, **options):
+def problems_of(call, *arguments, **options):
     with pytest.raises(RecipeError) as caught:
         call(*arguments, **options)
     return list(caught.value.problems)

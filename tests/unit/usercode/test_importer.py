@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""User code: what is imported from where, and what is told when it goes wrong."""
+"""User code: which file an import finds, and the messages about errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgekd.errors import RecipeError
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was():
+def _restored_import_state():
     path, hooks, cwd = list(sys.path), list(sys.path_hooks), Path.cwd()
     yield
     usercode.forget_modules()
@@ -30,7 +30,7 @@ def _call(folder, name="models.py:student", *arguments):
     return usercode.call_user_code(usercode.load_function(folder, entry), entry, *arguments)
 
 
-def _refused(folder, name="models.py:student"):
+def _refusal(folder, name="models.py:student"):
     with pytest.raises(RecipeError) as caught:
         _call(folder, name)
     assert "\n" not in str(caught.value)
@@ -45,19 +45,19 @@ def _write(folder, **files):
     return folder
 
 
-def test_a_module_beside_is_found_and_never_that_of_another_recipe(tmp_path):
+def test_a_neighbouring_module_is_imported_and_never_that_of_another_recipe(tmp_path):
     code = "import common\nfrom nets import layers\ndef student():\n    return common.NAME, layers.NAME\n"
     folders = [
         _write(tmp_path / name, models=code, common=f"NAME = '{name}'\n", nets__layers=f"NAME = '{name}/nets'\n") for name in ("a", "b")
     ]
-    told = [_call(folder) for folder in (*folders, folders[0])]
-    assert told == [("a", "a/nets"), ("b", "b/nets"), ("a", "a/nets")]
+    names = [_call(folder) for folder in (*folders, folders[0])]
+    assert names == [("a", "a/nets"), ("b", "b/nets"), ("a", "a/nets")]
     assert str(folders[0]) in sys.path
     assert str(folders[1]) not in sys.path
 
 
 def test_a_module_is_imported_once_while_it_is_unchanged(tmp_path):
-    _write(tmp_path, models="import common\ndef student():\n    return common.MADE\n", common="MADE = []\n")
+    _write(tmp_path, models="import common\ndef student():\n    return common.STATE\n", common="STATE = []\n")
     assert _call(tmp_path) is _call(tmp_path)
 
 
@@ -68,46 +68,46 @@ def test_code_that_was_edited_is_imported_anew_in_the_same_process(tmp_path):
     assert _call(tmp_path) == 2
 
 
-def test_a_file_that_came_since_is_found(tmp_path):
+def test_a_new_file_can_be_imported(tmp_path):
     _write(tmp_path, models="def student():\n    import late\n    return late.N\n")
-    assert "late" in _refused(tmp_path)
+    assert "late" in _refusal(tmp_path)
     _write(tmp_path, late="N = 5\n")
     assert _call(tmp_path) == 5
 
 
-def test_entries_of_one_name_in_two_folders_of_a_recipe_are_told_apart(tmp_path):
+def test_files_of_the_same_name_in_two_folders_of_a_recipe_are_kept_apart(tmp_path):
     code = "import parts\ndef student():\n    return parts.N\n"
     _write(tmp_path, a__models=code, a__parts="N = 1\n", b__models=code, b__parts="N = 2\n")
     assert [_call(tmp_path, f"{name}/models.py:student") for name in "aba"] == [1, 2, 1]
 
 
-def test_an_entry_outside_the_recipes_folder_finds_what_lies_beside_it(tmp_path):
+def test_an_entry_outside_the_recipes_folder_finds_modules_beside_it(tmp_path):
     _write(tmp_path, shared__models="import parts\ndef student():\n    raise ValueError(parts.N)\n", shared__parts="N = 'x'\n")
-    (tmp_path / "own").mkdir()
-    assert _refused(tmp_path / "own", "../shared/models.py:student") == "../shared/models.py:3: student() raised ValueError: x"
+    (tmp_path / "recipe").mkdir()
+    assert _refusal(tmp_path / "recipe", "../shared/models.py:student") == "../shared/models.py:3: student() raised ValueError: x"
 
 
-def test_no_bytecode_is_written_and_none_is_believed(tmp_path):
+def test_bytecode_is_neither_written_nor_used(tmp_path):
     path = _write(tmp_path, models="def student():\n    return 1\n") / "models.py"
     cached = Path(py_compile.compile(str(path), doraise=True))
     stat = path.stat()
     path.write_text("def student():\n    return 2\n")
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size and time: Python itself would take the old bytecode
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size and time: Python itself would use the old bytecode
     assert _call(tmp_path) == 2
     cached.unlink()
     cached.parent.rmdir()
     _write(tmp_path, models="def student():\n    import common\n    return common.N\n", common="N = 3\n")
     assert _call(tmp_path) == 3
-    assert sorted(found.name for found in tmp_path.rglob("*")) == ["common.py", "models.py"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["common.py", "models.py"]
 
 
-def test_relative_paths_mean_the_recipes_folder(tmp_path):
-    (tmp_path / "note.txt").write_text("here")
+def test_relative_paths_start_at_the_recipes_folder(tmp_path):
+    (tmp_path / "note.txt").write_text("text")
     _write(
         tmp_path,
         models="from pathlib import Path\nTOP = Path('note.txt').read_text()\ndef student():\n    return TOP + Path('note.txt').read_text()\n",
     )
-    assert _call(tmp_path) == "herehere"
+    assert _call(tmp_path) == "texttext"
 
 
 def test_arguments_reach_the_function(tmp_path):
@@ -115,26 +115,26 @@ def test_arguments_reach_the_function(tmp_path):
     assert _call(tmp_path, "models.py:add", 2, 3) == 5
 
 
-def test_a_users_file_never_stands_for_a_module_of_python(tmp_path):
+def test_a_users_file_never_replaces_a_module_of_python(tmp_path):
     _write(tmp_path, models="def student():\n    return 1\n", colorsys="raise RuntimeError\n", onnxscript="raise RuntimeError\n")
     sys.modules.pop("colorsys", None)
     assert _call(tmp_path) == 1
     assert hasattr(importlib.import_module("colorsys"), "rgb_to_hsv")
-    assert _refused(tmp_path, "colorsys.py:student") == (
-        "colorsys.py: has the name of 'colorsys', a module of Python's or an installed package's; rename the file"
+    assert _refusal(tmp_path, "colorsys.py:student") == (
+        "colorsys.py: has the name of the module 'colorsys' of Python or of an installed package; rename the file"
     )
-    assert "rename the file" in _refused(tmp_path, "onnxscript.py:student")
+    assert "rename the file" in _refusal(tmp_path, "onnxscript.py:student")
 
 
-WRONG = {
+INVALID = {
     "raises": ("def student():\n    raise ValueError('no width')\n", "models.py:2: student() raised ValueError: no width"),
     "raises without a text": ("def student():\n    assert False\n", "models.py:2: student() raised AssertionError"),
     "raises many lines": ("def student():\n    raise ValueError('first\\nsecond')\n", "models.py:2: student() raised ValueError: first"),
     "exits": (
         "import sys\ndef student():\n    sys.exit(3)\n",
-        "models.py:3: student() wants to end the process (SystemExit: 3); it must return",
+        "models.py:3: student() tried to end the process (SystemExit: 3); it must return",
     ),
-    "raises what is no exception": (
+    "raises a BaseException": (
         "class Stop(BaseException):\n    pass\ndef student():\n    raise Stop('x')\n",
         "models.py:4: student() raised Stop: x",
     ),
@@ -143,7 +143,7 @@ WRONG = {
         "models.py:5: student() raised JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
     ),
     "raises while it is imported": ("x = 1\n1 / 0\n", "models.py:2: importing it raised ZeroDivisionError: division by zero"),
-    "exits while it is imported": ("raise SystemExit\n", "models.py:1: importing it wants to end the process (SystemExit); it must return"),
+    "exits while it is imported": ("raise SystemExit\n", "models.py:1: importing it tried to end the process (SystemExit); it must return"),
     "lacks a module": (
         "import no_such\n",
         (
@@ -155,8 +155,8 @@ WRONG = {
         "from pathlib import Pth\n",
         f"models.py:1: importing it raised ImportError: cannot import name 'Pth' from 'pathlib' ({__import__('pathlib').__file__})",
     ),
-    "is no Python": ("x = 1\ndef student(:\n", "models.py:2: is not valid Python (invalid syntax)"),
-    "wants arguments": (
+    "is not valid Python": ("x = 1\ndef student(:\n", "models.py:2: is not valid Python (invalid syntax)"),
+    "takes arguments": (
         "def student(width):\n    return width\n",
         "models.py: student() raised TypeError: student() missing 1 required positional argument: 'width'",
     ),
@@ -172,48 +172,48 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_file_that(name, tmp_path):
-    code, message = WRONG[name]
-    assert _refused(_write(tmp_path, models=code)) == message
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_file(name, tmp_path):
+    code, message = INVALID[name]
+    assert _refusal(_write(tmp_path, models=code)) == message
 
 
-def test_a_mistake_in_a_module_beside_is_placed_there(tmp_path):
+def test_an_error_in_another_module_is_located_there(tmp_path):
     _write(tmp_path, models="import nets.parts\ndef student():\n    return 1\n", nets__parts="\n\nraise ValueError('x')\n")
-    assert _refused(tmp_path) == "nets/parts.py:3: importing it raised ValueError: x"
+    assert _refusal(tmp_path) == "nets/parts.py:3: importing it raised ValueError: x"
     _write(tmp_path, nets__parts="def (\n")
-    assert _refused(tmp_path) == "nets/parts.py:1: is not valid Python (invalid syntax)"
+    assert _refusal(tmp_path) == "nets/parts.py:1: is not valid Python (invalid syntax)"
 
 
-def test_a_file_that_is_not_there_is_told_with_those_that_are(tmp_path):
+def test_an_absent_file_is_reported_with_the_existing_ones(tmp_path):
     _write(tmp_path, models="", data="")
     (tmp_path / "notes.txt").write_text("")
-    assert _refused(tmp_path, "model.py:student").endswith("expected one of data.py, models.py (did you mean 'models.py'?)")
-    assert _refused(tmp_path, "gone/model.py:student").endswith("; the folder has no Python file")
-    assert _refused(tmp_path, "notes.txt:student") == "notes.txt: is not a Python file; expected file.py:student"
+    assert _refusal(tmp_path, "model.py:student").endswith("expected one of data.py, models.py (did you mean 'models.py'?)")
+    assert _refusal(tmp_path, "gone/model.py:student").endswith("; the folder has no Python file")
+    assert _refusal(tmp_path, "notes.txt:student") == "notes.txt: is not a Python file; expected file.py:student"
 
 
-def test_an_interrupt_and_our_own_errors_pass_as_they_are(tmp_path):
+def test_an_interrupt_and_edgekd_errors_pass_unchanged(tmp_path):
     _write(tmp_path, models="def stop():\n    raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         _call(tmp_path, "models.py:stop")
 
-    def ours():
-        raise RecipeError("as it is")
+    def refuse():
+        raise RecipeError("unchanged")
 
-    with pytest.raises(RecipeError, match=r"^as it is$"):
-        usercode.call_user_code(ours, EntryPoint("a.py", "b"))
+    with pytest.raises(RecipeError, match=r"^unchanged$"):
+        usercode.call_user_code(refuse, EntryPoint("a.py", "b"))
 
 
-def test_a_module_that_could_not_be_imported_is_not_left_half_made(tmp_path):
+def test_a_module_that_could_not_be_imported_is_removed(tmp_path):
     _write(tmp_path, models="import common\nWIDTH = common.WIDTH\ndef student():\n    return WIDTH\n", common="")
-    assert "no attribute 'WIDTH'" in _refused(tmp_path)
+    assert "no attribute 'WIDTH'" in _refusal(tmp_path)
     assert "models" not in sys.modules
     _write(tmp_path, common="WIDTH = 4\n")
     assert _call(tmp_path) == 4
 
 
-def test_a_call_can_be_named(tmp_path):
+def test_a_call_can_be_described(tmp_path):
     _write(tmp_path, models="def student():\n    raise ValueError('x')\n")
     entry = EntryPoint("models.py", "student")
     with pytest.raises(RecipeError, match=r"^models\.py:2: reading sample 3 raised ValueError: x$"):
@@ -223,5 +223,5 @@ def test_a_call_can_be_named(tmp_path):
 def test_files_of_python_packages_and_edgekd_are_not_the_users(tmp_path):
     assert usercode.is_user_file(str(tmp_path / "models.py"))
     assert usercode.is_user_file("/usr/share/datasets/x.gz")
-    foreign = [os.__file__, pytest.__file__, usercode.__file__, str(Path(pytest.__file__).parents[1]), "<string>"]
-    assert not [path for path in foreign if usercode.is_user_file(path)]
+    libraries = [os.__file__, pytest.__file__, usercode.__file__, str(Path(pytest.__file__).parents[1]), "<string>"]
+    assert not [path for path in libraries if usercode.is_user_file(path)]

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of teacher, student, metric and augmentation on a few samples, before any long work starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd import usercode
+from edgekd.domain.losses import Loss
+from edgekd.domain.recipe import EntryPoint
+from edgekd.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from torch import nn
+
+    from edgekd.stages.inspect.params import InspectParams, TeacherParams
+
+_BATCH = 2  # samples that networks are checked on
+_METRIC_SAMPLES = 64  # samples that a metric is checked on
+_LOGITS_AXES = 2
+_TOLERANCE = 1e-2  # of the largest output, for a sample alone and in a batch; rounding stays far below
+
+
+@dataclass(frozen=True, slots=True)
+class CheckContext:
+    """What all checks need: the parameters of the step, the recipe's folder, and the folder of the stored arrays."""
+
+    params: InspectParams
+    recipe_dir: Path
+    out: Path
+
+    def samples(self, rows: Sequence[int], split: str = "evaluation") -> list[np.ndarray]:
+        """Return inputs of a split, one array (n, ...) for each input of the student."""
+        import numpy as np
+
+        paths = [self.out / f"{split}.inputs.{index}.npy" for index in range(len(self.params.inputs))]
+        return [np.array(np.load(path, mmap_mode="r")[list(rows)]) for path in paths]
+
+    def batch(self) -> list[np.ndarray]:
+        """Return a batch of two samples."""
+        import numpy as np
+
+        labels = np.load(self.out / "evaluation.labels.npy", mmap_mode="r")
+        return self.samples([0, min(_BATCH, len(labels)) - 1])
+
+
+def check_teacher(check: CheckContext, teacher: TeacherParams, name: str) -> dict[str, Any]:
+    """Run a teacher on a batch and return the number of its parameters and outputs.
+
+    A teacher that is not trained here is stored under ``name``: as ``NAME.safetensors``, or a whole model under its suffix.
+
+    Raises:
+        RecipeError: if it cannot be loaded or run.
+    """
+    from edgekd.kd import modules
+    from edgekd.kd.teachers.load import load_teacher, teacher_from_module
+
+    batch, key = check.batch(), "teacher" if name == "teacher" else "distill.teachers"
+    if teacher.file is not None:
+        path = _model_file(check.recipe_dir, teacher.file, f"{key}.file")
+        logits = load_teacher(check.recipe_dir, None, path)(batch)
+        shutil.copyfile(path, check.out / f"{name}.{teacher.file.rpartition('.')[2]}")
+        return {"parameters": None, "outputs": _output_shape(logits, teacher.file)}
+    entry = EntryPoint.parse(teacher.name)
+    if teacher.trained_here:
+        module = _build(check, entry)
+        parameters = modules.parameter_count(module)
+        _check_gradient(module, entry, batch, "teacher")
+    else:
+        weights = _model_file(check.recipe_dir, str(teacher.weights), f"{key}.weights")
+        module = modules.load_frozen_module(check.recipe_dir, entry, weights)
+        parameters = modules.parameter_count(module)
+        modules.save_weights(module, check.out / f"{name}.safetensors")
+    return {"parameters": parameters, "outputs": _output_shape(teacher_from_module(module, entry)(batch), str(entry))}
+
+
+def check_student(check: CheckContext, rows: Sequence[int]) -> tuple[dict[str, Any], np.ndarray]:
+    """Check the student with fresh weights; return the number of its parameters and outputs, and its logits for evaluation ``rows``.
+
+    Raises:
+        RecipeError: as :func:`check_trainable`.
+    """
+    entry = EntryPoint.parse(check.params.student)
+    module, summary = _check_network(check, entry, "student")
+    return summary, _logits(module.eval(), entry, check.samples(rows))
+
+
+def check_trainable(check: CheckContext, entry: EntryPoint, role: str) -> dict[str, Any]:
+    """Check a network that is trained here, with fresh weights; return the number of its parameters and outputs.
+
+    Raises:
+        RecipeError: if it cannot be run, is random in eval mode, mixes samples, or has no trainable parameter.
+    """
+    return _check_network(check, entry, role)[1]
+
+
+def check_taps(check: CheckContext) -> str | None:
+    """Check the taps between student and teacher, whatever their weights; return a warning where such taps are known to hurt.
+
+    Raises:
+        RecipeError: what is wrong with them.
+    """
+    import torch
+
+    from edgekd.kd.losses.taps import Network, attach_taps
+
+    entries = {"student": EntryPoint.parse(check.params.student), "teacher": EntryPoint.parse(check.params.teacher.name)}
+    student, teacher = (Network(role, _build(check, entry), entry) for role, entry in entries.items())
+    terms = [Loss.from_dict(loss) for loss in check.params.tapped_losses]
+    attach_taps(student, teacher, terms, [torch.tensor(array) for array in check.batch()], 0)
+    harmful = sorted({term.kind for term in terms} & {"attention", "hint"})
+    if not harmful or not _is_mobile(student.module) or _is_mobile(teacher.module):
+        return None
+    return (
+        f"{' and '.join(harmful)} from a plain convolutional teacher into a depthwise (mobile) student did harm in published results: "
+        "MobileNetV2 on CIFAR-100 ended 0.5 to 6 points below the student without a teacher; "
+        "see with distill.baselines whether it helps here"
+    )
+
+
+def check_metric(check: CheckContext, outputs: np.ndarray, labels: np.ndarray) -> None:
+    """Run the user's score function and metric on a student's outputs.
+
+    Raises:
+        RecipeError: if one returns something else than scores.
+    """
+    import numpy as np
+
+    if check.params.score is not None:
+        entry = EntryPoint.parse(check.params.score)
+        scores, array = _call_metric(check, entry, "score", outputs, labels)
+        if array.shape != labels.shape[:1] or array.dtype.kind not in "biuf" or not _is_share(array.astype(np.float64)):
+            raise RecipeError(f"{entry}: returned {_describe(scores)} for {len(labels)} samples; expected {len(labels)} scores from 0 to 1")
+    if check.params.metric is not None:
+        entry = EntryPoint.parse(check.params.metric)
+        value, array = _call_metric(check, entry, "metric", outputs, labels)
+        if array.ndim != 0 or array.dtype.kind not in "biuf" or not np.isfinite(array.astype(np.float64)) or array > 1:
+            expected = "expected one finite number for the whole set, at most 1 (0.93, not 93)"
+            raise RecipeError(f"{entry}: returned {_describe(value)}; {expected}")
+
+
+def check_augmentation(check: CheckContext, augmentation: str) -> None:
+    """Run an augmentation on two training samples, twice with the same seed.
+
+    Raises:
+        RecipeError: if it changes shapes or types, or draws from another generator than the one that it gets.
+    """
+    import torch
+
+    entry = EntryPoint.parse(augmentation)
+    function = usercode.load_function(check.recipe_dir, entry)
+    arrays = check.samples([0, 0], "train")
+    expected = [(list(array.shape), array.dtype.name) for array in arrays]
+
+    def augment() -> list[torch.Tensor]:
+        tensors = [torch.tensor(array) for array in arrays]
+        inputs = tensors[0] if len(tensors) == 1 else tuple(tensors)
+        result = usercode.call_user_code(function, entry, inputs, torch.Generator().manual_seed(0))
+        parts = list(result) if isinstance(result, tuple | list) else [result]
+        kinds = [(list(part.shape), str(part.dtype)[6:]) if isinstance(part, torch.Tensor) else None for part in parts]
+        if kinds != expected:
+            shapes = ", ".join(f"{dtype} {shape}" for shape, dtype in expected)
+            raise RecipeError(
+                f"{entry}: returned {_describe(result)}; expected a batch of the same shapes and types as its input ({shapes})"
+            )
+        return parts
+
+    if not all(torch.equal(*pair) for pair in zip(augment(), augment(), strict=True)):
+        raise RecipeError(f"{entry}: returns different batches for the same batch and seed; draw only from the generator that it gets")
+
+
+def metric_rows(labels: np.ndarray) -> list[int]:
+    """Return the samples that a metric is checked on: some of each class, as many metrics fail without; otherwise the first ones."""
+    import numpy as np
+
+    if labels.dtype != np.int64 or labels.ndim != 1:
+        return list(range(min(_METRIC_SAMPLES, len(labels))))
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(labels[order]) > 0])
+    rows_by_class = np.split(order, starts[1:])
+    per_class = max(1, _METRIC_SAMPLES // len(rows_by_class))
+    return sorted(int(row) for rows in rows_by_class for row in rows[:per_class])
+
+
+def _call_metric(check: CheckContext, entry: EntryPoint, name: str, outputs: np.ndarray, labels: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Return what the user's function returned, as it is and as an array."""
+    import numpy as np
+
+    value = usercode.call_user_code(usercode.load_function(check.recipe_dir, entry), entry, outputs.copy(), labels.copy())
+    return value, usercode.call_user_code(np.asarray, entry, value, what=f"what {name} returned")
+
+
+def _check_network(check: CheckContext, entry: EntryPoint, role: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Check a module with fresh weights; return it, and the number of its parameters and outputs."""
+    import numpy as np
+
+    from edgekd.kd import modules
+
+    batch = check.batch()
+    module = _build(check, entry).eval()
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise RecipeError(f"{entry}: the {role} has no trainable parameter")
+    logits = _logits(module, entry, batch)
+    outputs = _output_shape(logits, str(entry))
+    if not np.array_equal(logits, _logits(module, entry, batch)):
+        raise RecipeError(
+            f"{entry}: the {role} in eval mode returns different outputs for the same input; expected the same (dropout written by hand?)"
+        )
+    alone = _logits(module, entry, [array[:1] for array in batch])
+    _output_shape(alone, str(entry))
+    if np.abs(alone[0] - logits[0]).max() > _TOLERANCE * np.abs(logits).max():
+        raise RecipeError(
+            f"{entry}: the {role} returns different outputs for a sample alone and in a batch of two; expected the same "
+            "(an operation over axis 0, which is the batch?)"
+        )
+    _check_gradient(module, entry, batch, role)
+    return module, {"parameters": modules.parameter_count(module), "outputs": outputs}
+
+
+def _is_mobile(module: nn.Module) -> bool:
+    """Return whether a network has depthwise convolutions."""
+    from torch import nn
+
+    return any(isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in module.modules())
+
+
+def _build(check: CheckContext, entry: EntryPoint) -> nn.Module:
+    from edgekd.kd import modules
+    from edgekd.kd.reproducible import seed_all
+
+    seed_all(0)
+    return modules.build_module(check.recipe_dir, entry)
+
+
+def _model_file(recipe_dir: Path, name: str, key: str) -> Path:
+    path = recipe_dir / name
+    if path.is_file():
+        if not os.access(path, os.R_OK):
+            raise RecipeError(f"{key}: {name}: cannot be read; its permissions forbid it")
+        return path
+    siblings = [sibling.name for sibling in path.parent.iterdir() if sibling.is_file()] if path.parent.is_dir() else []
+    raise RecipeError(f"{key}: {name}: no such file in {recipe_dir}{did_you_mean(Path(name).name, siblings)}")
+
+
+def _logits(module: nn.Module, entry: EntryPoint, batch: list[np.ndarray]) -> np.ndarray:
+    """Return a module's logits in its current mode, in float32."""
+    import torch
+
+    with torch.inference_mode():
+        logits: np.ndarray = _forward(module, entry, batch).float().numpy()
+    return logits
+
+
+def _forward(module: nn.Module, entry: EntryPoint, batch: list[np.ndarray]) -> Any:
+    import torch
+
+    outputs = usercode.call_user_code(
+        module, entry, *[torch.tensor(array) for array in batch], what=f"forward() of what {entry.function}() made"
+    )
+    count = len(batch[0])
+    if not isinstance(outputs, torch.Tensor):
+        raise RecipeError(f"{entry}: forward() returned {type(outputs).__name__}; expected one tensor of logits [{count}, classes]")
+    if not outputs.is_floating_point() or outputs.ndim != _LOGITS_AXES or len(outputs) != count:
+        kind = str(outputs.dtype).removeprefix("torch.")
+        raise RecipeError(
+            f"{entry}: forward() returned {kind} {list(outputs.shape)} for {count} samples; expected float logits [{count}, classes]"
+        )
+    return outputs
+
+
+def _check_gradient(module: nn.Module, entry: EntryPoint, batch: list[np.ndarray], role: str) -> None:
+    import torch
+
+    with torch.enable_grad():
+        outputs = _forward(module.train(), entry, batch)
+    if not outputs.requires_grad:
+        raise RecipeError(f"{entry}: the outputs of the {role} depend on no trainable parameter; nothing would be learned")
+
+
+def _output_shape(logits: np.ndarray, name: str) -> list[int]:
+    """Return the shape of one sample's output, the number of classes in a list.
+
+    Raises:
+        RecipeError: if an output is not finite.
+    """
+    import numpy as np
+
+    if not np.isfinite(logits).all():
+        raise RecipeError(f"{name}: returns outputs that are not finite (NaN or infinite); check the weights and the scale of the inputs")
+    return [int(logits.shape[1])]
+
+
+def _is_share(values: np.ndarray) -> bool:
+    import numpy as np
+
+    return bool(np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1)
+
+
+def _describe(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    return f"{type(value).__name__} of shape {list(shape)}" if shape is not None else f"{type(value).__name__} {str(value)[:40]}"

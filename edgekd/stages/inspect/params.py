@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters of the step ``inspect``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgekd.domain.recipe import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edgekd.domain.artifact import Json
+    from edgekd.domain.recipe import Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherParams:
+    """A teacher as the recipe gives it.
+
+    It is a module (``model``) with ``weights``, a module that edgekd trains (``trained_here``), or a ``file`` that is a whole model.
+    """
+
+    model: str | None
+    weights: str | None
+    file: str | None
+    trained_here: bool
+
+    @classmethod
+    def from_recipe(cls, teacher: Teacher) -> TeacherParams:
+        """Return the part of ``[teacher]`` or ``[[distill.teachers]]`` that the inspection uses."""
+        return cls(None if teacher.model is None else str(teacher.model), teacher.weights, teacher.file, teacher.train is not None)
+
+    @property
+    def name(self) -> str:
+        """Return how messages name it: its entry point or its file."""
+        return str(self.model or self.file)
+
+
+@dataclass(frozen=True, slots=True)
+class InspectParams:
+    """What may change the result of the inspection, beside the user's code and data. Entry points are ``file.py:function``.
+
+    ``teachers``, ``assistants`` and ``sizes`` are the further networks of ``[distill]``; ``tapped_losses`` are its losses with taps,
+    as ``Loss.to_dict`` returns them. ``views`` is the augmentation of ``[distill]``, ``augment`` that of ``[teacher.train]``.
+    ``metric`` is None for top-1 and for a score per sample.
+    """
+
+    splits: str
+    max_overlap: int
+    inputs: tuple[TensorSpec, ...]
+    student: str
+    task: str
+    heads: tuple[int, ...]
+    teacher: TeacherParams
+    checkpoints: tuple[str, ...]
+    teachers: tuple[TeacherParams, ...]
+    assistants: tuple[str, ...]
+    sizes: tuple[str, ...]
+    tapped_losses: tuple[Mapping[str, Json], ...]
+    pseudo_labels: bool
+    metric: str | None
+    score: str | None
+    augment: str | None
+    views: str | None
+
+    @property
+    def needs_class_ids(self) -> bool:
+        """Return whether labels must be class ids: for top-1, and to train a teacher."""
+        return self.teacher.trained_here or (self.metric is None and self.score is None)
+
+    @property
+    def model_files(self) -> tuple[str, ...]:
+        """Return the weights and whole models that the recipe names."""
+        names = [name for teacher in (self.teacher, *self.teachers) for name in (teacher.weights, teacher.file) if name is not None]
+        return (*names, *self.checkpoints)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> InspectParams:
+        """Return the parameters from the JSON of ``dataclasses.asdict``."""
+        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        nested = {
+            "inputs": tuple(TensorSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in values["inputs"]),
+            "teacher": TeacherParams(**values["teacher"]),
+            "teachers": tuple(TeacherParams(**item) for item in values["teachers"]),
+        }
+        return cls(**{**values, **tuples, **nested})
