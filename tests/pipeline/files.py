@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies in a cache, for tests that compare builds byte by byte."""
+"""The files in a cache, for tests that compare builds byte by byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def cached_files(cache: Cache) -> dict[tuple[str, str], dict[str, str]]:
-    """Return the digest of every file that a stage made, by stage, key and name."""
+    """Return the digest of every file that a stage wrote, by stage, key and name."""
     return {
         (entry.material["stage"], key): {name: item.digest for name, item in entry.artifacts.items()}
         for key, entry, *_ in cache.entries()

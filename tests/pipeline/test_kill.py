@@ -35,27 +35,27 @@ def test_killed_builds_end_in_the_same_bytes(tmp_path):
     shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("build", "__pycache__"))
     locks = tmp_path / "locks"
     locks.mkdir()
-    begun = time.monotonic()
+    started = time.monotonic()
     undisturbed = _start(folder, tmp_path / "undisturbed", locks)
     assert undisturbed.wait(300) == 0, undisturbed.stderr.read()
-    seconds = time.monotonic() - begun
-    wanted = cached_files(Cache(tmp_path / "undisturbed", lambda text: None))
+    seconds = time.monotonic() - started
+    expected = cached_files(Cache(tmp_path / "undisturbed", lambda text: None))
 
-    made = random.Random(20)
-    ran = []
+    generator = random.Random(20)
+    logs = []
     for _ in range(KILLS):
         shutil.rmtree(folder / "build", ignore_errors=True)
         build = _start(folder, tmp_path / "killed", locks)
-        time.sleep(made.uniform(0.1, seconds))
+        time.sleep(generator.uniform(0.1, seconds))
         os.killpg(build.pid, signal.SIGKILL)
-        ran.append(build.stderr.read())
+        logs.append(build.stderr.read())
         build.wait()
     last = _start(folder, tmp_path / "killed", locks)
-    told = last.communicate(timeout=300)[1]
-    assert last.returncode == 0, told
-    assert cached_files(Cache(tmp_path / "killed", lambda text: None)) == wanted
-    # which candidate is the fastest is measured anew, so it may be another one
+    last_log = last.communicate(timeout=300)[1]
+    assert last.returncode == 0, last_log
+    assert cached_files(Cache(tmp_path / "killed", lambda text: None)) == expected
+    # the candidates are measured again, so another one may be the fastest
     (model,) = [path for path in (folder / "build" / "host").iterdir() if path.suffix in {".tflite", ".onnx"}]
-    assert file_digest(model) in {item for files in wanted.values() for item in files.values()}
-    finished = [step for text in [*ran, told] for step in re.findall(r"^(\S+): done", text, re.MULTILINE)]
+    assert file_digest(model) in {item for files in expected.values() for item in files.values()}
+    finished = [step for log in [*logs, last_log] for step in re.findall(r"^(\S+): done", log, re.MULTILINE)]
     assert len(finished) == len(set(finished))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students of other widths, distilled beside the one that ships."""
+"""Students of other sizes, distilled in addition to the one that ships."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def wide():
 """
 
 
-def test_the_report_says_what_other_sizes_reach_and_what_they_cost(tmp_path):
+def test_the_report_shows_the_accuracy_and_the_cost_of_other_sizes(tmp_path):
     text = toy.RECIPE.replace("[distill]", '[distill]\nsizes = ["models.py:teacher", "models.py:wide"]')
     for name, content in {"edgekd.toml": text, "models.py": toy.MODELS + MODELS, "data.py": toy.DATA}.items():
         (tmp_path / name).write_text(content)
     environment = {**os.environ, "EDGEKD_CACHE": str(tmp_path / "cache"), "EDGEKD_LOCK_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "edgekd", "build", "--target", "host", "--json"]
-    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode in {0, 1, 4}, found.stderr
-    (document,) = json.loads(found.stdout)
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode in {0, 1, 4}, process.stderr
+    (document,) = json.loads(process.stdout)
     (note,) = [note for note in document["notes"] if note.startswith("sizes, on validation")]
     counts = dict(re.findall(r"models.py:(\w+) \((\d+) parameters\)", note))
     assert counts == {"teacher": "15", "student": "19", "wide": "75"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same recipe in one process, and in two of torchrun's."""
+"""The same recipe in one process, and in two processes of torchrun."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ RECIPE = toy.RECIPE.replace("[distill]\nepochs = 1", f"[distill]\nepochs = 4{LOS
 )
 
 
-def started(folder, torchrun=(), student="student", epochs=4):
-    """Return how to start a build of a recipe until its student is distilled."""
+def build_arguments(folder, torchrun=(), student="student", epochs=4):
+    """Return the arguments of a process that builds a recipe until its student is distilled."""
     folder.mkdir(exist_ok=True)
     text = RECIPE.replace("models.py:student", f"models.py:{student}").replace("epochs = 4", f"epochs = {epochs}")
     for name, content in {"edgekd.toml": text, "models.py": MODELS, "data.py": toy.DATA}.items():
@@ -51,61 +51,61 @@ def started(folder, torchrun=(), student="student", epochs=4):
     return {"args": [sys.executable, *torchrun, "-m", "edgekd", "build", *options], "cwd": folder, "env": environment}
 
 
-def built(folder, torchrun=(), **changed):
-    """Build; return the process and the curve, None if it made none."""
-    run = subprocess.run(**started(folder, torchrun, **changed), capture_output=True, text=True, timeout=300, check=False)
+def build(folder, torchrun=(), **changes):
+    """Build; return the process and the epochs of the curve, None if it wrote none."""
+    run = subprocess.run(**build_arguments(folder, torchrun, **changes), capture_output=True, text=True, timeout=300, check=False)
     curve = folder / f"out{len(torchrun)}" / "until-distill" / "curve.json"
     return run, json.loads(curve.read_text())["epochs"] if curve.is_file() else None
 
 
 @pytest.fixture
-def two():
-    """Return what starts a module in two processes."""
+def torchrun():
+    """Return the arguments that start a module in two processes."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     return ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
 
 
-def test_two_ranks_train_what_one_process_trains(tmp_path, two):
-    alone, expected = built(tmp_path / "x")
-    assert alone.returncode == 0, alone.stderr
-    shared, found = built(tmp_path / "x", two)
-    assert shared.returncode == 0, shared.stderr
-    assert "params.ranks None -> 2" in shared.stderr
-    assert len(found) == len(expected) == 4
-    for one, other in zip(expected, found, strict=True):
+def test_two_ranks_train_what_one_process_trains(tmp_path, torchrun):
+    single, expected = build(tmp_path / "x")
+    assert single.returncode == 0, single.stderr
+    distributed, curve = build(tmp_path / "x", torchrun)
+    assert distributed.returncode == 0, distributed.stderr
+    assert "params.ranks None -> 2" in distributed.stderr
+    assert len(curve) == len(expected) == 4
+    for expected_epoch, epoch in zip(expected, curve, strict=True):
         for name in ("train_loss", "validation_loss"):
-            assert one[name] == pytest.approx(other[name], abs=1e-3)
+            assert expected_epoch[name] == pytest.approx(epoch[name], abs=1e-3)
     chosen = [json.loads(path.read_text()) for path in (tmp_path / "x").glob("out*/until-distill/search/chosen.json")]
     assert len(chosen) == 2
     assert chosen[0] == chosen[1]
     assert not list((tmp_path / "x/cache/work").iterdir())
 
 
-def test_batch_norm_is_warned_of_and_a_user_s_mistake_ends_all_ranks(tmp_path, two):
-    normed, curve = built(tmp_path / "x", two, student="normed")
+def test_batch_norm_is_warned_of_and_a_user_s_mistake_ends_all_ranks(tmp_path, torchrun):
+    normed, curve = build(tmp_path / "x", torchrun, student="normed")
     assert normed.returncode == 0, normed.stderr
     assert curve is not None
     assert "warning: 2 ranks train a module with batch norm: its statistics are those of about 3 of the 7 samples" in normed.stderr
-    broken, curve = built(tmp_path / "y", two, student="broken")
-    assert broken.returncode == 1  # torchrun's own: it knows no others
+    broken, curve = build(tmp_path / "y", torchrun, student="broken")
+    assert broken.returncode == 1  # torchrun has no other exit code
     assert "broken() raised ValueError: no student today" in broken.stderr
     assert curve is None
 
 
 @pytest.mark.long
-def test_ranks_that_were_killed_go_on_together(tmp_path, two):
-    undisturbed, _ = built(tmp_path / "x", two, epochs=24)
+def test_ranks_that_were_killed_resume_together(tmp_path, torchrun):
+    undisturbed, _ = build(tmp_path / "x", torchrun, epochs=24)
     assert undisturbed.returncode == 0, undisturbed.stderr
-    process = subprocess.Popen(**started(tmp_path / "y", two, epochs=24), start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(**build_arguments(tmp_path / "y", torchrun, epochs=24), start_new_session=True, stderr=subprocess.DEVNULL)
     while not list((tmp_path / "y/cache").glob("work/*/checkpoint")) and process.poll() is None:
         time.sleep(0.01)
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    resumed, _ = built(tmp_path / "y", two, epochs=24)
+    resumed, _ = build(tmp_path / "y", torchrun, epochs=24)
     assert resumed.returncode == 0, resumed.stderr
     assert not list((tmp_path / "y/cache/work").iterdir())
-    made = [sorted((tmp_path / name).glob("out*/until-distill/student.safetensors")) for name in "xy"]
-    assert made[0][0].read_bytes() == made[1][0].read_bytes()
+    students = [sorted((tmp_path / name).glob("out*/until-distill/student.safetensors")) for name in "xy"]
+    assert students[0][0].read_bytes() == students[1][0].read_bytes()
