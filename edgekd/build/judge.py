@@ -43,23 +43,27 @@ def judge_target(target_run: TargetRun, reporter: Reporter) -> Result:
         EdgekdError: if measuring or writing fails.
     """
     machine = runner.facts()
-    verdict_key = _verdict_key(target_run, machine)
     why_not_here = config.why_not_this_machine(target_run.target, machine)
+    verdict_key = _verdict_key(target_run, machine)
     cached = _cached_verdict(target_run, verdict_key, why_not_here)
     if cached is not None:
         package.touch(target_run.folder)
-        return Result(cached, cached=True, exit_code=document.exit_code(cached, inconclusive_ok=target_run.inconclusive_ok))
-    scores = read_scores(target_run)
+        return _result(target_run, cached, cached=True)
+    settings, scores = target_run.settings, read_scores(target_run)
     accuracies = {candidate.id: _accuracy(target_run, candidate, scores, why_not_here) for candidate in target_run.candidates}
-    outcomes = {name: gate.accuracy_outcome(target_run.settings.budget, accuracy) for name, accuracy in accuracies.items()}
+    outcomes = {name: gate.accuracy_outcome(settings.budget, accuracy) for name, accuracy in accuracies.items()}
     measurements = [] if why_not_here else _measure(target_run, outcomes, reporter)
     options = [_option(target_run, item, outcomes[item.id], accuracies[item.id], measurements) for item in target_run.candidates]
-    choice = select.select(options, target_run.settings.quantize.max_float_ops, target_run.settings.budget.max_size_kib)
+    choice = select.select(options, settings.quantize.max_float_ops, settings.budget.max_size_kib)
     verdict = _judge_choice(target_run, choice, accuracies[choice.option.candidate.id], measurements, why_not_here)
     report = collect.collect_report(target_run, scores, accuracies, options, choice, measurements)
     report = document.with_verdict({**report, "verdict_key": verdict_key, **_shipped(target_run, choice, verdict)}, verdict)
     _write_output(target_run, choice, report)
-    return Result(report, cached=False, exit_code=document.exit_code(report, inconclusive_ok=target_run.inconclusive_ok))
+    return _result(target_run, report, cached=False)
+
+
+def _result(target_run: TargetRun, report: Mapping[str, Any], *, cached: bool) -> Result:
+    return Result(report, cached, document.exit_code(report, inconclusive_ok=target_run.inconclusive_ok))
 
 
 def _verdict_key(target_run: TargetRun, machine: Mapping[str, Any]) -> str:
