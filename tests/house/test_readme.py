@@ -19,9 +19,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SETUP_VERBS = set(re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split())
 RUN_HERE = ("init", "targets", "schema", "doctor", "--help", "plan")  # cheap commands, in a temporary folder
 COVERED = {  # commands that take longer, and the tests that run them
-    "edgekd build --recipe my-model/edgekd.toml --target host": "tests/pipeline/test_build.py::test_what_init_writes_builds_and_passes",
+    "edgekd build --recipe my-model/edgekd.toml --target host": "tests/pipeline/test_build.py::test_the_recipe_that_init_writes_builds_and_passes",
     "edgekd build --target host": "tests/pipeline/test_build.py::test_a_build_for_two_targets_shares_the_stages_and_ends_in_two_verdicts",
-    "edgekd report build/host": "tests/pipeline/test_build.py::test_report_tells_the_verdict_again",
+    "edgekd report build/host": "tests/pipeline/test_build.py::test_report_shows_the_verdict_of_an_earlier_build",
 }
 
 
