@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model file is executed: one module a device kind."""
+"""Where a model file is executed: one module per kind of device."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file that is shipped to a device."""
+"""The measuring program that is shipped to devices."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What executes a model file: one package a runtime."""
+"""What executes a model file: one package per runtime."""

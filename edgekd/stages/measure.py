@@ -64,7 +64,7 @@ def measure(
     }
     with locks.machine_exclusive(on_wait):
         output: Any = device.measure(job, progress)
-    environment = {name: output[name] for name in ("before", "after", "seconds", "own_s")}
+    environment = {name: output[name] for name in ("before", "after", "seconds", "cpu_s")}
     environment |= {"device": device.KIND, "generations": GENERATIONS}
     notes = environment_notes(environment, protocol)
     return [_measurement(subject, output["subjects"][name], protocol, environment, notes) for name, subject in named.items()]
@@ -108,13 +108,13 @@ def environment_notes(environment: Mapping[str, Any], protocol: Protocol) -> tup
     """Return notes on whatever in the machine's state may have affected the numbers.
 
     Args:
-        environment: ``before`` and ``after`` (facts), ``seconds`` between them, ``own_s``: CPU time of the measurement itself.
+        environment: ``before`` and ``after`` (facts), ``seconds`` between them, ``cpu_s``: CPU time of the measurement itself.
         protocol: The target's.
     """
     before, after, seconds = environment["before"], environment["after"], environment["seconds"]
     notes = []
     if before["busy_s"] is not None and after["busy_s"] is not None:
-        busy_cores = (after["busy_s"] - before["busy_s"] - environment["own_s"]) / seconds
+        busy_cores = (after["busy_s"] - before["busy_s"] - environment["cpu_s"]) / seconds
         if busy_cores > BUSY_CORES:
             notes.append(f"noisy: other processes used {busy_cores:.1f} of {before['cores']} cores while measuring")
         steal_share = (after["steal_s"] - before["steal_s"]) / seconds / before["cores"]

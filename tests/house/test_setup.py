@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Setting up: the pins, the Makefile's verbs, and what happens on a machine that has the wrong Python or a CUDA torch."""
+"""Setup: pinned versions, the verbs of the Makefile, and machines with the wrong Python or a CUDA build of torch."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def test_every_constraint_is_one_version():
     assert not [line for line in PINS if line.startswith(("edgekd", "nvidia", "triton", "cuda"))]
 
 
-def test_all_that_the_package_and_its_tests_need_is_pinned():
+def test_all_dependencies_of_the_package_and_its_tests_are_pinned():
     pinned = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in PINS}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = project["project"]["optional-dependencies"]
-    asked = [
+    optional = project["project"]["optional-dependencies"]
+    requirements = [
         *project["project"]["dependencies"],
         *project["dependency-groups"]["dev"],
-        *(item for group in extras.values() for item in group),
+        *(item for group in optional.values() for item in group),
     ]
-    todo, checked = [Requirement(text) for text in asked], set()
+    todo, checked = [Requirement(text) for text in requirements], set()
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
@@ -68,12 +68,12 @@ def test_the_makefile_has_its_ten_verbs_and_each_is_one_line():
 
 
 def test_make_help_lists_every_verb():
-    shown = subprocess.run([MAKE, "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert [line.split()[1] for line in shown.splitlines()] == list(VERBS)
+    listing = subprocess.run([MAKE, "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[1] for line in listing.splitlines()] == list(VERBS)
 
 
 def _set_up(tmp_path, *arguments):
-    """Copy what setup reads into a folder of its own, and run it there."""
+    """Copy the files of setup to an empty folder, and run it there."""
     for name in ("Makefile", "constraints.txt", "pyproject.toml", "scripts/setup.sh"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -86,7 +86,7 @@ def _set_up(tmp_path, *arguments):
 
 
 def _make_setup(tmp_path, *arguments):
-    """Run it with nothing on the path but what the test put there."""
+    """Run ``make setup`` with only the tools of the test on the path."""
     return subprocess.run(
         [MAKE, "setup", *arguments],
         cwd=tmp_path,
@@ -104,24 +104,24 @@ def _script(path, text):
     path.chmod(0o755)
 
 
-def test_setup_without_python_says_what_to_install(tmp_path):
-    done = _set_up(tmp_path)
-    assert done.returncode == 2
-    assert "no Python 3.11 or newer here (python3 is not there); install python3.11" in done.stderr
+def test_setup_without_python_names_the_package_to_install(tmp_path):
+    process = _set_up(tmp_path)
+    assert process.returncode == 2
+    assert "no Python 3.11 or newer here (python3 is not there); install python3.11" in process.stderr
     assert not (tmp_path / ".venv").exists()
 
 
-def test_setup_with_an_old_python_says_which_it_found(tmp_path):
+def test_setup_with_an_old_python_names_its_version(tmp_path):
     _script(tmp_path / "tools" / "python3", 'case "$*" in *platform*) echo 3.9.2;; *) exit 1;; esac')
     assert "(python3 is 3.9.2)" in _set_up(tmp_path).stderr
-    named = _set_up(tmp_path, f"PYTHON={tmp_path}/tools/python3")
-    assert f"PYTHON={tmp_path}/tools/python3 is 3.9.2; edgekd needs Python 3.11 or newer" in named.stderr
+    explicit = _set_up(tmp_path, f"PYTHON={tmp_path}/tools/python3")
+    assert f"PYTHON={tmp_path}/tools/python3 is 3.9.2; edgekd needs Python 3.11 or newer" in explicit.stderr
 
 
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
-  "-m pip"*"torch=="*) echo "$*" >> asked.txt; exit {torch};;
-  "-m pip"*) echo "$*" >> asked.txt;;
+  "-m pip"*"torch=="*) echo "$*" >> pip.txt; exit {torch};;
+  "-m pip"*) echo "$*" >> pip.txt;;
   -) exec "{real}" -S "$@";;
   *) PYTHONPATH={root} exec "{real}" "$@";;
 esac
@@ -129,37 +129,37 @@ esac
 
 
 def _environment(tmp_path, torch):
-    """Put a stand-in for the environment's Python there: its pip writes down what it was asked; it has no torch."""
+    """Write a fake Python for the environment: its pip logs its arguments, and it has no torch."""
     python = tmp_path / ".venv" / "bin" / "python"
     _script(python, FAKE_PYTHON.format(torch=torch, real=Path(sys.executable).resolve(), root=ROOT))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the plain build is the CPU build")
-def test_setup_takes_the_cpu_build_or_none_and_says_where_it_is(tmp_path):
+def test_setup_installs_the_cpu_build_or_fails_with_its_location(tmp_path):
     _environment(tmp_path, torch=1)
-    done = _set_up(tmp_path)
-    assert done.returncode == 2
-    assert "pip did not get torch==2.13.0+cpu" in done.stderr
-    assert "make setup PIP_EXTRA_INDEX_URL=https://" in done.stderr
-    asked = (tmp_path / "asked.txt").read_text().splitlines()
-    assert [line.split()[-1] for line in asked] == ["torch==2.13.0+cpu"]
+    process = _set_up(tmp_path)
+    assert process.returncode == 2
+    assert "pip did not get torch==2.13.0+cpu" in process.stderr
+    assert "make setup PIP_EXTRA_INDEX_URL=https://" in process.stderr
+    calls = (tmp_path / "pip.txt").read_text().splitlines()
+    assert [line.split()[-1] for line in calls] == ["torch==2.13.0+cpu"]
     assert not (tmp_path / ".venv" / ".setup-stamp").exists()
 
 
-def test_setup_installs_with_the_constraints_and_then_is_not_due(tmp_path):
+def test_setup_installs_with_constraints_and_runs_again_only_if_they_change(tmp_path):
     _environment(tmp_path, torch=0)
-    done = _set_up(tmp_path)
-    assert done.returncode == 0, done.stderr
-    asked = (tmp_path / "asked.txt").read_text().splitlines()
-    assert len(asked) == 3
-    assert all("--constraint constraints.txt" in line and "--only-binary :all:" in line for line in asked)
-    assert "--no-build-isolation" in asked[-1]
-    assert " ruff" in asked[-1]
-    (tmp_path / "asked.txt").unlink()
+    process = _set_up(tmp_path)
+    assert process.returncode == 0, process.stderr
+    calls = (tmp_path / "pip.txt").read_text().splitlines()
+    assert len(calls) == 3
+    assert all("--constraint constraints.txt" in line and "--only-binary :all:" in line for line in calls)
+    assert "--no-build-isolation" in calls[-1]
+    assert " ruff" in calls[-1]
+    (tmp_path / "pip.txt").unlink()
     again = _make_setup(tmp_path)
     assert again.returncode == 0
-    assert not (tmp_path / "asked.txt").exists(), again.stderr
+    assert not (tmp_path / "pip.txt").exists(), again.stderr
     later = (tmp_path / ".venv" / ".setup-stamp").stat().st_mtime + 10
     os.utime(tmp_path / "constraints.txt", (later, later))
     assert _make_setup(tmp_path).returncode == 0
-    assert (tmp_path / "asked.txt").exists()
+    assert (tmp_path / "pip.txt").exists()

@@ -22,35 +22,35 @@ NAME = "litert"
 PACKAGE = "ai-edge-litert"
 FORMAT = "tflite"
 SCHEMES = (FLOAT32, STATIC_INT8, DYNAMIC_INT8)
-EXPORT_TOOLS = ("torch", "litert-torch", "litert-converter", "jax")  # jax lowers what litert-torch does not
+EXPORT_TOOLS = ("torch", "litert-torch", "litert-converter", "jax")  # litert-torch lowers some ops with jax
 QUANTIZE_TOOLS = ("ai-edge-quantizer", "ai-edge-litert", "numpy")
 
 
 def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
     """Write a float32 TFLite file."""
-    from edgekd.runtimes.litert.convert import export as write
+    from edgekd.runtimes.litert import convert
 
-    write(model, inputs, path)
+    convert.export(model, inputs, path)
 
 
 def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> Mapping[str, Json]:
-    """Write a quantized TFLite file and return its scheme file's content."""
-    from edgekd.runtimes.litert.int8 import quantize as write
+    """Write a quantized TFLite file and return the content of its scheme file."""
+    from edgekd.runtimes.litert import int8
 
-    return write(source, path, params, calibration)
+    return int8.quantize(source, path, params, calibration)
 
 
 def variant(scheme: str, cpu_features: Sequence[str], arch: str) -> Mapping[str, Json]:  # noqa: ARG001  (the protocol's signature)
-    """Return nothing: XNNPACK's int8 kernels compute the same on every processor."""
+    """Return an empty mapping: XNNPACK's int8 kernels compute the same on every CPU."""
     return {}
 
 
-def why_unfit(scheme: str, variant: Mapping[str, Json], instruction_set: str) -> str | None:  # noqa: ARG001  (the same)
-    """Return None: XNNPACK's int8 kernels were seen to be bit-identical between x86 and ARM."""
+def why_unfit(scheme: str, variant: Mapping[str, Json], instruction_set: str) -> str | None:  # noqa: ARG001  (the protocol's signature)
+    """Return None: outputs of XNNPACK's int8 kernels were bit-identical on x86 and ARM when compared."""
     return None
 
 
-def open(path: Path, threads: int) -> Session:  # noqa: A001  (the protocol's word)
+def open(path: Path, threads: int) -> Session:  # noqa: A001  (the protocol's name)
     """Load a TFLite file.
 
     Raises:
@@ -61,7 +61,7 @@ def open(path: Path, threads: int) -> Session:  # noqa: A001  (the protocol's wo
     from edgekd.harness import runner
 
     try:
-        with capture_output():  # its XNNPACK delegate says that it was made
+        with capture_output():  # the XNNPACK delegate prints that it was created
             return runner.open_session(NAME, path, threads)  # type: ignore[no-any-return]  # the harness has no types
     except ImportError as error:
         raise UnavailableError("LiteRT is not installed; run: pip install 'edgekd[litert]'") from error

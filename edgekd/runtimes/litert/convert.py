@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Torch module -> float32 TFLite by litert-torch; inputs keep torch's layout, int64 inputs become int32."""
+"""Conversion of a torch module to float32 TFLite with litert-torch; inputs keep torch's layout, int64 inputs become int32."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
     import torch
 
     if isinstance(model, torch.jit.ScriptModule):
-        raise StageError("litert-torch reads no TorchScript; save the model with torch.export.save, or as weights")
+        raise StageError("litert-torch cannot convert TorchScript; save the model with torch.export.save, or as weights")
     samples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
-    with capture_output() as said:
+    with capture_output() as last_line:
         import litert_torch
 
         try:
             litert_torch.convert(model, samples).export(str(path))
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise StageError(f"litert-torch refuses the model: {lines[0] if lines else said()}") from error
+            raise StageError(f"litert-torch refuses the model: {lines[0] if lines else last_line()}") from error

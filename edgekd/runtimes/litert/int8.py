@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float32 TFLite -> int8 TFLite by AI Edge Quantizer; ranges by min and max; and which ops compute in int8.
+"""Quantization of a float32 TFLite file to int8 with AI Edge Quantizer, and a list of the ops that compute in int8.
 
-AI Edge Quantizer's own rule is a moving average of each sample's smallest and largest value. It cuts off what is larger
-than in an average sample: on four small nets its outputs had 10 to 18 times the root mean square error that min and
-max gave with 256 samples, and more samples made it worse.
+Ranges are the minimum and maximum over all calibration samples. AI Edge Quantizer's default is a moving average of each sample's
+minimum and maximum, which clips larger values: on four small networks with 256 samples, its outputs had 10 to 18 times the root
+mean square error of min and max, and more samples increased it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Json
 
 SIGNATURE = "serving_default"
-# ops that only move data, or change its type, compute nothing
-_MOVES = frozenset(
+# ops that only move data or change its type are not counted
+_DATA_MOVEMENT = frozenset(
     [
         "BROADCAST_TO",
         "CAST",
@@ -64,20 +64,20 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
     Raises:
         StageError: if the quantizer refuses the model, or an input or output cannot be an integer.
     """
-    scheme, dynamic, integer_edges = str(params["scheme"]), params["scheme"] == DYNAMIC_INT8, params["io"] == "int8"
-    if dynamic and integer_edges:
+    scheme, dynamic, integer_io = str(params["scheme"]), params["scheme"] == DYNAMIC_INT8, params["io"] == "int8"
+    if dynamic and integer_io:
         raise StageError(f'{scheme} has float inputs and outputs; io = "int8" needs a static scheme')
     with capture_output():
         try:
-            _quantized(source, path, params, calibration)
+            _write_quantized(source, path, params, calibration)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError) as error:
             text = (str(error).splitlines() or [type(error).__name__])[0]
             raise StageError(f"AI Edge Quantizer refuses {scheme}: {text}; leave it out with quantize.schemes") from error
         session = runner.open_session("litert", path, 1)
-    floats = [item["name"] for item in (*session.inputs, *session.outputs) if item["dtype"] == "float32"]
-    if integer_edges and floats:
+    float_tensors = [item["name"] for item in (*session.inputs, *session.outputs) if item["dtype"] == "float32"]
+    if integer_io and float_tensors:
         raise StageError(
-            f"'{floats[0]}' stays float: what is at it is not quantized; use quantize.io = \"float32\", "
+            f"'{float_tensors[0]}' stays float: the op at it is not quantized; use quantize.io = \"float32\", "
             "or leave litert out with quantize.runtimes"
         )
     return {
@@ -87,33 +87,33 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
         "weight_bits": 8,
         "activations": "float32" if dynamic else "int8",
         "calibration_samples": len(calibration),
-        "inputs": [_edge(item) for item in session.inputs],
-        "outputs": [_edge(item) for item in session.outputs],
+        "inputs": [_io_tensor(item) for item in session.inputs],
+        "outputs": [_io_tensor(item) for item in session.outputs],
         **_ops(path, dynamic=dynamic),
     }
 
 
-def _quantized(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> None:
+def _write_quantized(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> None:
     from ai_edge_quantizer import calibrator, quantizer, recipe, recipe_manager
     from ai_edge_quantizer.utils.qsv_utils import min_max_update
 
     rules = list(getattr(recipe, str(params["scheme"]))())
     if params["scheme"] != DYNAMIC_INT8 and params["io"] == "float32":
-        rules += [{"regex": ".*", "operation": edge, "algorithm_key": "no_quantize", "op_config": {}} for edge in ("INPUT", "OUTPUT")]
-    working = quantizer.Quantizer(str(source))
-    working.load_quantization_recipe(rules)
+        rules += [{"regex": ".*", "operation": side, "algorithm_key": "no_quantize", "op_config": {}} for side in ("INPUT", "OUTPUT")]
+    model_quantizer = quantizer.Quantizer(str(source))
+    model_quantizer.load_quantization_recipe(rules)
     ranges = None
-    if working.need_calibration:
+    if model_quantizer.need_calibration:
         manager = recipe_manager.RecipeManager()
         manager.load_quantization_recipe(rules)
-        seen = calibrator.Calibrator(str(source), num_threads=1, qsv_update_func=min_max_update)
-        seen.calibrate({SIGNATURE: _feeds(source, calibration)}, manager)
-        ranges = seen.get_model_qsvs()
-    path.write_bytes(working.quantize(ranges).quantized_model)
+        model_calibrator = calibrator.Calibrator(str(source), num_threads=1, qsv_update_func=min_max_update)
+        model_calibrator.calibrate({SIGNATURE: _calibration_inputs(source, calibration)}, manager)
+        ranges = model_calibrator.get_model_qsvs()
+    path.write_bytes(model_quantizer.quantize(ranges).quantized_model)
 
 
-def _feeds(source: Path, calibration: Sequence[Sequence[np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    """Return samples by argument, in the types that the model takes (int32 for int64)."""
+def _calibration_inputs(source: Path, calibration: Sequence[Sequence[np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Return samples by argument name, in the types of the model's inputs (int32 for int64)."""
     session = runner.open_session("litert", source, 1)
     types = [item["dtype"] for item in session.inputs]
     return [
@@ -121,14 +121,14 @@ def _feeds(source: Path, calibration: Sequence[Sequence[np.ndarray]]) -> list[di
     ]
 
 
-def _edge(item: Mapping[str, Any]) -> dict[str, Json]:
+def _io_tensor(item: Mapping[str, Any]) -> dict[str, Json]:
     return {key: item[key] for key in ("name", "dtype", "scale", "zero_point")}
 
 
 def _ops(path: Path, *, dynamic: bool) -> dict[str, Json]:
-    """Return ``ops`` (how many compute), ``integer_ops`` and ``float_ops`` (each with its count, the latter with a reason).
+    """Return the number of ``ops`` that compute, and ``integer_ops`` and ``float_ops`` with counts, the latter with reasons.
 
-    TFLite kernels follow the types of the tensors.
+    The types of an op's tensors select its TFLite kernel.
     """
     from ai_edge_litert import schema_py_generated as schema
 
@@ -140,10 +140,10 @@ def _ops(path: Path, *, dynamic: bool) -> dict[str, Json]:
         for operator in graph.operators:
             code = model.operatorCodes[operator.opcodeIndex]
             name = names.get(max(code.builtinCode, code.deprecatedBuiltinCode), "CUSTOM")
-            if name in _MOVES:
+            if name in _DATA_MOVEMENT:
                 continue
-            read = [types[index] for index in operator.inputs if index >= 0]
-            if schema.TensorType.FLOAT32 not in read or (dynamic and schema.TensorType.INT8 in read):  # int8 weights
+            input_types = [types[index] for index in operator.inputs if index >= 0]
+            if schema.TensorType.FLOAT32 not in input_types or (dynamic and schema.TensorType.INT8 in input_types):  # int8 weights
                 integer[name] += 1
             else:
                 floating[name] += 1
@@ -151,7 +151,7 @@ def _ops(path: Path, *, dynamic: bool) -> dict[str, Json]:
         "ops": integer.total() + floating.total(),
         "integer_ops": [{"op": op, "count": count} for op, count in sorted(integer.items())],
         "float_ops": [
-            {"op": op, "count": count, "reason": _dynamic_reason(op) if dynamic else "AI Edge Quantizer has no int8 form of it"}
+            {"op": op, "count": count, "reason": _dynamic_reason(op) if dynamic else "AI Edge Quantizer has no int8 version of it"}
             for op, count in sorted(floating.items())
         ],
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX Runtime: exported with torch's dynamo exporter and onnxsim, quantized as QDQ (static) or per MatMul (dynamic)."""
+"""ONNX Runtime: exported with torch's dynamo exporter and onnxsim; quantized to QDQ (static), or its MatMul ops (dynamic)."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ _VNNI = ("avx512_vnni", "avx_vnni")
 
 def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
     """Write a float32 ONNX file."""
-    from edgekd.runtimes.onnxruntime.convert import export as write
+    from edgekd.runtimes.onnxruntime import convert
 
-    write(model, inputs, path)
+    convert.export(model, inputs, path)
 
 
 def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> Mapping[str, Json]:
-    """Write a quantized ONNX file and return its scheme file's content."""
-    from edgekd.runtimes.onnxruntime.int8 import quantize as write
+    """Write a quantized ONNX file and return the content of its scheme file."""
+    from edgekd.runtimes.onnxruntime import int8
 
-    return write(source, path, params, calibration)
+    return int8.quantize(source, path, params, calibration)
 
 
 def variant(scheme: str, cpu_features: Sequence[str], arch: str) -> Mapping[str, Json]:
     """Return ``reduce_range`` (weights of 7 bits) for x86 without VNNI, where sums of full-range products saturate.
 
-    Source: onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "U8S8 on AVX2"; tried on AVX2: it holds
-    for dynamic schemes as well.
+    Source: onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "U8S8 on AVX2"; measured on AVX2: dynamic
+    schemes saturate as well.
     """
     saturates = arch == "x86_64" and not set(_VNNI) & set(cpu_features)
     return {"reduce_range": True} if is_integer(scheme) and saturates else {}
@@ -56,7 +56,7 @@ def why_unfit(scheme: str, variant: Mapping[str, Json], instruction_set: str) ->
     return None
 
 
-def open(path: Path, threads: int) -> Session:  # noqa: A001  (the protocol's word)
+def open(path: Path, threads: int) -> Session:  # noqa: A001  (the protocol's name)
     """Load an ONNX file.
 
     Raises:

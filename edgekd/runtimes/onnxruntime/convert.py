@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Torch module -> one float32 ONNX file, the same bytes for the same module wherever it is made."""
+"""Conversion of a torch module to one float32 ONNX file; the same module gives the same bytes in any folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from edgekd.domain.recipe import TensorSpec
 
-OPSET = 18  # the dynamo exporter's own; weights quantized by channel need 13
+OPSET = 18  # the dynamo exporter's default; weights quantized per channel need 13
 OUTPUT = "output"
-_CHANNELS_FIRST_RANK = 3  # (n, channels, positions) and up
+_CHANNELS_FIRST_RANK = 3  # (n, channels, positions), or more axes
 
 
 def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
@@ -32,12 +32,12 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
     names = [spec.name for spec in inputs]
     if OUTPUT in names:
         raise RecipeError(
-            f"student.inputs[{names.index(OUTPUT)}].name: '{OUTPUT}' is what an ONNX model's output is called; expected another"
+            f"student.inputs[{names.index(OUTPUT)}].name: '{OUTPUT}' is the name of the output of an ONNX model; expected another name"
         )
     samples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
     with capture_output():
         try:
-            proto = _traced(model, samples, names)
+            proto = _trace(model, samples, names)
         except (
             torch.onnx.OnnxExporterError,
             RuntimeError,
@@ -48,22 +48,22 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
             AssertionError,
         ) as error:
             raise StageError(f"torch's ONNX exporter refuses the model: {_reason(error)}") from error
-        path.write_bytes(_finished(proto))
+        path.write_bytes(_simplify(proto))
 
 
-def stripped(proto: Any, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Return the bytes of a model with this metadata alone: stack traces hold paths, producers hold versions."""
+def strip(proto: Any, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the bytes of a model without any metadata but this: stack traces contain paths, producer fields contain versions."""
     proto.producer_name = proto.producer_version = proto.doc_string = ""
     del proto.metadata_props[:]
     for key, value in sorted((metadata or {}).items()):
         proto.metadata_props.add(key=key, value=value)
-    _strip(proto.graph)
+    _strip_graph(proto.graph)
     for function in proto.functions:
-        _strip(function)
+        _strip_graph(function)
     return proto.SerializeToString(deterministic=True)  # type: ignore[no-any-return]  # protobuf has no types
 
 
-def _strip(graph: Any) -> None:
+def _strip_graph(graph: Any) -> None:
     graph.doc_string = ""
     del graph.metadata_props[:]
     parts: list[Any] = [*graph.node, *graph.value_info]
@@ -74,13 +74,13 @@ def _strip(graph: Any) -> None:
         del part.metadata_props[:]
     for inner in [inner for node in graph.node for attribute in node.attribute for inner in (attribute.g, *attribute.graphs)]:
         if inner.node:
-            _strip(inner)
+            _strip_graph(inner)
 
 
-def _traced(model: Any, samples: tuple[Any, ...], names: list[str]) -> Any:
+def _trace(model: Any, samples: tuple[Any, ...], names: list[str]) -> Any:
     import torch
 
-    if isinstance(model, torch.jit.ScriptModule):  # the dynamo exporter reads no TorchScript; its predecessor does
+    if isinstance(model, torch.jit.ScriptModule):  # the dynamo exporter cannot read TorchScript; its predecessor can
         import onnx
 
         with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
@@ -90,51 +90,51 @@ def _traced(model: Any, samples: tuple[Any, ...], names: list[str]) -> Any:
         model, samples, dynamo=True, input_names=names, output_names=[OUTPUT], opset_version=OPSET, external_data=False, verbose=False
     )
     if program is None:
-        raise RuntimeError("it gave nothing")
+        raise RuntimeError("it returned nothing")
     return program.model_proto
 
 
-def _finished(proto: Any) -> bytes:
-    """Return the bytes of a simplified model.
+def _simplify(proto: Any) -> bytes:
+    """Return the bytes of the simplified model.
 
     Raises:
         StageError: if onnxsim fails, or changes what the model computes.
     """
     import onnxsim
 
-    _pool(proto.graph)
+    _replace_means(proto.graph)
     try:
-        simplified, same = onnxsim.simplify(proto)
+        simplified, is_equivalent = onnxsim.simplify(proto)
     except (RuntimeError, ValueError) as error:
         raise StageError(f"onnxsim refuses the model: {_reason(error)}") from error
-    if not same:
-        raise StageError("onnxsim: the simplified model computes something else; try another version of onnxsim")
-    return stripped(simplified)
+    if not is_equivalent:
+        raise StageError("onnxsim: the simplified model computes different outputs; try another version of onnxsim")
+    return strip(simplified)
 
 
-def _pool(graph: Any) -> None:
-    """Turn each mean over all positions into a global average pool: that has an int8 kernel in ONNX Runtime, ReduceMean none."""
-    from onnx import GraphProto, TensorProto, numpy_helper
+def _replace_means(graph: Any) -> None:
+    """Replace each mean over all positions by a global average pool: ONNX Runtime has an int8 kernel for it, and none for ReduceMean."""
+    from onnx import TensorProto, numpy_helper
 
     axes_of = {
         item.name: numpy_helper.to_array(item).tolist() for item in graph.initializer if item.data_type == TensorProto.INT64 and item.dims
     }
     ranks = {item.name: len(item.type.tensor_type.shape.dim) for item in (*graph.input, *graph.value_info)}
-    kept = GraphProto()
+    nodes: list[Any] = []
     for node in graph.node:
         rank = ranks.get(node.input[0], 0) if node.op_type == "ReduceMean" else 0
         axes = axes_of.get(node.input[1], []) if rank and len(node.input) > 1 else []
         is_pool = rank >= _CHANNELS_FIRST_RANK and sorted(axis % rank for axis in axes) == list(range(2, rank))
-        kept.node.extend(_pooled(node) if is_pool else [node])
+        nodes += _global_average_pool(node) if is_pool else [node]
     graph.ClearField("node")
-    graph.node.extend(kept.node)
+    graph.node.extend(nodes)
 
 
-def _pooled(mean: Any) -> list[Any]:
+def _global_average_pool(mean: Any) -> list[Any]:
     from onnx import helper
 
-    keeps = all(attribute.i for attribute in mean.attribute if attribute.name == "keepdims")
-    if keeps:
+    keep_dimensions = all(attribute.i for attribute in mean.attribute if attribute.name == "keepdims")
+    if keep_dimensions:
         return [helper.make_node("GlobalAveragePool", mean.input[:1], mean.output, name=mean.name)]
     pooled = f"{mean.output[0]}_pooled"
     return [

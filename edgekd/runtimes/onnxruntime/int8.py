@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float32 ONNX -> int8 ONNX by ONNX Runtime's quantizer.
+"""Quantization of a float32 ONNX file to int8 with ONNX Runtime's quantizer.
 
-static: QDQ, weights int8 by channel, activations uint8 (the fast pair on x86 and fine on ARM), ranges by min and max.
-dynamic: weights of MatMul (Gemm becomes one), LSTM and Gather, int8 by channel. A dynamic convolution (ConvInteger) is
-many times slower than float, so convolutions stay float.
+static: QDQ, weights int8 per channel, activations uint8 (this pair is fast on x86, and as fast as others on ARM), ranges by min and
+max. dynamic: weights of MatMul (Gemm becomes one), LSTM and Gather, int8 per channel. A dynamic convolution (ConvInteger) is many
+times slower than a float one, so convolutions stay float.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edgekd.capture import capture_output
 from edgekd.domain.scheme import DYNAMIC_INT8
 from edgekd.errors import StageError
 from edgekd.runtimes.onnxruntime import kernels
-from edgekd.runtimes.onnxruntime.convert import stripped
+from edgekd.runtimes.onnxruntime.convert import strip
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Json
 
 DYNAMIC_OPS = ("Gather", "LSTM", "MatMul")
-EDGES = "edgekd.edges"  # metadata of a model with integer inputs or outputs: their scales and zero points, which ONNX has no place for
+IO_METADATA = "edgekd.edges"  # scales and zero points of integer inputs and outputs, for which ONNX has no field
 
 
 def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> Mapping[str, Json]:
@@ -38,20 +38,20 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
     """
     import onnx
 
-    dynamic, integer_edges = params["scheme"] == DYNAMIC_INT8, params["io"] == "int8"
-    if dynamic and integer_edges:
+    dynamic, integer_io = params["scheme"] == DYNAMIC_INT8, params["io"] == "int8"
+    if dynamic and integer_io:
         raise StageError(f'{params["scheme"]} has float inputs and outputs; io = "int8" needs a static scheme')
     with tempfile.TemporaryDirectory() as folder, capture_output():
-        made = Path(folder) / "made.onnx"
+        quantized = Path(folder) / "quantized.onnx"
         try:
-            _quantized(source, made, params, calibration)
+            _write_quantized(source, quantized, params, calibration)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError) as error:
             text = (str(error).splitlines() or [type(error).__name__])[0]
             raise StageError(f"onnxruntime's quantizer refuses {params['scheme']}: {text}; leave it out with quantize.schemes") from error
-        model = onnx.load(str(made))
-        edges = _integer_edges(model.graph) if integer_edges else {}
-        path.write_bytes(stripped(model, {EDGES: json.dumps(edges, sort_keys=True)} if edges else {}))
-        ops = kernels.of_ops(path, dynamic=dynamic)
+        model = onnx.load(str(quantized))
+        quantization = _quantize_io(model.graph) if integer_io else {}
+        path.write_bytes(strip(model, {IO_METADATA: json.dumps(quantization, sort_keys=True)} if quantization else {}))
+        ops = kernels.list_ops(path, dynamic=dynamic)
     return {
         "scheme": params["scheme"],
         "io": params["io"],
@@ -59,25 +59,25 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
         "weight_bits": 7 if params.get("reduce_range") else 8,
         "activations": "float32" if dynamic else "uint8",
         "calibration_samples": len(calibration),
-        "inputs": [_edge(item, edges) for item in model.graph.input],
-        "outputs": [_edge(item, edges) for item in model.graph.output],
+        "inputs": [_io_tensor(item, quantization) for item in model.graph.input],
+        "outputs": [_io_tensor(item, quantization) for item in model.graph.output],
         **ops,
     }
 
 
-def _quantized(source: Path, made: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> None:
+def _write_quantized(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> None:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared = made.with_name("prepared.onnx")
-    quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)  # its shapes are fixed, and it knows fewer ops
+    prepared = path.with_name("prepared.onnx")
+    quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)  # shapes are fixed, and symbolic inference supports fewer ops
     settings: dict[str, Any] = {"per_channel": True, "reduce_range": bool(params.get("reduce_range")), "weight_type": QuantType.QInt8}
     if params["scheme"] == DYNAMIC_INT8:
-        quantize_dynamic(str(prepared), str(made), op_types_to_quantize=list(DYNAMIC_OPS), **settings)
+        quantize_dynamic(str(prepared), str(path), op_types_to_quantize=list(DYNAMIC_OPS), **settings)
     else:
         quantize_static(
             str(prepared),
-            str(made),
+            str(path),
             _reader(source, calibration),
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt8,
@@ -103,38 +103,37 @@ def _reader(source: Path, calibration: Sequence[Sequence[np.ndarray]]) -> Any:
     return Reader()
 
 
-def _integer_edges(graph: Any) -> dict[str, dict[str, Json]]:
-    """Take out the QuantizeLinear at each float input and the DequantizeLinear at each output; return scales and zero points."""
+def _quantize_io(graph: Any) -> dict[str, dict[str, Json]]:
+    """Remove the QuantizeLinear at each float input and the DequantizeLinear at each output; return scales and zero points."""
     from onnx import TensorProto, helper, numpy_helper
 
     values = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
-    edges: dict[str, dict[str, Json]] = {}
+    quantization: dict[str, dict[str, Json]] = {}
     sides = [(item, "QuantizeLinear") for item in graph.input] + [(item, "DequantizeLinear") for item in graph.output]
-    for edge, op in sides:
-        if edge.type.tensor_type.elem_type != TensorProto.FLOAT:  # token ids are integers already
+    for tensor, op in sides:
+        if tensor.type.tensor_type.elem_type != TensorProto.FLOAT:  # token ids are integers already
             continue
         is_input = op == "QuantizeLinear"
-        beside = [node for node in graph.node if edge.name in (node.input if is_input else node.output)]
-        if [node.op_type for node in beside] != [op]:
+        neighbours = [node for node in graph.node if tensor.name in (node.input if is_input else node.output)]
+        if [node.op_type for node in neighbours] != [op]:
             raise StageError(
-                f"'{edge.name}' stays float: {'what reads' if is_input else 'what makes'} it is not quantized; "
+                f"'{tensor.name}' stays float: the op that {'reads' if is_input else 'writes'} it is not quantized; "
                 'use quantize.io = "float32", or leave onnxruntime out with quantize.runtimes'
             )
-        node = beside[0]
+        node = neighbours[0]
         inner = node.output[0] if is_input else node.input[0]
         for other in graph.node:
-            other.input[:] = [edge.name if name == inner else name for name in other.input]
-            other.output[:] = [edge.name if name == inner else name for name in other.output]
+            other.input[:] = [tensor.name if name == inner else name for name in other.input]
+            other.output[:] = [tensor.name if name == inner else name for name in other.output]
         zero_point = values[node.input[2]]
-        edge.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(zero_point.dtype)
-        edges[edge.name] = {"scale": float(values[node.input[1]]), "zero_point": int(zero_point)}
+        tensor.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(zero_point.dtype)
+        quantization[tensor.name] = {"scale": float(values[node.input[1]]), "zero_point": int(zero_point)}
         graph.node.remove(node)
-    return edges
+    return quantization
 
 
-def _edge(item: Any, edges: Mapping[str, Mapping[str, Json]]) -> dict[str, Json]:
+def _io_tensor(item: Any, quantization: Mapping[str, Mapping[str, Json]]) -> dict[str, Json]:
     import onnx
 
-    known = edges.get(item.name, {"scale": None, "zero_point": None})
     dtype = onnx.helper.tensor_dtype_to_np_dtype(item.type.tensor_type.elem_type).name
-    return {"name": item.name, "dtype": dtype, **known}
+    return {"name": item.name, "dtype": dtype, **quantization.get(item.name, {"scale": None, "zero_point": None})}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which ops of a quantized ONNX model compute in int8, and why the others do not: as ONNX Runtime fuses it when it loads it.
+"""A list of the ops of a quantized ONNX model that compute in int8, and of those that do not, with reasons.
 
-A QDQ file shows where tensors are rounded, not what computes: ONNX Runtime replaces ``DequantizeLinear -> op ->
-QuantizeLinear`` by an integer kernel where it has one, and runs the op in float where it has none.
+A QDQ file shows where tensors are rounded, not which kernels run: when ONNX Runtime loads it, it replaces ``DequantizeLinear -> op
+-> QuantizeLinear`` by an integer kernel if it has one, and runs the op in float otherwise. So the list is made from the loaded graph.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgekd.domain.artifact import Json
 
-# ops that only move data, or change its type, compute nothing
-_MOVES = frozenset(
+# ops that only move data or change its type are not counted
+_DATA_MOVEMENT = frozenset(
     [
         "Cast",
         "Concat",
@@ -47,8 +47,8 @@ _MOVES = frozenset(
 )
 _INTEGER_OUT = frozenset(("ArgMax", "ArgMin", "DynamicQuantizeLinear", "QuantizeLinear", "Shape"))
 _FLOAT_OUT = frozenset(("DequantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QAttention"))
-# integer kernels whose names say it otherwise than by QLinear, and the op that each computes
-_INTEGER = {
+# integer kernels whose names do not start with QLinear, and the op that each computes
+_INTEGER_KERNELS = {
     "ConvInteger": "Conv",
     "DynamicQuantizeLSTM": "LSTM",
     "DynamicQuantizeMatMul": "MatMul",
@@ -59,18 +59,18 @@ _INTEGER = {
 }
 
 
-def of_ops(path: Path, *, dynamic: bool) -> dict[str, Json]:
-    """Return ``ops`` (how many compute), ``integer_ops`` and ``float_ops`` (each with its count, the latter with a reason)."""
-    graph = _optimized(path).graph
-    floats = _float_tensors(graph)
+def list_ops(path: Path, *, dynamic: bool) -> dict[str, Json]:
+    """Return the number of ``ops`` that compute, and ``integer_ops`` and ``float_ops`` with counts, the latter with reasons."""
+    graph = _optimize(path).graph
+    float_tensors = _float_tensors(graph)
     integer, floating = Counter[str](), Counter[str]()
     for node in graph.node:
-        if node.op_type in _MOVES:
+        if node.op_type in _DATA_MOVEMENT:
             continue
-        if _is_integer(node.op_type) or not any(name in floats for name in node.input):
-            integer[_plain(node.op_type)] += 1
+        if _is_integer(node.op_type) or not any(name in float_tensors for name in node.input):
+            integer[_op_name(node.op_type)] += 1
         else:
-            floating[_plain(node.op_type)] += 1
+            floating[_op_name(node.op_type)] += 1
     return {
         "ops": integer.total() + floating.total(),
         "integer_ops": [{"op": op, "count": count} for op, count in sorted(integer.items())],
@@ -81,19 +81,19 @@ def of_ops(path: Path, *, dynamic: bool) -> dict[str, Json]:
     }
 
 
-def _optimized(path: Path) -> Any:
-    """Return the model as ONNX Runtime would run it, but for what depends on the processor (layouts)."""
+def _optimize(path: Path) -> Any:
+    """Return the model as ONNX Runtime runs it, except for optimizations that depend on the CPU (layouts)."""
     import onnx
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "optimized.onnx"
+        optimized = Path(folder) / "optimized.onnx"
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(made)
+        options.optimized_model_filepath = str(optimized)
         options.log_severity_level = 3
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return onnx.load(str(made))
+        return onnx.load(str(optimized))
 
 
 def _float_tensors(graph: Any) -> set[str]:
@@ -114,19 +114,19 @@ def _float_tensors(graph: Any) -> set[str]:
 
 
 def _is_integer(op: str) -> bool:
-    return op.startswith("QLinear") or op in _INTEGER
+    return op.startswith("QLinear") or op in _INTEGER_KERNELS
 
 
-def _plain(op: str) -> str:
-    return _INTEGER.get(op, op.removeprefix("QLinear").removeprefix("Fused"))
+def _op_name(op: str) -> str:
+    return _INTEGER_KERNELS.get(op, op.removeprefix("QLinear").removeprefix("Fused"))
 
 
 def _static_reason(op: str) -> str:
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     if op in QLinearOpsRegistry or op in QDQRegistry:
-        return "onnxruntime has no int8 kernel that fits it here"
-    return "onnxruntime's quantizer has no int8 form of it"
+        return "onnxruntime has no int8 kernel for it here"
+    return "onnxruntime's quantizer has no int8 version of it"
 
 
 def _dynamic_reason(op: str) -> str:

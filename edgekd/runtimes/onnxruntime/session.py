@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A session whose int8 arithmetic is exact on every processor, so that outputs computed here stand for the target's.
+"""Sessions with exact int8 arithmetic on every CPU, so that outputs computed on this machine equal the target's.
 
-By default ONNX Runtime multiplies uint8 by int8 with VPMADDUBSW on an x86 without VNNI; that adds pairs of products in 16
-bits and saturates, where ARM and VNNI do not. Its option ``session.x64quantprecision`` turns such weights into uint8 when
-they are loaded: slower, and exact. It is for outputs, not for times: those are measured as the model ships.
+By default ONNX Runtime multiplies uint8 by int8 with VPMADDUBSW on an x86 without VNNI; that instruction adds pairs of products in
+16 bits and saturates, which ARM and VNNI do not. The option ``session.x64quantprecision`` converts such weights to uint8 at load time:
+slower and exact. It is used for outputs only; latency is measured without it, as the model ships.
 
 Source: github.com/microsoft/onnxruntime/pull/12088.
 """
@@ -21,7 +21,7 @@ from edgekd.harness import runner
 if TYPE_CHECKING:
     from edgekd.ports import Session
 
-EXACT = {"session.x64quantprecision": "1"}
+EXACT_INT8 = {"session.x64quantprecision": "1"}
 
 
 def load(path: Path, threads: int) -> Session:
@@ -33,7 +33,7 @@ def load(path: Path, threads: int) -> Session:
     """
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-    refusals = (
+    load_errors = (
         errors.EPFail,
         errors.Fail,
         errors.InvalidArgument,
@@ -46,32 +46,32 @@ def load(path: Path, threads: int) -> Session:
     )
     with capture_output():
         try:
-            return _opened(path, threads)
-        except refusals as error:
-            first = error
+            return _open(path, threads)
+        except load_errors as error:
+            reason = error
         try:
-            copy = _unshared(path) if isinstance(first, errors.Fail) else None
-            if copy is not None:
-                return _from_bytes(copy, threads)
-        except refusals as error:
-            first = error
-    raise StageError(f"{path.name}: onnxruntime cannot load it: {str(first).splitlines()[0]}") from first
+            content = _copy_shared_weights(path) if isinstance(reason, errors.Fail) else None
+            if content is not None:
+                return _open_bytes(content, threads)
+        except load_errors as error:
+            reason = error
+    raise StageError(f"{path.name}: onnxruntime cannot load it: {str(reason).splitlines()[0]}") from reason
 
 
-def _opened(path: Path, threads: int) -> Session:
-    return runner.open_session("onnxruntime", path, threads, EXACT)  # type: ignore[no-any-return]  # the harness has no types
+def _open(path: Path, threads: int) -> Session:
+    return runner.open_session("onnxruntime", path, threads, EXACT_INT8)  # type: ignore[no-any-return]  # the harness has no types
 
 
-def _from_bytes(content: bytes, threads: int) -> Session:
+def _open_bytes(content: bytes, threads: int) -> Session:
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
         Path(file.name).write_bytes(content)
-        return _opened(Path(file.name), threads)
+        return _open(Path(file.name), threads)
 
 
-def _unshared(path: Path) -> bytes | None:
-    """Return the model with a copy of each int8 tensor for each op that reads it, or None if none is shared.
+def _copy_shared_weights(path: Path) -> bytes | None:
+    """Return the model with one copy of each int8 tensor for each op that reads it, or None if none is shared.
 
-    ONNX Runtime 1.32 stops at shared ones: "attempt to replace the existing tensor".
+    ONNX Runtime 1.32 fails on shared ones with this option: "attempt to replace the existing tensor".
     """
     import onnx
 
@@ -79,35 +79,33 @@ def _unshared(path: Path) -> bytes | None:
     graph = model.graph
     weights = {item.name: item for item in graph.initializer if item.data_type == onnx.TensorProto.INT8}
     _copy_dequantizers(graph, weights)
-    seen: set[str] = set()
+    read: set[str] = set()
     copies = 0
     for node in graph.node:
         for position, name in enumerate(node.input):
-            if name in weights and name in seen:
+            if name in weights and name in read:
                 copies += 1
                 node.input[position] = f"{name}_copy_{copies}"
                 graph.initializer.add().CopyFrom(weights[name])
                 graph.initializer[-1].name = node.input[position]
-            seen.add(name)
+            read.add(name)
     return model.SerializeToString() if copies else None
 
 
 def _copy_dequantizers(graph: Any, weights: dict[str, Any]) -> None:
-    """Give each reader of a dequantized weight a DequantizeLinear of its own."""
-    makers = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in weights}
-    added: list[Any] = []
-    seen: set[str] = set()
+    """Add a DequantizeLinear for each further op that reads a dequantized weight."""
+    dequantizers = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in weights}
+    copies: list[Any] = []
+    read: set[str] = set()
     for node in graph.node:
         for position, name in enumerate(node.input):
-            if name in makers and name in seen:
+            if name in dequantizers and name in read:
                 copy = type(node)()
-                copy.CopyFrom(makers[name])
-                copy.name, copy.output[0] = f"{copy.name}_copy_{len(added)}", f"{name}_copy_{len(added)}"
+                copy.CopyFrom(dequantizers[name])
+                copy.name, copy.output[0] = f"{copy.name}_copy_{len(copies)}", f"{name}_copy_{len(copies)}"
                 node.input[position] = copy.output[0]
-                added.append(copy)
-            seen.add(name)
-    nodes = [*added, *graph.node]
-    kept = type(graph)()
-    kept.node.extend(nodes)
+                copies.append(copy)
+            read.add(name)
+    nodes = [*copies, *graph.node]
     graph.ClearField("node")
-    graph.node.extend(kept.node)
+    graph.node.extend(nodes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring on this machine: turns and the stop rule on scripted samples, and harness processes that live and die."""
+"""Measuring on this machine: interleaving, the stop rule, and harness processes that fail."""
 
 from __future__ import annotations
 
@@ -25,57 +25,57 @@ def test_a_block_lasts_about_forty_milliseconds(ns, runs):
 
 
 @pytest.mark.parametrize(("runs", "settle"), [(5, 1), (19, 1), (20, 2), (30, 3), (1000, 3)])
-def test_a_block_settles_at_the_cost_of_a_tenth_or_of_one_run(runs, settle):
+def test_settling_takes_a_tenth_of_a_block_or_one_run(runs, settle):
     assert local.settling_runs(runs) == settle
 
 
 @pytest.mark.parametrize(
-    ("blocks", "share", "enough"),
+    ("blocks", "generations", "expected"),
     [
-        ([[1000] * 100] * 3, 1, False),  # three rounds only
-        ([[1000] * 75] * 4, 1, False),  # 300 runs, but no 2 seconds
+        ([[1000] * 100] * 3, 1, False),  # only three rounds
+        ([[1000] * 75] * 4, 1, False),  # 300 runs, but less than 2 seconds
         ([[7_000_000] * 75] * 4, 1, True),
         ([[7_000_000] * 74] * 4, 1, False),  # 296 runs
-        ([[7_000_000] * 25] * 4, 3, True),  # a third of it, in one of three generations
+        ([[7_000_000] * 25] * 4, 3, True),  # a third, in one of three generations
         ([[1000] * 200] * 100, 1, True),  # 20,000 runs of a microsecond
     ],
 )
-def test_when_a_subject_has_enough(blocks, share, enough):
-    assert local.is_enough(blocks, {"min_runs": 300, "min_seconds": 2}, share) == enough
+def test_when_a_subject_has_enough_runs(blocks, generations, expected):
+    assert local.is_enough(blocks, {"min_runs": 300, "min_seconds": 2}, generations) == expected
 
 
-def _in_turns(seed, rounds, names=("a", "b", "c")):
-    """Return the calls, in their order, and what was taken; the n-th call takes n nanoseconds."""
+def _interleave(seed, rounds, names=("a", "b", "c")):
+    """Return the calls in their order, and the blocks; the n-th call takes n nanoseconds."""
     calls = []
 
-    def take(name):
+    def run_block(name):
         calls.append(name)
         return [len(calls)]
 
-    taken = local.in_turns(take, names, lambda taken: len(taken["a"]) == rounds, random.Random(seed))
-    return calls, taken
+    blocks = local.interleave(run_block, names, lambda blocks: len(blocks["a"]) == rounds, random.Random(seed))
+    return calls, blocks
 
 
-def test_each_round_takes_every_subject_once():
-    calls, taken = _in_turns(0, 20)
+def test_each_round_has_one_block_of_every_subject():
+    calls, blocks_by_name = _interleave(0, 20)
     assert len(calls) == 3 * 20
     assert all(sorted(calls[start : start + 3]) == ["a", "b", "c"] for start in range(0, len(calls), 3))
-    for name, blocks in taken.items():
+    for name, blocks in blocks_by_name.items():
         assert blocks == [[number] for number, called in enumerate(calls, 1) if called == name]
 
 
-def test_the_order_is_random_and_repeatable():
-    first, again, other = _in_turns(0, 20)[0], _in_turns(0, 20)[0], _in_turns(1, 20)[0]
+def test_the_order_is_random_and_reproducible():
+    first, again, other = _interleave(0, 20)[0], _interleave(0, 20)[0], _interleave(1, 20)[0]
     assert first == again != other
     assert len({tuple(first[start : start + 3]) for start in range(0, len(first), 3)}) > 3
 
 
 def _model(path, size):
-    """Write a model whose only weight is its input: the sum of ``size`` numbers."""
+    """Write a model without weights that sums ``size`` numbers."""
     node = helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)
-    edges = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, size]), helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
+    tensors = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, size]), helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
     model = helper.make_model(
-        helper.make_graph([node], "g", edges[:1], edges[1:]), opset_imports=[helper.make_opsetid("", 17)], ir_version=9
+        helper.make_graph([node], "g", tensors[:1], tensors[1:]), opset_imports=[helper.make_opsetid("", 17)], ir_version=9
     )
     onnx.save(model, str(path))
     return path
@@ -90,58 +90,60 @@ def _job(*subjects, **changes):
     return {"subjects": list(subjects), "protocol": protocol, "generations": 1, "max_seconds": 60, **changes}
 
 
-def test_the_time_that_a_job_may_take_ends_it_after_whole_rounds(tmp_path):
+def test_a_job_ends_at_its_time_limit_after_complete_rounds(tmp_path):
     subjects = [_subject(_model(tmp_path / f"{name}.onnx", 4)) for name in ("a", "b")]
     protocol = {"warmup_runs": 4, "min_runs": 10**9, "min_seconds": 0}
-    found = local.measure(_job(*subjects, protocol=protocol, generations=3, max_seconds=0), lambda share, text: None)
-    assert all(raw["rounds"] == [1, 1, 1] and len(raw["blocks_ns"]) == 3 for raw in found["subjects"].values())
+    results = local.measure(_job(*subjects, protocol=protocol, generations=3, max_seconds=0), lambda share, text: None)
+    assert all(raw["rounds"] == [1, 1, 1] and len(raw["blocks_ns"]) == 3 for raw in results["subjects"].values())
 
 
-def test_peak_memory_is_of_the_model_and_not_of_the_samples(tmp_path):
+def test_peak_memory_excludes_the_samples(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((64, 2**18), np.float32))  # 64 MiB
     subject = _subject(_model(tmp_path / "m.onnx", 2**18), [tmp_path / "x.npy"])
     raw = local.measure(_job(subject), lambda share, text: None)["subjects"]["m"]
     assert 2**20 < raw["peak_rss_bytes"] - raw["rss_before_bytes"] < 2**25
 
 
-def _pretend(monkeypatch, folder, program):
-    """Put a program in the place of onnxruntime, for harness processes."""
+def _replace_onnxruntime(monkeypatch, folder, program):
+    """Replace onnxruntime by a program, for harness processes."""
     (folder / "onnxruntime.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
-def test_a_runtime_that_is_missing_is_named_with_its_package(monkeypatch, tmp_path):
-    _pretend(monkeypatch, tmp_path, "raise ModuleNotFoundError(\"No module named 'onnxruntime'\")")
+def test_a_missing_runtime_is_reported_with_its_package(monkeypatch, tmp_path):
+    _replace_onnxruntime(monkeypatch, tmp_path, "raise ModuleNotFoundError(\"No module named 'onnxruntime'\")")
     with pytest.raises(UnavailableError, match=r"measure: onnxruntime cannot be imported.*run: pip install onnxruntime$"):
         local.measure(_job(_subject(_model(tmp_path / "m.onnx", 4))), lambda share, text: None)
 
 
-def test_what_a_harness_said_last_is_told_however_much_it_said(monkeypatch, tmp_path):
-    _pretend(
+def test_the_last_line_of_a_failed_harness_is_reported_after_much_output(monkeypatch, tmp_path):
+    _replace_onnxruntime(
         monkeypatch,
         tmp_path,
         "import os\nfor _ in range(2000): os.write(2, b'a warning ' * 100 + b'\\n')\nraise ValueError('no such kernel')",
     )
-    with pytest.raises(StageError, match="^measure: m: the harness ended with exit code 1; it said last: ValueError: no such kernel$"):
+    with pytest.raises(
+        StageError, match="^measure: m: the harness ended with exit code 1; last line of its output: ValueError: no such kernel$"
+    ):
         local.measure(_job(_subject(_model(tmp_path / "m.onnx", 4))), lambda share, text: None)
 
 
-def test_a_harness_that_is_killed_is_told_with_the_signal(monkeypatch, tmp_path):
-    _pretend(monkeypatch, tmp_path, "import os; os.kill(os.getpid(), 11)")
-    with pytest.raises(StageError, match="^measure: m: the harness ended with SIGSEGV; it said last: nothing$"):
+def test_a_killed_harness_is_reported_with_the_signal(monkeypatch, tmp_path):
+    _replace_onnxruntime(monkeypatch, tmp_path, "import os; os.kill(os.getpid(), 11)")
+    with pytest.raises(StageError, match="^measure: m: the harness ended with SIGSEGV; last line of its output: none$"):
         local.measure(_job(_subject(_model(tmp_path / "m.onnx", 4))), lambda share, text: None)
 
 
-def test_a_harness_that_hangs_is_given_up(monkeypatch, tmp_path):
-    _pretend(monkeypatch, tmp_path, "import signal; signal.pause()")
+def test_a_hanging_harness_is_an_error(monkeypatch, tmp_path):
+    _replace_onnxruntime(monkeypatch, tmp_path, "import signal; signal.pause()")
     monkeypatch.setattr(local, "TIMEOUT_S", 0.2)
-    with pytest.raises(StageError, match=r"measure: m: the harness did not answer 'open' within 0.2 s"):
+    with pytest.raises(StageError, match=r"measure: m: the harness did not reply to 'open' within 0.2 s"):
         local.measure(_job(_subject(_model(tmp_path / "m.onnx", 4))), lambda share, text: None)
 
 
-def test_a_harness_inherits_nothing_that_moves_the_numbers(monkeypatch, tmp_path):
+def test_a_harness_inherits_no_variable_that_changes_the_numbers(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    _pretend(monkeypatch, tmp_path, "import os; raise ValueError(' '.join(sorted(os.environ)))")
+    _replace_onnxruntime(monkeypatch, tmp_path, "import os; raise ValueError(' '.join(sorted(os.environ)))")
     with pytest.raises(StageError) as caught:
         local.measure(_job(_subject(_model(tmp_path / "m.onnx", 4))), lambda share, text: None)
     assert "PYTHONPATH" in str(caught.value)
@@ -152,11 +154,11 @@ def test_a_harness_ends_when_its_parent_is_killed(tmp_path):
     program = (
         "from edgekd.devices import local\n"
         "with local.Harness({'id': 'm', 'runtime': 'onnxruntime'}) as harness:\n"
-        "    harness.ask(do='facts'); print(harness.process.pid, flush=True); input()"
+        "    harness.send(do='facts'); print(harness.process.pid, flush=True); input()"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    ends = os.pidfd_open(int(parent.stdout.readline()))
+    process = os.pidfd_open(int(parent.stdout.readline()))
     os.kill(parent.pid, signal.SIGKILL)
-    assert select.select([ends], [], [], 30)[0]
-    os.close(ends)
+    assert select.select([process], [], [], 30)[0]
+    os.close(process)
     parent.communicate()

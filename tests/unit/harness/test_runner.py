@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts from recorded machines, loaded models, and the harness as a process."""
+"""Facts of recorded machines, model sessions, and the harness as a process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgekd.harness import runner
 
 
 def _arm(parts, features, tail=""):
-    """Return a /proc/cpuinfo as ARM kernels write it, one part a processor."""
+    """Return a /proc/cpuinfo as ARM kernels write it, one part per core."""
     blocks = [
         f"processor\t: {number}\nBogoMIPS\t: 108.00\nFeatures\t: {features}\nCPU implementer\t: {implementer}\nCPU architecture: 8\n"
         f"CPU variant\t: 0x0\nCPU part\t: {part}\nCPU revision\t: 3\n"
@@ -36,7 +36,7 @@ def _x86(cores, vendor, family, model, name, mhz, flags):
     return "\n".join(blocks)
 
 
-# the features and flags are those of public listings of the boards
+# features and flags from public listings of the boards
 A76 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
 X3 = f"{A76} jscvt fcma sha3 sm3 sm4 sha512 asimdfhm dit uscat ilrcpc flagm ssbs sb paca pacg dcpodp flagm2 frint i8mm bti"
 V2 = "fpu vme cx8 sse sse2 syscall nx lm pni ssse3 cx16 sse4_1 sse4_2 movbe popcnt aes lahf_lm sha_ni"
@@ -84,21 +84,21 @@ def _facts(root, cpuinfo, files=None):
         (N5105, "x86_64", "GenuineIntel-6-156", "x86-64-v2", 4, "Intel(R) Celeron(R) N5105 @ 2.00GHz", 2000),
     ],
 )
-def test_what_a_machine_is(tmp_path, cpuinfo, arch, core, instruction_set, cores, cpu_model, mhz):
-    found = _facts(tmp_path, cpuinfo)
-    assert (found["arch"], found["core"], found["instruction_set"]) == (arch, core, instruction_set)
-    assert (found["cores"], found["cpu_model"], found["mhz"]) == (cores, cpu_model, mhz)
+def test_facts_of_recorded_machines(tmp_path, cpuinfo, arch, core, instruction_set, cores, cpu_model, mhz):
+    facts = _facts(tmp_path, cpuinfo)
+    assert (facts["arch"], facts["core"], facts["instruction_set"]) == (arch, core, instruction_set)
+    assert (facts["cores"], facts["cpu_model"], facts["mhz"]) == (cores, cpu_model, mhz)
 
 
-@pytest.mark.parametrize(("lacking", "level"), [("popcnt", 1), ("movbe", 2), ("fma", 2), ("avx512vl", 3)])
-def test_a_level_needs_all_its_flags_and_all_below(lacking, level):
+@pytest.mark.parametrize(("missing", "level"), [("popcnt", 1), ("movbe", 2), ("fma", 2), ("avx512vl", 3)])
+def test_an_x86_level_needs_all_its_flags_and_all_lower_ones(missing, level):
     flags = f"{V3} avx512f avx512dq avx512cd avx512bw avx512vl".split()
     assert runner.instruction_set("x86_64", flags) == "x86-64-v4"
-    assert runner.instruction_set("x86_64", [flag for flag in flags if flag != lacking]) == f"x86-64-v{level}"
+    assert runner.instruction_set("x86_64", [flag for flag in flags if flag != missing]) == f"x86-64-v{level}"
 
 
-def test_state_is_read_where_there_is_any(tmp_path):
-    found = _facts(
+def test_state_of_the_machine_is_read(tmp_path):
+    facts = _facts(
         tmp_path,
         PI4,
         {
@@ -115,14 +115,14 @@ def test_state_is_read_where_there_is_any(tmp_path):
             "proc/stat": "cpu  1000 200 300 9999 50 0 7 25 0 0\ncpu0 500 100 150 5000 25 0 3 12 0 0\n",
         },
     )
-    assert (found["governor"], found["mhz"], found["mhz_now"], found["temp_c"]) == ("ondemand", 1800, 600, 61.234)
-    assert (found["throttled"], found["load"]) == (0x50005, 0.42)
-    assert (found["cpu_model"], found["memory_bytes"]) == ("Raspberry Pi 4 Model B Rev 1.5", 1946000 * 1024)
-    assert (found["busy_s"], found["steal_s"]) == (15.07, 0.25)  # a hundredth of a second a tick
+    assert (facts["governor"], facts["mhz"], facts["mhz_now"], facts["temp_c"]) == ("ondemand", 1800, 600, 61.234)
+    assert (facts["throttled"], facts["load"]) == (0x50005, 0.42)
+    assert (facts["cpu_model"], facts["memory_bytes"]) == ("Raspberry Pi 4 Model B Rev 1.5", 1946000 * 1024)
+    assert (facts["busy_s"], facts["steal_s"]) == (15.07, 0.25)  # a tick is a hundredth of a second
 
 
-def test_small_and_big_cores_that_differ_are_both_told_and_the_big_one_is_the_machine(tmp_path):
-    found = _facts(
+def test_both_governors_are_reported_and_the_clock_of_the_big_core(tmp_path):
+    facts = _facts(
         tmp_path,
         PIXEL8,
         {
@@ -132,10 +132,10 @@ def test_small_and_big_cores_that_differ_are_both_told_and_the_big_one_is_the_ma
             "sys/devices/system/cpu/cpu8/cpufreq/cpuinfo_max_freq": "2914000\n",
         },
     )
-    assert (found["governor"], found["mhz"]) == ("performance+sched_pixel", 2914)
+    assert (facts["governor"], facts["mhz"]) == ("performance+sched_pixel", 2914)
 
 
-def test_the_processor_s_own_zone_is_read_and_the_hottest_of_several(tmp_path):
+def test_temperature_is_the_highest_of_the_cpu_zones(tmp_path):
     zones = {"acpitz": "20000", "x86_pkg_temp": "48000", "soc-thermal": "51000", "battery": "90000"}
     files = {}
     for number, (kind, temperature) in enumerate(zones.items()):
@@ -146,27 +146,27 @@ def test_the_processor_s_own_zone_is_read_and_the_hottest_of_several(tmp_path):
     assert _facts(tmp_path, N100, files)["temp_c"] == 51.0
 
 
-def test_what_cannot_be_read_is_unknown(tmp_path):
-    found = _facts(tmp_path, "")
-    assert (found["governor"], found["cpu_model"], found["core"]) == ("unknown", "unknown", "unknown")
+def test_facts_that_cannot_be_read_are_unknown(tmp_path):
+    facts = _facts(tmp_path, "")
+    assert (facts["governor"], facts["cpu_model"], facts["core"]) == ("unknown", "unknown", "unknown")
     numbers = ("mhz", "mhz_now", "temp_c", "memory_bytes", "load", "throttled", "busy_s", "steal_s")
-    assert {found[name] for name in numbers} == {None}
-    assert found["features"] == []
+    assert {facts[name] for name in numbers} == {None}
+    assert facts["features"] == []
 
 
-def test_this_machine_tells_all_facts_as_json():
-    found = runner.facts()
-    assert json.loads(json.dumps(found)) == found
-    assert found["cores"] >= 1
-    assert found["busy_s"] > 0
-    assert found["arch"] in {"x86_64", "aarch64", "armv7l"}
+def test_facts_of_this_machine_are_json():
+    facts = runner.facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["cores"] >= 1
+    assert facts["busy_s"] > 0
+    assert facts["arch"] in {"x86_64", "aarch64", "armv7l"}
 
 
-def test_identity_leaves_out_what_changes_by_itself(tmp_path):
-    found = runner.identity(_facts(tmp_path, PI4))
+def test_identity_contains_no_state(tmp_path):
+    first = runner.identity(_facts(tmp_path, PI4))
     later = runner.identity(_facts(tmp_path, PI4, {"proc/loadavg": "7 7 7 1/1 1", "sys/class/thermal/thermal_zone0/temp": "80000"}))
-    assert found == later
-    assert set(found) == {"arch", "cpu_model", "core", "features", "instruction_set", "cores"}
+    assert first == later
+    assert set(first) == {"arch", "cpu_model", "core", "features", "instruction_set", "cores"}
 
 
 def test_the_harness_is_python_3_9_and_imports_nothing_of_edgekd():
@@ -179,10 +179,10 @@ def test_the_harness_is_python_3_9_and_imports_nothing_of_edgekd():
 
 
 def _model(path, nodes, inputs, outputs, initializers=()):
-    def edges(values):
+    def tensors(values):
         return [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in values]
 
-    graph = helper.make_graph(nodes, "g", edges(inputs), edges(outputs), list(initializers))
+    graph = helper.make_graph(nodes, "g", tensors(inputs), tensors(outputs), list(initializers))
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.save(model, str(path))
     return path
@@ -194,14 +194,14 @@ def doubling(tmp_path):
     return _model(tmp_path / "m.onnx", [add], [("x", TensorProto.FLOAT, [1, 3])], [("y", TensorProto.FLOAT, [1, 3])])
 
 
-def _talk(*commands):
-    """Return the answers of a harness process, and what it said beside them."""
+def _send(*commands):
+    """Return the replies of a harness process, and its stderr."""
     text = "".join(json.dumps(command) + "\n" for command in commands)
-    done = subprocess.run([sys.executable, runner.__file__], input=text, capture_output=True, text=True, check=True, timeout=120)
-    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+    process = subprocess.run([sys.executable, runner.__file__], input=text, capture_output=True, text=True, check=True, timeout=120)
+    return [json.loads(line) for line in process.stdout.splitlines()], process.stderr
 
 
-def test_a_session_describes_and_runs(doubling):
+def test_a_session_describes_tensors_and_runs(doubling):
     session = runner.open_session("onnxruntime", doubling, 1)
     assert session.inputs == [{"name": "x", "shape": [1, 3], "dtype": "float32", "scale": None, "zero_point": None}]
     assert session.outputs == [{"name": "y", "shape": [1, 3], "dtype": "float32", "scale": None, "zero_point": None}]
@@ -215,8 +215,8 @@ def test_a_double_is_a_float64(tmp_path):
     assert runner.open_session("onnxruntime", path, 1).inputs[0]["dtype"] == "float64"
 
 
-def test_a_process_answers_one_line_a_command_and_marks_its_end(doubling):
-    answers, _ = _talk(
+def test_a_process_replies_with_one_line_per_command_and_marks_its_end(doubling):
+    replies, _ = _send(
         {"do": "open", "runtime": "onnxruntime", "path": str(doubling), "threads": 1, "inputs": []},
         {"do": "block", "runs": 7, "settle": 2},
         {"do": "stats"},
@@ -224,7 +224,7 @@ def test_a_process_answers_one_line_a_command_and_marks_its_end(doubling):
         {"do": "quit"},
         {"do": "block", "runs": 1},
     )
-    opened, block, stats, facts, end = answers
+    opened, block, stats, facts, end = replies
     assert len(block["ns"]) == 7
     assert all(isinstance(ns, int) and ns > 0 for ns in block["ns"])
     assert min(opened["load_ns"], opened["first_ns"]) > 0
@@ -233,9 +233,9 @@ def test_a_process_answers_one_line_a_command_and_marks_its_end(doubling):
     assert end == {"end": True}
 
 
-def test_the_samples_of_a_file_are_cycled_and_written_as_the_model_wants_them(tmp_path):
-    mean = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
-    path = _model(tmp_path / "m.onnx", [mean], [("x", TensorProto.INT8, [1, 2])], [("y", TensorProto.FLOAT, [1, 2])])
+def test_samples_of_a_file_are_converted_to_the_input_type_and_cycled(tmp_path):
+    cast = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
+    path = _model(tmp_path / "m.onnx", [cast], [("x", TensorProto.INT8, [1, 2])], [("y", TensorProto.FLOAT, [1, 2])])
     model = onnx.load(str(path))
     entry = model.metadata_props.add()
     entry.key, entry.value = "edgekd.edges", json.dumps({"x": {"scale": 0.5, "zero_point": -1}})
@@ -244,19 +244,19 @@ def test_the_samples_of_a_file_are_cycled_and_written_as_the_model_wants_them(tm
     session = runner.open_session("onnxruntime", path, 1)
     samples = runner._samples(session, [tmp_path / "x.npy"], 2)
     assert [sample[0].tolist() for sample in samples] == [[[1, 3]], [[-128, 127]]]
-    seen = []
-    session.run = seen.append
+    inputs = []
+    session.run = inputs.append
     runner._block({"session": session, "samples": samples, "next": 1}, 3)
-    assert [sample[0].tolist() for sample in seen] == [[[-128, 127]], [[1, 3]], [[-128, 127]]]
+    assert [sample[0].tolist() for sample in inputs] == [[[-128, 127]], [[1, 3]], [[-128, 127]]]
 
 
-def test_settling_runs_are_run_and_not_timed(doubling):
-    session, seen = runner.open_session("onnxruntime", doubling, 1), []
-    session.run = seen.append
+def test_settling_runs_are_not_timed(doubling):
+    session, inputs = runner.open_session("onnxruntime", doubling, 1), []
+    session.run = inputs.append
     state = {"session": session, "samples": [["a"], ["b"], ["c"]], "next": 0}
-    answer = runner._answer(state, {"do": "block", "runs": 2, "settle": 3})
-    assert len(answer["ns"]) == 2
-    assert seen == [["a"], ["b"], ["c"], ["a"], ["b"]]
+    reply = runner._reply(state, {"do": "block", "runs": 2, "settle": 3})
+    assert len(reply["ns"]) == 2
+    assert inputs == [["a"], ["b"], ["c"], ["a"], ["b"]]
 
 
 def test_random_inputs_are_the_same_each_time(doubling):
@@ -267,12 +267,12 @@ def test_random_inputs_are_the_same_each_time(doubling):
     assert len({sample[0].tobytes() for sample in first}) == 16
 
 
-def test_a_broken_litert_is_told_and_not_passed_over(tmp_path, monkeypatch):
+def test_a_broken_litert_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "ai_edge_litert").mkdir()
     (tmp_path / "ai_edge_litert" / "__init__.py").write_text("")
     (tmp_path / "ai_edge_litert" / "interpreter.py").write_text("raise ImportError('libc is too old')")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", "from edgekd.harness import runner; runner.open_session('litert', 'm.tflite', 1)"],
         capture_output=True, text=True, check=False, env={"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
-    assert done.stderr.splitlines()[-1] == "ImportError: libc is too old"
+    assert process.stderr.splitlines()[-1] == "ImportError: libc is too old"

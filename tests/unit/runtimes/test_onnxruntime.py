@@ -71,53 +71,55 @@ MODELS = {
 }
 
 
-class Made:
-    """A model, its float32 file and samples."""
+class ExportedModel:
+    """A module, its float32 file, samples and their expected outputs."""
 
     def __init__(self, name, folder):
         torch.manual_seed(0)
         build, self.specs = MODELS[name]
         self.module, self.path = build().eval(), folder / f"{name}.onnx"
-        made = np.random.default_rng(0)
+        generator = np.random.default_rng(0)
         self.samples = [
             [
-                made.standard_normal(spec.shape).astype(np.float32) if spec.dtype == "float32" else made.integers(0, 50, spec.shape)
+                generator.standard_normal(spec.shape).astype(np.float32)
+                if spec.dtype == "float32"
+                else generator.integers(0, 50, spec.shape)
                 for spec in self.specs
             ]
             for _ in range(48)
         ]
         runtime.export(self.module, self.specs, self.path)
         with torch.inference_mode():
-            self.wanted = np.concatenate([self.module(*map(torch.from_numpy, sample)).numpy() for sample in self.samples])
+            self.expected = np.concatenate([self.module(*map(torch.from_numpy, sample)).numpy() for sample in self.samples])
 
     def quantize(self, path, scheme, io="float32", **variant):
         return runtime.quantize(self.path, path, {"scheme": scheme, "io": io, **variant}, self.samples if scheme == STATIC_INT8 else [])
 
     def error(self, path):
-        """Return the largest error as a share of the outputs' range."""
+        """Return the largest error relative to the range of the outputs."""
         session = runtime.open(path, 1)
-        found = np.concatenate([session.run(sample)[0] for sample in self.samples])
-        return np.abs(found - self.wanted).max() / np.ptp(self.wanted)
+        outputs = np.concatenate([session.run(sample)[0] for sample in self.samples])
+        return np.abs(outputs - self.expected).max() / np.ptp(self.expected)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder, known = tmp_path_factory.mktemp("onnx"), {}
+def exported(tmp_path_factory):
+    folder, models = tmp_path_factory.mktemp("onnx"), {}
 
     def get(name):
-        if name not in known:
-            known[name] = Made(name, folder)
-        return known[name]
+        if name not in models:
+            models[name] = ExportedModel(name, folder)
+        return models[name]
 
     return get
 
 
-def ops(told, which):
-    return {item["op"]: item["count"] for item in told[which]}
+def op_counts(description, key):
+    return {item["op"]: item["count"] for item in description[key]}
 
 
-def test_a_file_stands_alone_under_the_recipes_names_and_tells_nothing_of_where_it_was_made(made):
-    model = onnx.load(made("pools").path)
+def test_an_exported_file_has_the_recipes_names_and_no_metadata(exported):
+    model = onnx.load(exported("pools").path)
     onnx.checker.check_model(model, full_check=True)
     assert [item.name for item in model.graph.input] == ["image", "signal"]
     assert [item.name for item in model.graph.output] == ["output"]
@@ -127,87 +129,87 @@ def test_a_file_stands_alone_under_the_recipes_names_and_tells_nothing_of_where_
     assert not [item.name for item in model.graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL]
 
 
-def test_means_over_all_positions_become_pools_and_others_stay(made):
-    case = made("pools")
-    found = [node.op_type for node in onnx.load(case.path).graph.node]
-    assert found.count("GlobalAveragePool") == 2
-    assert found.count("ReduceMean") == 1
-    assert case.error(case.path) < 1e-6
+def test_only_means_over_all_positions_become_pools(exported):
+    model = exported("pools")
+    op_types = [node.op_type for node in onnx.load(model.path).graph.node]
+    assert op_types.count("GlobalAveragePool") == 2
+    assert op_types.count("ReduceMean") == 1
+    assert model.error(model.path) < 1e-6
 
 
 @pytest.mark.parametrize("scheme", [STATIC_INT8, DYNAMIC_INT8])
 @pytest.mark.parametrize("name", ["encoder", "gru", "mlp", "twice"])
-def test_full_range_int8_is_computed_without_saturation_on_any_processor(made, tmp_path, name, scheme):
-    case, path = made(name), tmp_path / "q.onnx"
-    case.quantize(path, scheme)
-    assert 1e-5 < case.error(path) < 0.02  # on x86 without VNNI it is 0.1 to 0.3 by default
+def test_full_range_int8_does_not_saturate_on_any_cpu(exported, tmp_path, name, scheme):
+    model, path = exported(name), tmp_path / "q.onnx"
+    model.quantize(path, scheme)
+    assert 1e-5 < model.error(path) < 0.02  # on x86 without VNNI it is 0.1 to 0.3 by default
 
 
-def test_a_reduced_range_has_weights_of_seven_bits(made, tmp_path):
-    case = made("mlp")
+def test_a_reduced_range_has_weights_of_seven_bits(exported, tmp_path):
+    model = exported("mlp")
     for variant, bits, top in (({}, 8, 127), ({"reduce_range": True}, 7, 64)):
-        told = case.quantize(tmp_path / "q.onnx", STATIC_INT8, **variant)
+        description = model.quantize(tmp_path / "q.onnx", STATIC_INT8, **variant)
         weights = [numpy_helper.to_array(item) for item in onnx.load(tmp_path / "q.onnx").graph.initializer if len(item.dims) == 2]
-        assert (len(weights), told["weight_bits"]) == (2, bits)
+        assert (len(weights), description["weight_bits"]) == (2, bits)
         assert max(np.abs(item.astype(int)).max() for item in weights) == top
-        assert case.error(tmp_path / "q.onnx") < 0.02
+        assert model.error(tmp_path / "q.onnx") < 0.02
 
 
-def test_what_computes_in_float_at_run_time_is_listed_with_its_reason(made, tmp_path):
-    told = made("encoder").quantize(tmp_path / "q.onnx", STATIC_INT8)
-    reasons = {item["op"]: item["reason"] for item in told["float_ops"]}
-    assert ops(told, "float_ops") == {"Div": 2, "Erf": 1, "LayerNormalization": 2, "ReduceMean": 1}
-    assert reasons["LayerNormalization"] == "onnxruntime has no int8 kernel that fits it here"  # it is quantized in the file
-    assert reasons["Erf"] == "onnxruntime's quantizer has no int8 form of it"
-    assert ops(told, "integer_ops") == {"Add": 3, "Gemm": 4, "MatMul": 2, "Mul": 2, "Softmax": 1}
-    assert told["ops"] == 6 + 12
+def test_ops_that_run_in_float_are_listed_with_reasons(exported, tmp_path):
+    description = exported("encoder").quantize(tmp_path / "q.onnx", STATIC_INT8)
+    reasons = {item["op"]: item["reason"] for item in description["float_ops"]}
+    assert op_counts(description, "float_ops") == {"Div": 2, "Erf": 1, "LayerNormalization": 2, "ReduceMean": 1}
+    assert reasons["LayerNormalization"] == "onnxruntime has no int8 kernel for it here"  # it is quantized in the file
+    assert reasons["Erf"] == "onnxruntime's quantizer has no int8 version of it"
+    assert op_counts(description, "integer_ops") == {"Add": 3, "Gemm": 4, "MatMul": 2, "Mul": 2, "Softmax": 1}
+    assert description["ops"] == 6 + 12
 
 
-def test_a_dynamic_model_tells_which_ops_hold_int8_weights(made, tmp_path):
-    told = made("encoder").quantize(tmp_path / "q.onnx", DYNAMIC_INT8)
-    reasons = {item["op"]: item["reason"] for item in told["float_ops"]}
-    assert ops(told, "integer_ops") == {"MatMul": 4}
-    assert ops(told, "float_ops")["MatMul"] == 2
+def test_ops_with_int8_weights_are_listed_for_a_dynamic_model(exported, tmp_path):
+    description = exported("encoder").quantize(tmp_path / "q.onnx", DYNAMIC_INT8)
+    reasons = {item["op"]: item["reason"] for item in description["float_ops"]}
+    assert op_counts(description, "integer_ops") == {"MatMul": 4}
+    assert op_counts(description, "float_ops")["MatMul"] == 2
     assert reasons["MatMul"] == "it has no constant weights"
     assert reasons["Softmax"] == "activations stay float in a dynamic scheme"
-    pools = made("pools").quantize(tmp_path / "p.onnx", DYNAMIC_INT8)
+    pools = exported("pools").quantize(tmp_path / "p.onnx", DYNAMIC_INT8)
     assert "many times slower" in next(item["reason"] for item in pools["float_ops"] if item["op"] == "Conv")
 
 
-def test_pools_and_sums_are_int8_in_a_static_model(made, tmp_path):
-    told = made("pools").quantize(tmp_path / "q.onnx", STATIC_INT8)
-    assert ops(told, "integer_ops") == {"Add": 2, "Conv": 2, "Gemm": 1, "GlobalAveragePool": 2}
-    assert ops(told, "float_ops") == {"ReduceMean": 1}
+def test_pools_and_additions_are_int8_in_a_static_model(exported, tmp_path):
+    description = exported("pools").quantize(tmp_path / "q.onnx", STATIC_INT8)
+    assert op_counts(description, "integer_ops") == {"Add": 2, "Conv": 2, "Gemm": 1, "GlobalAveragePool": 2}
+    assert op_counts(description, "float_ops") == {"ReduceMean": 1}
 
 
-def test_scales_of_integer_edges_are_in_the_file_and_token_ids_stay_as_they_are(made, tmp_path):
-    told = made("pools").quantize(tmp_path / "p.onnx", STATIC_INT8, io="int8")
+def test_scales_of_integer_io_are_in_the_file_and_token_ids_are_unchanged(exported, tmp_path):
+    description = exported("pools").quantize(tmp_path / "p.onnx", STATIC_INT8, io="int8")
     session = runtime.open(tmp_path / "p.onnx", 1)
-    assert [(item["name"], item["dtype"]) for item in told["inputs"]] == [("image", "uint8"), ("signal", "uint8")]
-    assert [item["scale"] for item in session.inputs] == [item["scale"] for item in told["inputs"]]
-    assert [item["zero_point"] for item in session.outputs] == [item["zero_point"] for item in told["outputs"]]
-    assert 0 < told["outputs"][0]["scale"] < 1
-    ids = made("encoder").quantize(tmp_path / "e.onnx", STATIC_INT8, io="int8")
+    assert [(item["name"], item["dtype"]) for item in description["inputs"]] == [("image", "uint8"), ("signal", "uint8")]
+    assert [item["scale"] for item in session.inputs] == [item["scale"] for item in description["inputs"]]
+    assert [item["zero_point"] for item in session.outputs] == [item["zero_point"] for item in description["outputs"]]
+    assert 0 < description["outputs"][0]["scale"] < 1
+    ids = exported("encoder").quantize(tmp_path / "e.onnx", STATIC_INT8, io="int8")
     assert ids["inputs"] == [{"name": "ids", "dtype": "int64", "scale": None, "zero_point": None}]
     assert ids["outputs"][0]["dtype"] == "uint8"
 
 
-def test_integer_edges_that_cannot_be_are_refused(made, tmp_path):
-    with pytest.raises(StageError, match="'x' stays float: what reads it is not quantized; use quantize.io"):
-        made("gru").quantize(tmp_path / "q.onnx", STATIC_INT8, io="int8")
+def test_impossible_integer_io_is_refused(exported, tmp_path):
+    with pytest.raises(StageError, match="'x' stays float: the op that reads it is not quantized; use quantize.io"):
+        exported("gru").quantize(tmp_path / "q.onnx", STATIC_INT8, io="int8")
     with pytest.raises(StageError, match=r'float inputs and outputs; io = "int8" needs a static scheme'):
-        made("mlp").quantize(tmp_path / "q.onnx", DYNAMIC_INT8, io="int8")
+        exported("mlp").quantize(tmp_path / "q.onnx", DYNAMIC_INT8, io="int8")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
-def test_a_torchscript_module_is_exported_too(made, tmp_path):
-    case = made("mlp")
-    script = torch.jit.trace(case.module, torch.from_numpy(case.samples[0][0]))
-    runtime.export(script, case.specs, tmp_path / "t.onnx")
-    assert case.error(tmp_path / "t.onnx") < 1e-6
+def test_a_torchscript_module_is_exported(exported, tmp_path):
+    model = exported("mlp")
+    script = torch.jit.trace(model.module, torch.from_numpy(model.samples[0][0]))
+    runtime.export(script, model.specs, tmp_path / "t.onnx")
+    assert model.error(tmp_path / "t.onnx") < 1e-6
 
 
-def test_an_op_that_has_no_onnx_form_is_named(tmp_path):
+def test_error_names_an_op_without_an_onnx_version(tmp_path):
     class Median(nn.Module):
         def forward(self, x):
             return x.median(1)[0]
@@ -217,13 +219,13 @@ def test_an_op_that_has_no_onnx_form_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_input_cannot_have_the_outputs_name(tmp_path):
-    with pytest.raises(RecipeError, match=r"student.inputs\[0\].name: 'output' is what an ONNX model's output is called"):
+def test_an_input_with_the_name_of_the_output_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"student.inputs\[0\].name: 'output' is the name of the output of an ONNX model"):
         runtime.export(nn.ReLU(), (TensorSpec("output", (1, 6)),), tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("scheme", [STATIC_INT8, DYNAMIC_INT8])
-def test_the_range_is_reduced_for_x86_without_vnni_alone(scheme):
+def test_the_range_is_reduced_only_for_x86_without_vnni(scheme):
     assert runtime.variant(scheme, ("avx2",), "x86_64") == {"reduce_range": True}
     assert runtime.variant(scheme, ("avx2", "avx_vnni"), "x86_64") == {}
     assert runtime.variant(scheme, ("avx512f", "avx512_vnni"), "x86_64") == {}

@@ -180,7 +180,7 @@ def whole_model(folder, suffix):
         (".onnx", "onnxruntime", None),
         (".onnx", "litert", "an ONNX file cannot be converted to tflite\n"),
         (".ts", "onnxruntime", None),
-        (".ts", "litert", "litert-torch reads no TorchScript; save the model with torch.export.save, or as weights\n"),
+        (".ts", "litert", "litert-torch cannot convert TorchScript; save the model with torch.export.save, or as weights\n"),
         (".pt2", "onnxruntime", None),
         (".pt2", "litert", None),
     ],

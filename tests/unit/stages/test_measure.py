@@ -38,7 +38,7 @@ class Scripted:
             raise self.fails
         raw = {"blocks_ns": [list(block) for block in self.blocks], "rounds": [1, 1], "load_ns": 1, "first_ns": 2, "version": "9.9"}
         subjects = {subject["id"]: {**raw, "peak_rss_bytes": 30, "rss_before_bytes": 20} for subject in job["subjects"]}
-        return {"subjects": subjects, "before": QUIET, "after": {**QUIET, "busy_s": 110.0}, "seconds": 10.0, "own_s": 9.9}
+        return {"subjects": subjects, "before": QUIET, "after": {**QUIET, "busy_s": 110.0}, "seconds": 10.0, "cpu_s": 9.9}
 
 
 def _shared_waits():
@@ -118,9 +118,9 @@ def test_fewer_runs_than_asked_for_are_a_note_of_that_subject(model):
     assert measurement.notes == ("slow: 2 runs in the 600 s that a measurement may take; the profile asks for 4",)
 
 
-def _notes(before=QUIET, after=None, seconds=10.0, own_s=9.0, protocol=PROTOCOL):
-    after = {**before, "busy_s": None if before["busy_s"] is None else before["busy_s"] + own_s} if after is None else after
-    return measure.environment_notes({"before": before, "after": after, "seconds": seconds, "own_s": own_s}, protocol)
+def _notes(before=QUIET, after=None, seconds=10.0, cpu_s=9.0, protocol=PROTOCOL):
+    after = {**before, "busy_s": None if before["busy_s"] is None else before["busy_s"] + cpu_s} if after is None else after
+    return measure.environment_notes({"before": before, "after": after, "seconds": seconds, "cpu_s": cpu_s}, protocol)
 
 
 def test_a_quiet_machine_has_no_notes():
