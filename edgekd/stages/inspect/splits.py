@@ -114,9 +114,9 @@ def count_overlaps(stored: Mapping[str, StoredSplit], allowed: int, entry: Entry
     counts: dict[str, dict[str, int]] = {name: {} for name in stored}
     problems = []
     first_row = {name: {digest: row for row, digest in reversed(list(enumerate(split.digests)))} for name, split in stored.items()}
-    for name, others in _DISJOINT.items():
+    for name, other_splits in _DISJOINT.items():
         digests = stored[name].digests
-        for other in others:
+        for other in other_splits:
             shared = [row for row, digest in enumerate(digests) if digest in first_row[other]]
             if shared:
                 counts[name][other] = len(shared)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation: its steps, and the outputs and scores of modules and of model files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgekd import registry, usercode
+from edgekd.domain.artifact import Artifact
+from edgekd.domain.recipe import Baselines, Data, Distill, EntryPoint, Evaluate, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.target import Cpu, DeviceEntry, Limits, Protocol, RuntimeEntry, Target
+from edgekd.errors import RecipeError, StageError
+from edgekd.kd import modules
+from edgekd.ports import Context
+from edgekd.stages import evaluate
+
+CODE = """
+import numpy as np
+from torch import nn
+
+def net():
+    return nn.Linear(4, 3)
+
+def half(outputs, labels):
+    return np.full(len(labels), 0.5)
+
+def percent(outputs, labels):
+    return np.full(len(labels), 50.0)
+
+def accuracy(outputs, labels):
+    return (outputs.argmax(1) == labels).mean()
+
+def undefined_on_resamples(outputs, labels):
+    return 0.5 if len(set(labels)) == 40 else float("nan")
+"""
+SPECS = (TensorSpec("x", (1, 4)),)
+SAMPLES = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
+WEIGHT = np.eye(4, dtype=np.float32)[:3]
+LABELS = SAMPLES[:, :3].argmax(1)
+LABELS[:10] = (LABELS[:10] + 1) % 3  # a quarter is wrong
+
+
+def entry(function):
+    return EntryPoint("evaluate_user.py", function)
+
+
+def recipe(**changes):
+    plain = Recipe(
+        schema=1,
+        name="t",
+        data=Data(entry("splits")),
+        teacher=Teacher(entry("net"), "w.safetensors"),
+        student=Student(entry("net"), SPECS),
+        distill=Distill(epochs=1),
+    )
+    return replace(plain, **changes)
+
+
+TARGET = Target(
+    schema=1,
+    name="board",
+    title="A board",
+    cpu=Cpu("armv8-a", "cortex-a72", 4, 1800, ("asimd",)),
+    limits=Limits(1024, 1024),
+    runtimes=(RuntimeEntry("onnxruntime", "onnxruntime", (1,)),),
+    schemes=("float32", "static_wi8_ai8"),
+    device=DeviceEntry(("ssh",), "aarch64"),
+    protocol=Protocol(1, 1, 1),
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "evaluate_user.py").write_text(CODE)
+    np.save(tmp_path / "inputs.0", SAMPLES)
+    np.save(tmp_path / "labels", LABELS)
+    np.save(tmp_path / "groups", np.arange(40) % 20)
+    yield tmp_path
+    usercode.forget_modules()
+
+
+def linear(weight=WEIGHT):
+    module = nn.Linear(4, 3)
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(weight))
+        module.bias.zero_()
+    return module.eval()
+
+
+def find_step(name, changed=None):
+    return next(step for step in evaluate.steps(changed or recipe(), [TARGET]) if step.id == name)
+
+
+def run(folder, step, model):
+    for name in ("out", "work"):
+        (folder / name).mkdir()
+    inputs = {name: Artifact(folder / f"{name}.npy", "", 0) for name in ("inputs.0", "labels", "groups")}
+    context = Context(folder, folder / "out", folder / "work", lambda *_: None)
+    result = evaluate.run(step, {"model": Artifact(model, "", 0), **inputs}, context)
+    return result, json.loads((folder / "out" / "summary.json").read_text())
+
+
+def weights(folder, weight=WEIGHT):
+    modules.save_weights(linear(weight), folder / "student.safetensors")
+    return folder / "student.safetensors"
+
+
+def test_a_step_for_each_network_and_each_model_file():
+    steps = {step.id: step for step in evaluate.steps(recipe(distill=Distill(epochs=1, baselines=Baselines(seeds=2))), [TARGET])}
+    baselines = [
+        f"evaluate/distill/{name}" for name in ("distilled/1", *(f"{arm}/{n}" for arm in ("no_teacher", "label_smoothing") for n in (0, 1)))
+    ]
+    model_files = ["evaluate/export/student/onnxruntime", "evaluate/quantize/onnxruntime/static_wi8_ai8/ptq"]
+    assert list(steps) == ["evaluate/teacher", "evaluate/student", *baselines, *model_files]
+    student, model_file = steps["evaluate/student"], steps["evaluate/export/student/onnxruntime"]
+    assert (student.params.model, student.params.runtime) == ("evaluate_user.py:net", None)
+    assert (model_file.params.model, model_file.params.runtime, model_file.params.threads) == (None, "onnxruntime", 1)
+    assert student.inputs["model"] == "distill:student.safetensors"
+    assert model_file.inputs["model"] == "export/student/onnxruntime:model.onnx"
+    assert "code" not in model_file.inputs
+
+
+def test_a_module_is_scored_by_top1(folder):
+    result, summary = run(folder, find_step("evaluate/student"), weights(folder))
+    assert np.allclose(np.load(folder / "out" / "outputs.npy"), SAMPLES[:, :3], atol=1e-6)
+    assert np.load(folder / "out" / "scores.npy").tolist() == [0.0] * 10 + [1.0] * 30
+    assert summary["accuracy"] == result.metrics["accuracy"] == 0.75
+    assert (summary["samples"], summary["groups"]) == (40, 20)
+    assert sum(item["samples"] for item in summary["classes"].values()) == 40
+
+
+def test_a_model_file_has_the_scores_of_its_module(folder):
+    registry.runtime("onnxruntime").export(linear(), SPECS, folder / "model.onnx")
+    _, summary = run(folder, find_step("evaluate/export/student/onnxruntime"), folder / "model.onnx")
+    assert np.allclose(np.load(folder / "out" / "outputs.npy"), SAMPLES[:, :3], atol=1e-6)
+    assert summary["accuracy"] == 0.75
+
+
+def test_a_user_score_replaces_top1(folder):
+    _, summary = run(folder, find_step("evaluate/student", recipe(evaluate=Evaluate(score=entry("half")))), weights(folder))
+    assert np.load(folder / "out" / "scores.npy").tolist() == [0.5] * 40
+    assert summary["accuracy"] == 0.5
+
+
+def test_a_user_metric_is_resampled(folder):
+    _, summary = run(folder, find_step("evaluate/student", recipe(evaluate=Evaluate(metric=entry("accuracy")))), weights(folder))
+    resampled = np.load(folder / "out" / "resampled.npy")
+    assert summary["accuracy"] == 0.75
+    assert "classes" not in summary
+    assert len(resampled) == evaluate.RESAMPLES
+    assert resampled.mean() == pytest.approx(0.75, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": entry("percent")}, "percent: returned scores of shape [40]; expected 40 finite numbers from 0 to 1"),
+        ({"metric": entry("undefined_on_resamples")}, "returned nan on a resample of the evaluation set; expected a finite number"),
+    ],
+)
+def test_invalid_scores_are_refused(folder, changes, message):
+    with pytest.raises(RecipeError) as caught:
+        run(folder, find_step("evaluate/student", recipe(evaluate=Evaluate(**changes))), weights(folder))
+    assert message in str(caught.value)
+
+
+def test_outputs_that_are_not_finite_are_refused(folder):
+    with pytest.raises(StageError, match=r"evaluate/student: the output for sample 0 is not finite \(40 of 40 samples\)"):
+        run(folder, find_step("evaluate/student"), weights(folder, np.full_like(WEIGHT, np.inf)))
+
+
+@pytest.mark.parametrize(
+    ("array", "tensor", "expected"),
+    [
+        (np.float32([0.5, -9.0]), {"dtype": "int8", "scale": 0.25, "zero_point": 1}, [3, -35]),
+        (np.float32([99.0, -99.0]), {"dtype": "int8", "scale": 0.25, "zero_point": 1}, [127, -128]),
+        (np.int64([3, 4]), {"dtype": "int32", "scale": None, "zero_point": None}, [3, 4]),
+        (np.float32([0.5]), {"dtype": "float32", "scale": None, "zero_point": None}, [0.5]),
+    ],
+)
+def test_inputs_get_the_type_of_the_model_file(array, tensor, expected):
+    result = evaluate._quantize_input(array, tensor)
+    assert result.dtype.name == tensor["dtype"]
+    assert result.tolist() == expected
+
+
+def test_float_samples_for_an_integer_input_without_a_scale_are_refused():
+    with pytest.raises(StageError, match="the model expects int32 for input 'x' without a scale, and the samples are float32"):
+        evaluate._quantize_input(np.zeros(2, np.float32), {"name": "x", "dtype": "int32", "scale": None, "zero_point": None})
