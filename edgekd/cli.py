@@ -161,6 +161,15 @@ def targets(name: str | None, *, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("document", type=click.Choice(["recipe", "target"]), default="recipe")
+def schema(document: str) -> None:
+    """Print the JSON Schema of recipes or of target profiles, for completion and checks in editors."""
+    from edgekd.config import schema as json_schema
+
+    click.echo(json_schema.render(document), nl=False)
+
+
+@main.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--target", "-t", default="host", show_default=True, metavar="NAME|FILE", help="The profile with the protocol and threads.")
 @click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Measure at these thread counts instead of the profile's.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong, as a tree; the exit code of the process is on the class.
+"""All errors that a user can act on, as a tree of classes; each class has the exit code of the process.
 
 EdgekdError                     5
 |-- UsageError                  2   the command line or an output path
@@ -8,7 +8,7 @@ EdgekdError                     5
 |-- StageError                  5   a stage failed
     |-- StorageError            5   the cache or the output folder cannot be written or read
 
-A message has five parts: what failed, where, what was found (with its unit), what is allowed, the next command.
+A message has five parts: what failed, where, the actual value (with its unit), what is allowed, the next command.
 Lower case, no full stop at its end. PASS is 0, FAIL 1, INCONCLUSIVE 4 (domain.verdict); 70 is an internal error
 and 130 an interrupt (``__main__``).
 """
@@ -38,7 +38,7 @@ class RecipeError(UsageError):
     """The recipe, a target profile, the data or the user's code is wrong.
 
     Args:
-        problems: One line each; all that were found, not only the first.
+        problems: One line each; all problems, not only the first.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -60,13 +60,13 @@ class StorageError(StageError):
     """The cache or the output folder cannot be written or read."""
 
 
-def did_you_mean(found: str, allowed: Iterable[str]) -> str:
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for a near miss, else the empty string."""
-    near = difflib.get_close_matches(found, list(allowed), n=1, cutoff=0.6)
-    return f" (did you mean '{near[0]}'?)" if near else ""
+    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""
 
 
-def expected_one_of(found: str, allowed: Iterable[str]) -> str:
+def expected_one_of(name: str, allowed: Iterable[str]) -> str:
     """Return ``expected one of a, b, c`` with a suggestion for a near miss."""
     names = sorted(allowed)
-    return f"expected one of {', '.join(names)}{did_you_mean(found, names)}"
+    return f"expected one of {', '.join(names)}{did_you_mean(name, names)}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plug-in protocols: what a stage, a runtime and a device must offer. Modules satisfy them; nothing is inherited."""
+"""The protocols of plug-ins: what a stage, a runtime and a device must provide. Modules implement them, without inheritance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgekd.domain.target import Target
 
 P = TypeVar("P")  # the frozen dataclass of a step's parameters
-Progress = Callable[[float, str], None]  # (share done in [0, 1], what is being done, in a few words)
+Progress = Callable[[float, str], None]  # (completed share in [0, 1], description of the current work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Step(Generic[P]):
     """A cached stage bound to its parameters and inputs.
 
     ``id`` is unique in a plan and starts with the stage's name (``quantize/litert/static_wi8_ai8/ptq``).
-    ``params`` is a frozen dataclass of JSON values: all that may change the output. ``inputs`` maps the stage's own names to artifacts of other
-    steps, ``"step id:file name"``. ``tools`` are the distributions whose versions touch the bytes.
+    ``params`` is a frozen dataclass of JSON values: all that may change the output. ``inputs`` maps the stage's names to artifacts of
+    other steps, ``"step id:file name"``. ``tools`` are the distributions whose versions affect the bytes.
     """
 
     id: str
@@ -48,11 +48,11 @@ class CompletedStep:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a stage gets beside its step and inputs; nothing in it may change the output.
+    """What a stage gets in addition to its step and inputs; nothing in it may change the output.
 
-    ``recipe_dir``: user code and files are found from here (their digests reach the key through ``inspect``).
-    ``out``: every file written here becomes an artifact under its name; the stage writes nowhere else but ``work``.
-    ``work``: a folder of this step's key that survives a kill: partial work, so that a stage can go on.
+    ``recipe_dir``: paths of user code and files are relative to it (their digests are in the key, through ``inspect``).
+    ``out``: every file written here becomes an artifact under its name; the stage writes to no other folder except ``work``.
+    ``work``: a folder of this step's key that survives a kill: partial work, so that a stage can resume.
     """
 
     recipe_dir: Path
@@ -63,10 +63,10 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What the user's code read, as ``inspect`` saw it: a cached result stands only while all of this is unchanged.
+    """What the user's code read, as ``inspect`` recorded it: a cached result is valid only while all of this is unchanged.
 
-    ``files``: path (relative to the recipe's folder where it lies in it) to SHA-256, or None for a file that was looked
-    for and absent. ``listings``: folder to SHA-256 of its sorted names. ``env``: variable to SHA-256 of its value, or
+    ``files``: path (relative to the recipe's folder for a file in it) to SHA-256, or None for a file that was looked
+    up and absent. ``listings``: folder to SHA-256 of its sorted names. ``env``: variable to SHA-256 of its value, or
     None. ``modules``: distribution to version.
     """
 
@@ -78,9 +78,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """Numbers and remarks of a run (kept beside the artifacts); ``record`` only from ``inspect``.
+    """Metrics and notes of a run, stored with the artifacts; ``record`` only from ``inspect``.
 
-    A note that starts with ``warning: `` is told at once.
+    A note that starts with ``warning: `` is printed at once.
     """
 
     metrics: Mapping[str, Json] = field(default_factory=dict)
@@ -89,14 +89,14 @@ class StageResult:
 
 
 class Reporter(Protocol):
-    """Where progress and remarks go while a build works: the terminal, or plain lines."""
+    """Where progress and notes of a build go: the terminal, or plain lines."""
 
     def log(self, text: str) -> None:
-        """Tell one line."""
+        """Print one line."""
         ...
 
     def step(self, name: str) -> AbstractContextManager[Progress]:
-        """Tell of a step that runs, and give it a way to tell how far it is."""
+        """Show a step while it runs; yields the function through which it reports its progress."""
         ...
 
 
@@ -115,11 +115,11 @@ class Stage(Protocol):
         ...
 
     def run(self, step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
-        """Do the work.
+        """Run the step.
 
         Raises:
             RecipeError: if the user's code or data is wrong.
-            StageError: if the work failed.
+            StageError: if the step failed.
         """
         ...
 
@@ -133,13 +133,13 @@ class Session(Protocol):
 
 
 class Runtime(Protocol):
-    """What executes a model file, and makes one: a package ``edgekd/runtimes/NAME``, light to import."""
+    """What exports, quantizes and executes a model file: a package ``edgekd/runtimes/NAME``, light to import."""
 
     NAME: str
     PACKAGE: str  # the distribution that it needs by default
     FORMAT: str  # ``onnx`` or ``tflite``; the suffix of its files
     SCHEMES: tuple[str, ...]
-    EXPORT_TOOLS: tuple[str, ...]  # distributions that touch the exported bytes
+    EXPORT_TOOLS: tuple[str, ...]  # distributions that affect the exported bytes
     QUANTIZE_TOOLS: tuple[str, ...]
 
     def export(self, model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
@@ -157,11 +157,11 @@ class Runtime(Protocol):
         ...
 
     def variant(self, scheme: str, cpu_features: Sequence[str], arch: str) -> Mapping[str, Json]:
-        """Return what the target's processor changes in quantization (an empty mapping for nothing)."""
+        """Return how quantization differs for the target's CPU (an empty mapping for no difference)."""
         ...
 
     def why_unfit(self, scheme: str, variant: Mapping[str, Json], instruction_set: str) -> str | None:
-        """Return why outputs computed on this instruction set do not stand for the target's (saturation), or None."""
+        """Return why outputs computed on this instruction set differ from the target's (saturation), or None."""
         ...
 
     def open(self, path: Path, threads: int) -> Session:
@@ -180,7 +180,7 @@ class Device(Protocol):
     KIND: str
 
     def measure(self, job: Mapping[str, Json], progress: Progress) -> Mapping[str, Json]:
-        """Run a measuring job with the harness in a process of its own and return what it printed.
+        """Run a measuring job with the harness in a separate process and return its output.
 
         Raises:
             UnavailableError: if the device cannot be reached or lacks the runtime.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runtimes and devices by name: built-in modules, and those that other packages offer as entry points. Loaded when asked."""
+"""Runtimes and devices by name: built-in modules, and plug-ins (entry points of other packages). Each is imported on first use."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """Return the names of a kind (``runtimes`` or ``devices``), sorted; imports none of them."""
+    """Return the names of a kind (``runtimes`` or ``devices``), sorted, without importing them."""
     package = importlib.import_module(f"edgekd.{kind}")
     return tuple(sorted({module.name for module in pkgutil.iter_modules(package.__path__)} | set(_entry_points(kind))))
 
 
 def knows(kind: str, name: str) -> bool:
-    """Return whether there is one of that name; plug-ins are asked only for a name that is not built in."""
+    """Return whether a name is registered; plug-ins are looked up only for a name that is not built in."""
     return _is_built_in(kind, name) or name in _entry_points(kind)
 
 
@@ -30,29 +30,30 @@ def runtime(name: str) -> Runtime:
     """Return a runtime.
 
     Raises:
-        RecipeError: if there is none of that name.
+        RecipeError: if no such name is registered.
     """
     return cast("Runtime", _load("runtimes", name))
 
 
 def device(kind: str) -> Device:
-    """Return a device kind.
+    """Return the module of a device kind.
 
     Raises:
-        RecipeError: if there is none of that name.
+        RecipeError: if no such name is registered.
     """
     return cast("Device", _load("devices", kind))
 
 
 def source_folder(kind: str, name: str) -> Path:
-    """Return the folder of the module that implements one, without importing it.
+    """Return the folder of the module that implements a runtime or a device kind, without importing it.
 
     Raises:
-        RecipeError: if there is none of that name.
+        RecipeError: if no such name is registered.
     """
     module = f"edgekd.{kind}.{name}" if _is_built_in(kind, name) else _entry_point(kind, name).module
     spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None  # noqa: S101  (both kinds of name were just looked up)
+    if spec is None or spec.origin is None:
+        raise RecipeError(f"'{name}' of edgekd's {kind}: module {module} does not exist; reinstall its package")
     return Path(spec.origin).parent
 
 
@@ -61,10 +62,10 @@ def _load(kind: str, name: str) -> Any:
 
 
 def _entry_point(kind: str, name: str) -> Any:
-    offered = _entry_points(kind)
-    if name not in offered:
+    points = _entry_points(kind)
+    if name not in points:
         raise RecipeError(f"'{name}' is not one of edgekd's {kind}; {expected_one_of(name, names(kind))}")
-    return offered[name]
+    return points[name]
 
 
 def _is_built_in(kind: str, name: str) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes and target profiles: TOML to domain objects, all errors at once."""
+"""Recipes and target profiles: TOML to domain objects, with all problems at once."""
 
 from __future__ import annotations
 

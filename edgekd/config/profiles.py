@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Target profiles: found by name or path, read, and compared with this machine."""
+"""Target profiles: looked up by name or path, read, and compared with this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
-from edgekd.config.reader import SAFE_NAME, Reader, check_once, display_path, read_toml
+from edgekd.config.reader import SAFE_NAME, Reader, check_unique, display_path, read_toml
 from edgekd.domain.target import Target
 from edgekd.domain.units import bytes_to_mib
 from edgekd.errors import RecipeError, expected_one_of
@@ -21,17 +21,17 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def load_target(name: str, facts: Mapping[str, Any] | None = None) -> Target:
-    """Return a target profile, by name or by path; ``facts`` of this machine stand in for ``native``.
+    """Return a target profile, by name or by path; ``facts`` of this machine replace ``native``.
 
     Raises:
-        RecipeError: all that is wrong with it.
+        RecipeError: all problems of the file.
     """
     path = find_target(name)
-    found = read_toml(path, "target profile", "edgekd targets lists them")
+    document = read_toml(path, "target profile", "edgekd targets lists them")
     reader = Reader(display_path(path))
-    if _has_native(found):
-        found = _resolve_native(reader, found, _facts() if facts is None else facts)
-    target: Target | None = reader.table(Target, found)
+    if _has_native(document):
+        document = _resolve_native(reader, document, _machine_facts() if facts is None else facts)
+    target: Target | None = reader.table(Target, document)
     if target is not None:
         _check_target(reader, target, path)
     if reader.problems or target is None:
@@ -54,31 +54,33 @@ def find_target(name: str) -> Path:
         return Path(name)
     path = _profiles() / f"{name}.toml"
     if not SAFE_NAME.fullmatch(name) or not path.is_file():
-        raise RecipeError(f"target '{name}': no such profile; {expected_one_of(name, target_names())}; name your own by its path")
+        raise RecipeError(
+            f"target '{name}': no such profile; {expected_one_of(name, target_names())}; for a profile of your own, use its path"
+        )
     return path
 
 
 def is_this_machine(target: Target, facts: Mapping[str, Any]) -> bool:
-    """Return whether this machine is one of the target's kind, so that it can be measured here."""
+    """Return whether this machine is of the target's kind, so that latency can be measured on it."""
     return why_not_this_machine(target, facts) is None
 
 
 def why_not_this_machine(target: Target, facts: Mapping[str, Any]) -> str | None:
-    """Return why this machine is not one of the target's kind, or None if it is."""
+    """Return why this machine is not of the target's kind, or None if it is."""
     if "local" not in target.device.kinds:
         return f"{target.name} is reached by {' or '.join(target.device.kinds)}, and no device was named"
     if target.device.arch != facts["arch"]:
         return f"{target.name} is {target.device.arch}, this machine is {facts['arch']}"
-    have = set(facts["features"])
-    if lacking := sorted(set(target.cpu.features) - have):
-        return f"this machine lacks {', '.join(lacking)}, which {target.name} has"
-    if surplus := sorted(set(target.cpu.lacks) & have):
+    features = set(facts["features"])
+    if missing := sorted(set(target.cpu.features) - features):
+        return f"this machine lacks {', '.join(missing)}, which {target.name} has"
+    if surplus := sorted(set(target.cpu.lacks) & features):
         return f"this machine has {', '.join(surplus)}, which {target.name} lacks, so other kernels would run"
     return None
 
 
 def _profiles() -> Path:
-    packaged = PACKAGE / "_targets"  # in the wheel; a checkout has them beside the package
+    packaged = PACKAGE / "_targets"  # in the wheel; in a checkout they are beside the package
     return packaged if packaged.is_dir() else PACKAGE.parent / "targets"
 
 
@@ -92,16 +94,16 @@ def _check_target(reader: Reader, target: Target, path: Path) -> None:
             known = registry.names("runtimes")
             reader.problem(f"{key}.name", f"{entry.name!r} is not a runtime; {expected_one_of(entry.name, known)}")
         if names.index(entry.name) != index:
-            reader.problem(f"{key}.name", f"{entry.name!r} is there twice; expected each runtime once")
-        check_once(reader, f"{key}.threads", entry.threads)
-    check_once(reader, "schemes", target.schemes)
-    check_once(reader, "device.kinds", target.device.kinds)
-    check_once(reader, "cpu.features", target.cpu.features)
+            reader.problem(f"{key}.name", f"{entry.name!r} occurs twice; expected each runtime once")
+        check_unique(reader, f"{key}.threads", entry.threads)
+    check_unique(reader, "schemes", target.schemes)
+    check_unique(reader, "device.kinds", target.device.kinds)
+    check_unique(reader, "cpu.features", target.cpu.features)
     if both := sorted(set(target.cpu.features) & set(target.cpu.lacks)):
         reader.problem("cpu.lacks", f"{', '.join(both)} is in cpu.features too; expected it in one of the two")
 
 
-def _facts() -> Mapping[str, Any]:
+def _machine_facts() -> Mapping[str, Any]:
     from edgekd.harness import runner
 
     return runner.facts()  # type: ignore[no-any-return]  # the harness has no types
@@ -113,9 +115,9 @@ def _has_native(value: object) -> bool:
     return any(map(_has_native, value)) if isinstance(value, list) else value == NATIVE
 
 
-def _resolve_native(reader: Reader, found: dict[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace ``native`` by what this machine is; a clock that cannot be read is told as 1 MHz, a fact that binds nothing."""
-    stands = {
+def _resolve_native(reader: Reader, document: dict[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace ``native`` by what this machine is; a clock that cannot be read is 1 MHz, which constrains nothing."""
+    values = {
         ("cpu", "isa"): facts["instruction_set"],
         ("cpu", "core"): facts["core"],
         ("cpu", "cores"): facts["cores"],
@@ -125,21 +127,23 @@ def _resolve_native(reader: Reader, found: dict[str, Any], facts: Mapping[str, A
         ("limits", "storage_mib"): facts["storage_bytes"] and int(bytes_to_mib(facts["storage_bytes"])),
         ("device", "arch"): facts["arch"],
     }
-    read = dict(found)
-    for (table, key), value in stands.items():
-        if isinstance(read.get(table), dict) and read[table].get(key) == NATIVE:
+    resolved = dict(document)
+    for (name, key), value in values.items():
+        table = resolved.get(name)
+        if isinstance(table, dict) and table.get(key) == NATIVE:
             if value is None:
-                reader.problem(f"{table}.{key}", "'native', but this machine does not tell it; expected a number, in a profile of your own")
-            read[table] = {**read[table], key: 1 if value is None else value}
-    runtimes = read.get("runtimes")
+                problem = "'native', but this value cannot be read on this machine; expected a number, in a profile of your own"
+                reader.problem(f"{name}.{key}", problem)
+            resolved[name] = {**table, key: 1 if value is None else value}
+    runtimes = resolved.get("runtimes")
     if isinstance(runtimes, list):
-        read["runtimes"] = [_resolve_threads(entry, facts["cores"]) if isinstance(entry, dict) else entry for entry in runtimes]
-    return read
+        resolved["runtimes"] = [_resolve_threads(entry, facts["cores"]) if isinstance(entry, dict) else entry for entry in runtimes]
+    return resolved
 
 
 def _resolve_threads(entry: dict[str, Any], cores: int) -> dict[str, Any]:
     threads = entry.get("threads")
     if not isinstance(threads, list):
         return entry
-    told = cores in threads  # then "native" adds nothing
-    return {**entry, "threads": [cores if item == NATIVE else item for item in threads if item != NATIVE or not told]}
+    is_listed = cores in threads  # then "native" adds nothing
+    return {**entry, "threads": [cores if item == NATIVE else item for item in threads if item != NATIVE or not is_listed]}

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of edgekd as frozen data: standard library only."""
+"""The concepts of edgekd as frozen dataclasses: standard library only."""

@@ -15,7 +15,7 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """One file that a step produced; ``digest`` is the SHA-256 of its bytes in hex."""
+    """One file that a step wrote; ``digest`` is the SHA-256 of its bytes in hex."""
 
     path: Path
     digest: str
@@ -24,7 +24,7 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """A stored step. ``material`` is what its key was computed from; ``seconds`` is how long the stage ran."""
+    """A stored step. ``material`` is what its key is the digest of; ``seconds`` is how long the stage ran."""
 
     key: str
     material: Mapping[str, Any]

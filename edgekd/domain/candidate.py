@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Candidates for shipping: what each is, what is known about it, and which one is chosen."""
+"""Candidates for shipping: what each is, its accuracy and latency, and which one is selected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Candidate:
     """A model file that the target allows: one runtime, one scheme, one rung.
 
-    ``model_step`` made the file and ``evaluate_step`` scored it (step ids; ``id`` is ``model_step``). ``settings`` are the
+    ``model_step`` writes the file and ``evaluate_step`` scores it (step ids; ``id`` is ``model_step``). ``settings`` are the
     thread counts to measure. ``quantize`` holds the parameters of the quantize step: ``scheme``, ``io`` and the runtime's
     variant for the target's CPU.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe can say of a distillation loss: its terms, their options, and the taps that some of them match."""
+"""The losses that a recipe can name: their kinds, their options, and the taps that some of them match."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgekd.domain.rules import Between, NonEmpty, OneOf
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# each kind of loss, with its options and what they are where a recipe does not say; sources: edgekd/kd/losses.py
+# each kind of loss, with its options and their defaults; sources: edgekd/kd/losses/
 LOSSES: Mapping[str, Mapping[str, float | bool | str]] = {
     "attention": {"over": "channels"},
     "block": {},
@@ -23,22 +23,25 @@ LOSSES: Mapping[str, Mapping[str, float | bool | str]] = {
     "hint": {},
     "kl": {"temperature": 4.0, "standardize": False},
     "mse": {},
+    "mse_labels": {},
     "relation": {"distance_weight": 1.0, "angle_weight": 2.0},
-    "squared": {},
 }
-REGRESSION_LOSSES = ("mse", "squared")  # losses that need no classes
-TAPPED = ("attention", "block", "hidden", "hint", "relation")  # losses of tensors inside the networks; the others are of answers
+REGRESSION_LOSSES = ("mse", "mse_labels")  # losses that need no classes
+LABEL_LOSSES = ("ce", "mse_labels")  # losses of labels alone, without a teacher
+TAPPED = ("attention", "block", "hidden", "hint", "relation")  # losses of tensors inside the networks; the others take logits
 FROZEN: Final = "frozen"
 EMA, LAST_EPOCH = "ema", "last_epoch"
-AUTO: Final = "auto"  # what is left to be chosen
-TEACHERS = (FROZEN, EMA, LAST_EPOCH)  # whose answers a loss follows: the given teachers', or the student's own earlier ones
+AUTO: Final = "auto"  # a value that a search chooses
+TEACHERS = (FROZEN, EMA, LAST_EPOCH)  # whose logits a loss compares: the trained teachers', or those of an auxiliary model
 
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """Two tensors that are matched: the outputs of a module of the student and of one of the teacher, by dotted path.
+    """Two tensors to match: the output of a module of the student and that of a module of the teacher.
 
-    ``path:1`` is the second of the outputs of a module that returns several.
+    Attributes:
+        student: Dotted path of the module; ``path:1`` is the second output of a module that returns several.
+        teacher: Dotted path in the teacher.
     """
 
     student: Annotated[str, NonEmpty()]
@@ -47,10 +50,24 @@ class Tap:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """One term of the distillation loss. An option that is None has the value of ``LOSSES``; a kind takes those it has there.
+    """One term of the distillation loss. An option that is None has the default of its kind, in ``LOSSES``.
 
-    ``auto`` is chosen by short runs, on the validation split.
-    ``epochs`` are the first and the last (from 1) in which the term counts; ``taps`` are for the kinds of ``TAPPED``.
+    Attributes:
+        kind: Name of the loss.
+        weight: Factor of the term in the sum; "auto" lets short runs choose it on the validation split.
+        epochs: First and last epoch (from 1) in which the term is active.
+        taps: Pairs of modules, for losses of tensors inside the networks.
+        teacher: Whose logits the loss compares: the trained teacher's, or those of an earlier version of the student.
+        temperature: Divisor of the logits before softmax, or "auto".
+        standardize: Standardize the logits of each sample first, or "auto".
+        label_smoothing: Share of the target distribution that is uniform, or "auto".
+        target_weight: Weight of the KL divergence between the label and all other classes.
+        rest_weight: Weight of the KL divergence among the other classes.
+        inter_weight: Weight of the correlation between the classes of a sample.
+        intra_weight: Weight of the correlation between the samples of a class.
+        over: What attention is computed over: channels of feature maps, or heads of attention probabilities.
+        distance_weight: Weight of distances between samples.
+        angle_weight: Weight of angles between samples.
     """
 
     kind: Annotated[str, OneOf("a loss", LOSSES)]
@@ -70,30 +87,30 @@ class Loss:
     angle_weight: Annotated[float, Between(0)] | None = None
 
     @property
-    def given(self) -> dict[str, float | bool | str]:
-        """Return the options that the recipe gives."""
-        names = [item.name for item in fields(self)[5:]]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    def explicit_options(self) -> dict[str, float | bool | str]:
+        """Return the options that the recipe sets."""
+        options = {item.name: getattr(self, item.name) for item in fields(self)[5:]}
+        return {name: value for name, value in options.items() if value is not None}
 
     @property
     def options(self) -> dict[str, float | bool | str]:
-        """Return all options of this kind."""
-        return {**LOSSES[self.kind], **self.given}
+        """Return all options of this kind, with defaults."""
+        return {**LOSSES[self.kind], **self.explicit_options}
 
     @property
-    def is_open(self) -> bool:
-        """Return whether something is left to be chosen."""
-        return AUTO in (self.weight, *self.given.values())
+    def has_auto(self) -> bool:
+        """Return whether a search has to choose something."""
+        return AUTO in (self.weight, *self.explicit_options.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON, options spelled out; :meth:`from_dict` reads it."""
-        more: dict[str, Any] = {} if self.epochs is None else {"epochs": list(self.epochs)}
-        more |= {"taps": [asdict(tap) for tap in self.taps]} if self.taps else {}
-        more |= {"teacher": self.teacher} if self.teacher != FROZEN else {}
-        return {"kind": self.kind, "weight": self.weight, **more, **self.options}
+        """Return the loss as plain JSON with all options; :meth:`from_dict` reads it."""
+        optional: dict[str, Any] = {} if self.epochs is None else {"epochs": list(self.epochs)}
+        optional |= {"taps": [asdict(tap) for tap in self.taps]} if self.taps else {}
+        optional |= {"teacher": self.teacher} if self.teacher != FROZEN else {}
+        return {"kind": self.kind, "weight": self.weight, **optional, **self.options}
 
-    def counts_in(self, epoch: int) -> bool:
-        """Return whether the term counts in an epoch, from 0; in the first there is no previous self to follow."""
+    def is_active_in(self, epoch: int) -> bool:
+        """Return whether the term is active in an epoch, from 0; there is no last epoch's model in the first."""
         return (self.epochs is None or self.epochs[0] <= epoch + 1 <= self.epochs[1]) and (epoch > 0 or self.teacher != LAST_EPOCH)
 
     @classmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements: raw samples, how they were taken, and where."""
+"""Measurements: raw samples, how they were taken, and on which machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TEACHER = "teacher"
 class Measurement:
     """Latency of one model at one setting on one device.
 
-    ``blocks_ns[i]`` are the raw samples of round ``i``, integer nanoseconds; in each round all subjects that share a
-    runtime ran once, interleaved, so that round ``i`` of two measurements is a pair.
-    ``subject`` is a candidate's id, or ``teacher``. ``environment`` holds machine identity and state as it was read,
-    with ``unknown`` where it could not be.
+    ``blocks_ns[i]`` are the raw samples of round ``i``, integer nanoseconds; in each round all subjects of a runtime
+    run once, interleaved, so that round ``i`` of two measurements is a pair.
+    ``subject`` is a candidate's id, or ``teacher``. ``environment`` holds the identity and state of the machine;
+    a value that cannot be read is ``unknown``.
     """
 
     subject: str
@@ -35,5 +35,5 @@ class Measurement:
     notes: tuple[str, ...] = ()
 
     def samples_ns(self) -> list[int]:
-        """Return all samples in the order in which they were taken."""
+        """Return all samples in order of time."""
         return [sample for block in self.blocks_ns for sample in block]

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
+from edgekd.domain.budget import Budget
 from edgekd.domain.losses import Loss
-from edgekd.domain.rules import Between, Name, NonEmpty, OneOf
+from edgekd.domain.rules import Between, Name, NonEmpty, OneOf, Positive
 from edgekd.domain.scheme import SCHEMES
 
-Positive = Between(0, above=True)
 DTYPES = ("float32", "int32", "int64")
 DISTILLED = "distilled"
-BASELINES = {"no_teacher": 0.0, "label_smoothing": 0.1}  # students that are trained alike without a teacher, and their label smoothing
-PSEUDO_LABELS = "pseudo_labels"  # the twin that follows the answers of the one that was trained alone
+BASELINES = {"no_teacher": 0.0, "label_smoothing": 0.1}  # students trained in the same manner without a teacher; their label smoothing
+PSEUDO_LABELS = "pseudo_labels"  # the baseline that learns from predictions of the baseline no_teacher
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("auto", "float32", "bfloat16")
 NO_ACCELERATOR = "none"
@@ -24,24 +24,30 @@ ACCELERATORS = ("auto", NO_ACCELERATOR, "cuda", "mps")
 
 @dataclass(frozen=True, slots=True)
 class EntryPoint:
-    """User code, written ``file.py:function``; the file is found from the recipe's folder."""
+    """User code, written ``file.py:function``; the path is relative to the recipe's folder."""
 
     file: str
     function: str
 
     def __str__(self) -> str:
-        """Return it as it is written."""
+        """Return the entry point as a recipe has it."""
         return f"{self.file}:{self.function}"
 
     @classmethod
     def parse(cls, text: str) -> EntryPoint:
-        """Return the entry that is written so."""
+        """Return the entry point of ``file.py:function``."""
         return cls(*text.rsplit(":", 1))
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One input of the student; ``shape`` with the batch axis, which is 1."""
+    """One input of the student.
+
+    Attributes:
+        name: Name of the input in the model file.
+        shape: Shape with the batch axis, which is 1.
+        dtype: Type of the elements.
+    """
 
     name: Annotated[str, NonEmpty()]
     shape: Annotated[tuple[Annotated[int, Between(1)], ...], NonEmpty()]
@@ -50,10 +56,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """``splits()`` returns a mapping from split to torch data set of ``(input, label)`` items.
+    """The data sets.
 
-    Splits: train, validation, calibration (from train), evaluation, and unlabelled if there is one (items are inputs).
-    ``max_overlap`` is how many samples of one split may stand, byte for byte, in another.
+    Attributes:
+        splits: Function that returns a mapping from split to torch data set of ``(input, label)`` items. Splits: train,
+            validation, calibration (from train), evaluation, and optionally unlabelled (items are inputs).
+        max_overlap: How many samples of one split may also be in another, byte for byte.
     """
 
     splits: EntryPoint
@@ -61,11 +69,20 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True)
-class Training:
-    """How the teacher is taught, if the recipe asks: cross-entropy, one-cycle learning rate.
+class TrainingOptions:
+    """Options of every training: one-cycle learning rate; the epoch is chosen on the validation split.
 
-    ``augment(inputs, generator) -> inputs`` works on a batch (a tensor, or a tuple for several inputs). ``precision`` and
-    ``accelerator``: ``auto`` tries bfloat16 and the accelerators that this machine has, and takes what pays.
+    Attributes:
+        epochs: Number of epochs.
+        batch_size: Samples per step.
+        optimizer: The optimizer.
+        learning_rate: Peak of the one-cycle schedule.
+        weight_decay: Decoupled weight decay (AdamW), or L2 penalty (SGD).
+        augment: Function ``augment(inputs, generator) -> inputs`` of a batch (a tensor, or a tuple for several inputs).
+        precision: Precision of the forward and backward pass; "auto" uses bfloat16 where a dry run shows that it is faster.
+        accelerator: The accelerator; "auto" uses one of this machine where a dry run shows that it is faster.
+        seed: Seed of weights, data order and augmentation.
+        threads: CPU threads, by default all cores; another number gives other bits.
     """
 
     epochs: Annotated[int, Between(1)]
@@ -73,24 +90,38 @@ class Training:
     optimizer: Annotated[str, OneOf("an optimizer", OPTIMIZERS)] = "adamw"
     learning_rate: Annotated[float, Positive] = 0.003
     weight_decay: Annotated[float, Between(0)] = 0.01
-    label_smoothing: Annotated[float, Between(0, 1)] = 0.0
     augment: EntryPoint | None = None
     precision: Annotated[str, OneOf("a precision", PRECISIONS)] = "auto"
     accelerator: Annotated[str, OneOf("an accelerator", ACCELERATORS)] = "auto"
     seed: Annotated[int, Between(0)] = 0
     threads: Annotated[int, Between(1)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Training(TrainingOptions):
+    """How the teacher is trained: with cross-entropy.
+
+    Attributes:
+        label_smoothing: Share of the target distribution that is uniform.
+        checkpoints: How many earlier weights are saved; the student learns from these first.
+    """
+
+    label_smoothing: Annotated[float, Between(0, 1)] = 0.0
     checkpoints: Annotated[int, Between(0)] = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """The reference, or a further teacher: a module with weights (or to be taught), or a file that is a whole model.
+    """A teacher: a module with weights, a module to train, or a file that is a whole model. The first teacher is the reference.
 
-    ``weights`` is ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.
-    ``file`` is TorchScript (``.ts``), ``torch.export`` (``.pt2``), ONNX (``.onnx``), or ``.safetensors``: answers that were
-    stored with ``edgekd.save_teacher_logits``, of a teacher that is not here.
-    ``checkpoints`` are earlier weights of the same module, the earliest first: they teach before it does, in turns of as many
-    epochs. ``weight`` is its share where there are several teachers.
+    Attributes:
+        model: Function that returns the module.
+        weights: Weights of the module: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.
+        file: A whole model: TorchScript (``.ts``), ``torch.export`` (``.pt2``), ONNX (``.onnx``), or logits that
+            ``edgekd.save_teacher_logits`` stored (``.safetensors``).
+        train: Trains the module, instead of ``weights``.
+        checkpoints: Earlier weights of the same module, the earliest first; each teaches for an equal share of the epochs.
+        weight: Share of this teacher in an ensemble.
     """
 
     model: EntryPoint | None = None
@@ -104,19 +135,24 @@ class Teacher:
     def artifact(self) -> str:
         """Return the artifact that holds the teacher, ``step:file name``.
 
-        ``inspect`` checks a given teacher and keeps it: weights as ``teacher.safetensors``, a whole model under its suffix.
+        ``inspect`` checks and stores a teacher that exists: weights as ``teacher.safetensors``, a whole model under its suffix.
         """
         return "teach:teacher.safetensors" if self.train and self.file is None else f"inspect:teacher.{self.suffix}"
 
     @property
     def suffix(self) -> str:
-        """Return the suffix of the file in which it is kept."""
+        """Return the suffix of the artifact."""
         return "safetensors" if self.file is None else self.file.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
 class Assistant:
-    """A network between teacher and student in size: it is distilled from the teacher, and the student from it."""
+    """A network between teacher and student in size: distilled from the teacher, and then the teacher of the student.
+
+    Attributes:
+        model: Function that returns the module.
+        epochs: Number of epochs, by default as for the student.
+    """
 
     model: EntryPoint
     epochs: Annotated[int, Between(1)] | None = None
@@ -124,7 +160,7 @@ class Assistant:
 
 @dataclass(frozen=True, slots=True)
 class SoftTargetSource:
-    """What answers the samples in a step of ``soft_targets``: the artifact that holds it, its code, and the entry of its module."""
+    """The network of a step of ``soft_targets``: the artifact that holds it, that of its code, and the entry point of its module."""
 
     model: EntryPoint | None
     artifact: str
@@ -133,10 +169,13 @@ class SoftTargetSource:
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """``model()`` returns the module; ``inputs`` are its positional arguments in order.
+    """The network that ships.
 
-    ``answers`` (n, C) are logits of ``classes``, of independent ``labels``, or ``numbers``. ``heads`` are the widths of several
-    softmaxes side by side, as of the tokens of a sequence; a sample then has a class for each.
+    Attributes:
+        model: Function that returns the module.
+        inputs: Positional arguments of the module, in order.
+        task: What the outputs (n, C) are: logits of one softmax, logits of independent labels, or numbers.
+        heads: Widths of several softmaxes side by side, such as the tokens of a sequence; a sample has a class for each.
     """
 
     model: EntryPoint
@@ -144,19 +183,14 @@ class Student:
     task: Annotated[str, OneOf("a task", ("multiclass", "multilabel", "regression"))] = "multiclass"
     heads: tuple[Annotated[int, Between(2)], ...] = ()
 
-    @property
-    def form(self) -> dict[str, Any]:
-        """Return what is not one softmax, as plain JSON; nothing if it is one."""
-        return {"task": self.task, "heads": list(self.heads)} if self.heads or self.task != "multiclass" else {}
-
 
 @dataclass(frozen=True, slots=True)
 class Baselines:
-    """Twins: the same student, trained alike without a teacher, from as many seeds; they say whether distillation helps.
+    """Students trained in the same manner without a teacher, with and without label smoothing; they show whether distillation helps.
 
-    With ``pseudo_labels``, one more learns from the labels and from what the student alone says of the unlabelled samples.
-
-    Source: pseudo-labels: Lee, ICML workshop on challenges in representation learning, 2013.
+    Attributes:
+        seeds: How many students of each kind, one per seed.
+        pseudo_labels: Add a baseline that learns from pseudo-labels of unlabelled samples (Lee, ICML workshop 2013).
     """
 
     seeds: Annotated[int, Between(2, 100)]
@@ -164,27 +198,23 @@ class Baselines:
 
 
 @dataclass(frozen=True, slots=True)
-class Distill:
-    """How the student is trained: one-cycle learning rate, epoch chosen on the validation split.
+class Distill(TrainingOptions):
+    """How the student is trained.
 
-    ``augment`` is as the teacher's; of each sample ``views`` augmented ones are made, the teacher answers each once, and the
-    epochs take them in turns. ``teachers`` are further ones beside the reference: the student follows the mean of all their
-    answers, by their weights, or for each sample by their ``confidence`` too. ``assistants`` make a chain.
-    ``soft_target_storage``: of more than 256 classes, a sample of each of the teacher's answers is kept, unless it is ``dense``.
-    ``search_share``: how many epochs may be spent on choosing what losses leave to ``auto``, as a share of ``epochs``.
-    ``break_even_inferences``: training ends after as many epochs as so many inferences on the device win back, by an estimate.
-    ``sizes`` are students of other widths or depths: they are distilled alike, and the report says which would be large enough.
+    Attributes:
+        losses: Terms of the loss; their weighted sum is minimized.
+        views: How many augmented versions of each sample are made; teacher and student see the same, the epochs use them in turn.
+        teachers: Further teachers; the student learns from the weighted mean of the ensemble's logits.
+        teacher_weighting: Weights of an ensemble: those of the teachers, or for each sample also their confidence.
+        assistants: Networks between teacher and student, as a chain.
+        search_share: Epochs that the search for "auto" values may take, as a share of ``epochs``.
+        break_even_inferences: End training after as many epochs as this number of inferences on the device pays for (an estimate).
+        sizes: Students of other widths or depths, distilled in the same manner; the report shows which would be large enough.
+        soft_target_storage: "auto" stores a sample of the logits if there are more than 256 classes, "dense" stores all.
+        baselines: Students without a teacher, for comparison.
     """
 
-    epochs: Annotated[int, Between(1)]
     losses: Annotated[tuple[Loss, ...], NonEmpty()] = (Loss("kl", 0.9), Loss("ce", 0.1))
-    batch_size: Annotated[int, Between(1)] = 128
-    optimizer: Annotated[str, OneOf("an optimizer", OPTIMIZERS)] = "adamw"
-    learning_rate: Annotated[float, Positive] = 0.003
-    weight_decay: Annotated[float, Between(0)] = 0.01
-    seed: Annotated[int, Between(0)] = 0
-    threads: Annotated[int, Between(1)] | None = None
-    augment: EntryPoint | None = None
     views: Annotated[int, Between(1)] | None = None
     teachers: tuple[Teacher, ...] = ()
     teacher_weighting: Annotated[str, OneOf("a teacher weighting", ("fixed", "confidence"))] = "fixed"
@@ -192,64 +222,69 @@ class Distill:
     search_share: Annotated[float, Positive] = 1.0
     break_even_inferences: Annotated[int, Between(1)] | None = None
     sizes: tuple[EntryPoint, ...] = ()
-    precision: Annotated[str, OneOf("a precision", PRECISIONS)] = "auto"
-    accelerator: Annotated[str, OneOf("an accelerator", ACCELERATORS)] = "auto"
     soft_target_storage: Annotated[str, OneOf("a storage", ("auto", "dense"))] = "auto"
     baselines: Baselines | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Quantize:
-    """Which candidates are made. ``auto`` is all that the target allows.
+    """Which candidates are built.
 
-    ``io`` is the type of the model's inputs and outputs. ``max_float_ops`` is how many ops a statically quantized
-    candidate may keep in float.
+    Attributes:
+        schemes: Numeric formats; "auto" is all that the target allows.
+        runtimes: Engines; "auto" is all that the target has.
+        io: Type of inputs and outputs of statically quantized candidates.
+        max_float_ops: How many ops a statically quantized candidate may keep in float.
     """
 
-    schemes: str | tuple[Annotated[str, OneOf("a scheme", SCHEMES)], ...] = "auto"
-    runtimes: str | tuple[str, ...] = "auto"
+    schemes: Annotated[tuple[Annotated[str, OneOf("a scheme", SCHEMES)], ...], NonEmpty()] | Literal["auto"] = "auto"
+    runtimes: Annotated[tuple[str, ...], NonEmpty()] | Literal["auto"] = "auto"
     io: Annotated[str, OneOf("an io type", ("float32", "int8"))] = "float32"
     max_float_ops: Annotated[int, Between(0)] = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """What is scored: ``top1``, or the user's own function.
+    """How outputs are scored.
 
-    ``score(outputs, labels) -> array (n,)`` scores each sample in [0, 1];
-    ``metric(outputs, labels) -> float`` scores the whole set and is judged by a bootstrap.
+    Attributes:
+        metric: "top1", or a function ``metric(outputs, labels) -> float`` of the whole set, judged by a bootstrap.
+        score: Function ``score(outputs, labels) -> array (n,)`` that scores each sample from 0 to 1.
     """
 
-    metric: str | EntryPoint = "top1"
+    metric: Literal["top1"] | EntryPoint = "top1"
     score: EntryPoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """The product's limits; a line that is None is not judged. Drops are against the teacher."""
-
-    max_accuracy_drop_pp: Annotated[float, Between(0, 100)] | None = None
-    min_accuracy_pct: Annotated[float, Between(0, 100)] | None = None
-    max_class_drop_pp: Annotated[float, Between(0, 100)] | None = None
-    max_latency_p50_ms: Annotated[float, Positive] | None = None
-    max_latency_p95_ms: Annotated[float, Positive] | None = None
-    max_latency_p99_ms: Annotated[float, Positive] | None = None
-    min_speedup_x: Annotated[float, Positive] | None = None
-    max_peak_rss_mib: Annotated[float, Positive] | None = None
-    max_size_kib: Annotated[float, Positive] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class TargetOverrides:
-    """What one target changes, key by key, in ``[target.NAME.budget]`` and ``[target.NAME.quantize]``."""
+    """What one target changes, key by key.
 
-    budget: Budget = Budget()
-    quantize: Quantize = Quantize()
+    Attributes:
+        budget: Limits for this target.
+        quantize: Candidates for this target.
+    """
+
+    budget: Budget = field(default_factory=Budget)
+    quantize: Quantize = field(default_factory=Quantize)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One ``edgekd.toml``. ``target`` holds, for each target that is named, the budget and quantization that hold there."""
+    """What to build, and the budget that it has to meet.
+
+    Attributes:
+        schema: Version of this format.
+        name: Name of the model file.
+        data: The data sets.
+        teacher: The reference for accuracy and latency.
+        student: The network that ships.
+        distill: How the student is trained.
+        quantize: Which candidates are built.
+        evaluate: How outputs are scored.
+        budget: The product's limits.
+        target: Budget and quantization for single targets, by their names.
+    """
 
     schema: Annotated[int, Between(1, 1)]
     name: Annotated[str, Name()]
@@ -257,28 +292,33 @@ class Recipe:
     teacher: Teacher
     student: Student
     distill: Distill
-    quantize: Quantize = Quantize()
-    evaluate: Evaluate = Evaluate()
-    budget: Budget = Budget()
+    quantize: Quantize = field(default_factory=Quantize)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    budget: Budget = field(default_factory=Budget)
     target: Mapping[str, TargetOverrides] = field(default_factory=dict)
 
     @property
     def soft_target_sources(self) -> dict[str, SoftTargetSource]:
-        """Return what answers the samples, by its step: the reference first, then further teachers, checkpoints, assistants."""
-        found = {"soft_targets": SoftTargetSource(self.teacher.model, self.teacher.artifact, "inspect:teacher.code.json")}
+        """Return the networks whose logits are stored, by step: the reference, further teachers, checkpoints, assistants, baselines."""
+        reference, student = self.teacher.model, self.student.model
+        code = "inspect:teacher.code.json"
+        sources = {"soft_targets": SoftTargetSource(reference, self.teacher.artifact, code)}
         for number, teacher in enumerate(self.distill.teachers):
-            kept, code = f"inspect:teacher.{number}.{teacher.suffix}", f"inspect:teacher.{number}.code.json"
-            found[f"soft_targets/teacher/{number}"] = SoftTargetSource(teacher.model, kept, code)
-        for number in range(self.checkpoints):
-            kept = f"{'teach' if self.teacher.train else 'inspect'}:checkpoint.{number}.safetensors"
-            found[f"soft_targets/checkpoint/{number}"] = SoftTargetSource(self.teacher.model, kept, "inspect:teacher.code.json")
+            name = f"inspect:teacher.{number}"
+            sources[f"soft_targets/teacher/{number}"] = SoftTargetSource(teacher.model, f"{name}.{teacher.suffix}", f"{name}.code.json")
+        stage = "teach" if self.teacher.train else "inspect"
+        for number in range(self.checkpoint_count):
+            artifact = f"{stage}:checkpoint.{number}.safetensors"
+            sources[f"soft_targets/checkpoint/{number}"] = SoftTargetSource(reference, artifact, code)
         for number, assistant in enumerate(self.distill.assistants):
-            kept, code = f"distill/assistant/{number}:student.safetensors", f"inspect:assistant.{number}.code.json"
-            found[f"soft_targets/assistant/{number}"] = SoftTargetSource(assistant.model, kept, code)
-        for number, name in enumerate(self.arms.get(PSEUDO_LABELS, ())):
-            kept = f"{self.arms['no_teacher'][number]}:student.safetensors"
-            found[f"soft_targets/{name.removeprefix('distill/')}"] = SoftTargetSource(self.student.model, kept, "inspect:student.code.json")
-        return found
+            artifact = f"distill/assistant/{number}:student.safetensors"
+            sources[f"soft_targets/assistant/{number}"] = SoftTargetSource(
+                assistant.model, artifact, f"inspect:assistant.{number}.code.json"
+            )
+        for step, baseline in zip(self.arms.get(PSEUDO_LABELS, ()), self.arms.get("no_teacher", ()), strict=False):
+            name = step.replace("distill", "soft_targets", 1)
+            sources[name] = SoftTargetSource(student, f"{baseline}:student.safetensors", "inspect:student.code.json")
+        return sources
 
     @property
     def sizes(self) -> dict[str, EntryPoint]:
@@ -286,20 +326,20 @@ class Recipe:
         return {f"distill/size/{number}": entry for number, entry in enumerate(self.distill.sizes)}
 
     @property
-    def checkpoints(self) -> int:
-        """Return how many earlier weights of the teacher teach."""
+    def checkpoint_count(self) -> int:
+        """Return how many earlier weights of the teacher the student learns from."""
         return len(self.teacher.checkpoints) if self.teacher.train is None else self.teacher.train.checkpoints
 
     @property
     def arms(self) -> dict[str, tuple[str, ...]]:
-        """Return the steps that train each arm of the control, seed by seed; the student that ships is the first of its arm."""
+        """Return the steps that train each arm of the comparison, one per seed; the first distilled student is the one that ships."""
         if self.distill.baselines is None:
             return {}
-        numbers = range(self.distill.baselines.seeds)
+        seeds = range(self.distill.baselines.seeds)
         names = (DISTILLED, *BASELINES, *([PSEUDO_LABELS] if self.distill.baselines.pseudo_labels else []))
-        arms = {arm: tuple(f"distill/{arm}/{number}" for number in numbers) for arm in names}
+        arms = {arm: tuple(f"distill/{arm}/{seed}" for seed in seeds) for arm in names}
         return {**arms, DISTILLED: ("distill", *arms[DISTILLED][1:])}
 
     def overrides_for(self, name: str) -> TargetOverrides:
-        """Return the budget and quantization that hold for a target."""
+        """Return the budget and quantization for a target."""
         return self.target.get(name, TargetOverrides(self.budget, self.quantize))

@@ -1,33 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that a field of a recipe or a target obeys, for ``Annotated``; ``config`` reads them and words the errors."""
+"""Rules for fields of a recipe or a target profile, for ``Annotated``: the reader checks them, the JSON Schema contains them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """A number in ``[low, high]``; ``above`` excludes the lower end. A bound that is None does not bind."""
+    """A number in ``[low, high]``; ``above`` excludes the lower bound. None is no bound."""
 
     low: float | None = None
     high: float | None = None
     above: bool = False
 
 
+Positive = Between(0, above=True)
+
+
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """A string out of ``choices``; ``what`` names the thing in the error (``a scheme``)."""
+    """A string out of ``choices``; ``what`` names the kind of value in errors (``a scheme``)."""
 
     what: str
-    choices: tuple[str, ...]
+    choices: Collection[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A name that is also a folder's name: letters, digits, ``.``, ``_`` and ``-``, starting with a letter or digit."""
+    """A name that can also name a folder: letters, digits, ``.``, ``_`` and ``-``; a letter or digit first."""
 
 
 @dataclass(frozen=True, slots=True)
 class NonEmpty:
     """A string or an array with at least one item."""
+
+
+@dataclass(frozen=True, slots=True)
+class OrNative:
+    """A value that a profile may leave to this machine, as ``native``."""

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schemes: the numeric format of a model, by one grammar.
+"""Schemes: the numeric format of a model, in the grammar of AI Edge Quantizer.
 
-``static_wi8_ai8``: weights int8, activations int8 with ranges fixed by the calibration set.
-``dynamic_wi8_afp32``: weights int8, activations float at the edges of each op, quantized at run time.
+``static_wi8_ai8``: int8 weights, int8 activations with ranges from the calibration set.
+``dynamic_wi8_afp32``: int8 weights; activations are float between ops, and quantized inside an op at run time.
 ``float32``: not quantized.
-
-The grammar is that of AI Edge Quantizer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only unit arithmetic: integer nanoseconds and bytes, accuracy as a fraction inside; ms, MiB, points at the edges."""
+"""All conversions of units. Inside: integer nanoseconds and bytes, accuracy as a fraction; in files and reports: ms, MiB, points."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """All checks of one target. FAIL if one fails, else INCONCLUSIVE if one is, else PASS; no check is INCONCLUSIVE."""
+    """All checks of one target. FAIL if any check fails, else INCONCLUSIVE if any is or there is none, else PASS."""
 
     target: str
     checks: tuple[Check, ...]

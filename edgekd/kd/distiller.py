@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgekd.config.distill_rules import problems_of
+from edgekd.config.distill_rules import loss_problems
 from edgekd.domain.losses import FROZEN, TAPPED, Loss
 from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError
@@ -56,7 +56,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.epoch = 0
         self._losses = [_parse_loss(index, values) for index, values in enumerate(losses)]
-        if problems := [problem for index, loss in enumerate(self._losses) for problem in problems_of(loss, f"losses[{index}]")]:
+        if problems := [problem for index, loss in enumerate(self._losses) for problem in loss_problems(loss, f"losses[{index}]")]:
             raise RecipeError(*problems)
         if auxiliary := next((loss.teacher for loss in self._losses if loss.teacher != FROZEN), None):
             raise RecipeError(

@@ -164,7 +164,7 @@ def _with_teachers(recipe: Recipe, params: StudentParams, link: int) -> StudentP
     teachers = recipe.distill.teachers
     weights = (recipe.teacher.weight, *(teacher.weight for teacher in teachers))
     ensemble = data.Ensemble(weights, recipe.distill.teacher_weighting) if teachers else None
-    return replace(params, ensemble=ensemble, checkpoints=recipe.checkpoints)
+    return replace(params, ensemble=ensemble, checkpoints=recipe.checkpoint_count)
 
 
 def _teacher_inputs(recipe: Recipe, link: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ from edgekd import registry, usercode
 from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError, StageError
 from edgekd.harness import runner
-from edgekd.plan import quantized, runtimes_of
+from edgekd.plan import quantized_candidates, runtimes_of
 from edgekd.ports import Context, StageResult, Step
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[EvaluateParams
     student = recipe.student.model
     further_students = [step for arm in recipe.arms.values() for step in arm if step != "distill"]  # other seeds, and baselines
     model_files = {f"export/student/{name}": name for name in runtimes_of(recipe, targets)}
-    model_files |= {step: candidate.runtime for step, candidate in quantized(recipe, targets).items()}
+    model_files |= {step: candidate.runtime for step, candidate in quantized_candidates(recipe, targets).items()}
     return [
         in_torch("teacher", recipe.teacher.model, recipe.teacher.artifact, "teacher"),
         in_torch("student", student, "distill:student.safetensors", "student"),

@@ -14,9 +14,9 @@ from edgekd.stats import intervals
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from edgekd.domain.budget import Budget
     from edgekd.domain.candidate import Accuracy
     from edgekd.domain.measurement import Measurement
-    from edgekd.domain.recipe import Budget
     from edgekd.domain.target import Limits
 
 QUANTILES = {"max_latency_p50_ms": 0.50, "max_latency_p95_ms": 0.95, "max_latency_p99_ms": 0.99}

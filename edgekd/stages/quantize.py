@@ -11,7 +11,7 @@ from edgekd import registry
 from edgekd.domain.scheme import needs_calibration
 from edgekd.errors import StageError
 from edgekd.harness import runner
-from edgekd.plan import quantized
+from edgekd.plan import quantized_candidates
 from edgekd.ports import Context, StageResult, Step
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class QuantizeParams:
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[QuantizeParams]]:
     """Return a step for each candidate that has to be quantized; targets share them."""
     result = []
-    for name, candidate in quantized(recipe, targets).items():
+    for name, candidate in quantized_candidates(recipe, targets).items():
         runtime = registry.runtime(candidate.runtime)
         inputs = {"model": f"export/student/{candidate.runtime}:model.{runtime.FORMAT}"}
         instruction_set = None

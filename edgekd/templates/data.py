@@ -7,7 +7,7 @@ SIZE = 16
 
 
 def splits():
-    """Return the splits as data sets of (input, label); they must not share samples, calibration comes from train."""
+    """Return the splits as data sets of (input, label). They must not share samples, except that calibration comes from train."""
     train = TensorDataset(*draw(3000, seed=1))
     return {
         "train": train,
@@ -19,10 +19,10 @@ def splits():
 
 def draw(count, seed):
     """Return images (count, 1, 16, 16) and labels (count,)."""
-    made = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 4, (count,), generator=made)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (count,), generator=generator)
     row, column = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-    centre = torch.randint(5, 11, (count, 2), generator=made)
+    centre = torch.randint(5, 11, (count, 2), generator=generator)
     y, x = row - centre[:, :1, None], column - centre[:, 1:, None]
     shapes = torch.stack(
         [
@@ -32,5 +32,5 @@ def draw(count, seed):
             (y % 3 == 0) & (y.abs() <= 4) & (x.abs() <= 4),
         ]
     ).float()
-    images = shapes[labels, torch.arange(count)] + 0.35 * torch.randn(count, SIZE, SIZE, generator=made)
+    images = shapes[labels, torch.arange(count)] + 0.35 * torch.randn(count, SIZE, SIZE, generator=generator)
     return images.unsqueeze(1), labels

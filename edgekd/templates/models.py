@@ -1,4 +1,4 @@
-"""Teacher and student: replace these with your own. Each function returns a torch.nn.Module that gives logits."""
+"""Teacher and student: replace these with your own. Each function returns a torch.nn.Module whose output is logits."""
 
 from torch import nn
 

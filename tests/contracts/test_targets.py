@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every profile that edgekd ships."""
+"""Every profile of edgekd."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ X86 = {
 }  # fmt: skip
 
 
-def test_there_are_as_many_as_are_told():
+def test_all_profiles_are_listed():
     assert len(PROFILES) == 15
     assert config.target_names() == tuple(sorted(path.stem for path in PROFILES))
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
-def test_a_profile_loads_and_leaves_a_candidate_on_each_runtime(path):
+def test_a_profile_is_valid_and_has_a_candidate_on_each_runtime(path):
     target = config.load_target(path.stem, X86)
     assert target.name == path.stem
     for entry in target.runtimes:
@@ -39,13 +39,13 @@ def test_a_profile_names_sources(path):
     assert any(word in path.read_text() for word in ("Sources:", "developer.android.com", "psABI"))
 
 
-def test_a_runtime_without_a_kernel_for_dynamic_schemes_is_not_given_one():
+def test_a_runtime_without_kernels_for_dynamic_schemes_does_not_list_them():
     target = config.load_target("rpi4-32")
     assert {(entry.package, entry.version) for entry in target.runtimes} == {("tflite-runtime", "==2.14.*")}
     assert target.schemes == ("float32", "static_wi8_ai8")
 
 
-def test_host_is_the_machine_that_it_runs_on():
+def test_host_is_this_machine():
     facts = runner.facts()
     target = config.load_target("host")
     assert (target.cpu.cores, target.device.arch) == (facts["cores"], facts["arch"])
@@ -63,6 +63,6 @@ def test_host_is_the_machine_that_it_runs_on():
         ("pixel8", ["avx2"], "reached by adb"),
     ],
 )
-def test_which_machine_is_a_target(name, features, reason):
-    found = config.why_not_this_machine(config.load_target(name, X86), {**X86, "features": features})
-    assert found is None if reason is None else reason in found
+def test_whether_this_machine_is_a_target(name, features, reason):
+    problem = config.why_not_this_machine(config.load_target(name, X86), {**X86, "features": features})
+    assert problem is None if reason is None else reason in problem

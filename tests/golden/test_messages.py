@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user reads who wrote a wrong recipe or a wrong target profile: every message, kept as a golden file."""
+"""Every error message about a wrong recipe or a wrong target profile, as a golden file."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ schemes = ["float32", "static_wi8_ai8"]
 device = { kinds = ["ssh"], arch = "aarch64" }
 protocol = { warmup_runs = 20, min_runs = 300, min_seconds = 10 }
 """
-# name -> (what to replace, by what)
+# name -> (text to replace, replacement)
 RECIPES = {
-    "no toml": ("schema = 1", "schema = "),
-    "schema of the future": ("schema = 1", "schema = 2"),
+    "invalid TOML": ("schema = 1", "schema = "),
+    "schema of a later version": ("schema = 1", "schema = 2"),
     "schema missing": ("schema = 1\n", ""),
     "name with a slash": ('"toy"', '"to/y"'),
     "name is a number": ('"toy"', "3"),
@@ -52,16 +52,16 @@ RECIPES = {
     "unknown table": ("[budget]", "[budgets]"),
     "unknown key": ("epochs = 3", "epoch = 3"),
     "unknown budget": ("max_accuracy_drop_pp", "max_acuracy_drop_pp"),
-    "entry without function": ('"data.py:splits"', '"data.py"'),
-    "entry that is no python file": ('"data.py:splits"', '"data.txt:splits"'),
-    "entry with a bad name": ('"data.py:splits"', '"data.py:spl its"'),
-    "entry is a number": ('"data.py:splits"', "4"),
-    "entry's file is missing": ('"data.py:splits"', '"dta.py:splits"'),
+    "entry point without function": ('"data.py:splits"', '"data.py"'),
+    "entry point that is not a Python file": ('"data.py:splits"', '"data.txt:splits"'),
+    "entry point with an invalid name": ('"data.py:splits"', '"data.py:spl its"'),
+    "entry point is a number": ('"data.py:splits"', "4"),
+    "entry point whose file is missing": ('"data.py:splits"', '"dta.py:splits"'),
     "two files are missing": ("models.py", "model.py"),
     "teacher without weights": ('weights = "teacher.safetensors"\n', ""),
     "teacher with file and model": ('weights = "teacher.safetensors"', 'file = "teacher.onnx"'),
     "weights of another kind": ("teacher.safetensors", "teacher.h5"),
-    "weights with too long a name": ("teacher.safetensors", f"{'y' * 300}.pt"),
+    "weights with a name that is too long": ("teacher.safetensors", f"{'y' * 300}.pt"),
     "weights are missing": ("teacher.safetensors", "techer.safetensors"),
     "student missing": (
         '[student]\nmodel = "models.py:student"\ninputs = [{ name = "image", shape = [1, 1, 8, 8], dtype = "float32" }]\n',
@@ -71,8 +71,8 @@ RECIPES = {
     "inputs is a table": ('[{ name = "image", shape = [1, 1, 8, 8], dtype = "float32" }]', '{ name = "image", shape = [1, 1, 8, 8] }'),
     "batch that is not 1": ("[1, 1, 8, 8]", "[32, 1, 8, 8]"),
     "axis of 0": ("[1, 1, 8, 8]", "[1, 0, 8, 8]"),
-    "axis that is a number with a point": ("[1, 1, 8, 8]", "[1, 1, 8.0, 8]"),
-    "dtype misspelt": ('"float32"', '"flaot32"'),
+    "axis that is a float": ("[1, 1, 8, 8]", "[1, 1, 8.0, 8]"),
+    "dtype is misspelled": ('"float32"', '"flaot32"'),
     "two inputs of one name": ("inputs = [", 'inputs = [{ name = "image", shape = [1, 4] }, '),
     "epochs of 0": ("epochs = 3", "epochs = 0"),
     "epochs is text": ("epochs = 3", 'epochs = "3"'),
@@ -96,31 +96,31 @@ RECIPES = {
     "schemes is text": ("[budget]", '[quantize]\nschemes = "static_wi8_ai8"\n[budget]'),
     "no schemes": ("[budget]", "[quantize]\nschemes = []\n[budget]"),
     "unknown io": ("[budget]", '[quantize]\nio = "uint8"\n[budget]'),
-    "target's table misspelt": ("[budget]", "[target.rpi4.buget]\nmax_size_kib = 1\n[budget]"),
-    "target's key misspelt": ("[budget]", "[target.rpi4.budget]\nmax_size_kb = 1\n[budget]"),
+    "table of a target is misspelled": ("[budget]", "[target.rpi4.buget]\nmax_size_kib = 1\n[budget]"),
+    "key of a target is misspelled": ("[budget]", "[target.rpi4.budget]\nmax_size_kb = 1\n[budget]"),
     "io of a list without a static scheme": ("[budget]", '[quantize]\nio = "int8"\nschemes = ["float32"]\n[budget]'),
     "scheme twice": ("[budget]", '[quantize]\nschemes = ["float32", "float32"]\n[budget]'),
     "runtimes is text": ("[budget]", '[quantize]\nruntimes = "litert"\n[budget]'),
-    "target's io without a static scheme": (
+    "io of a target without a static scheme": (
         "[budget]",
         '[quantize]\nschemes = ["float32"]\n[target.rpi4.quantize]\nio = "int8"\n[budget]',
     ),
-    "target's class budget of a whole-set metric": (
+    "class budget of a target with a whole-set metric": (
         "[budget]",
         '[evaluate]\nmetric = "models.py:f1"\n[target.rpi4.budget]\nmax_class_drop_pp = 3\n[budget]',
     ),
-    "target with a name that none can have": ("[budget]", '[target."rpi 4".budget]\nmax_size_kib = 1\n[budget]'),
-    "target's budget is a number": ("[budget]", "[target.rpi4]\nbudget = 4\n[budget]"),
-    "nothing of a teacher": ('model = "models.py:teacher"\nweights = "teacher.safetensors"\n', ""),
-    "teacher taught and given": ('weights = "teacher.safetensors"', 'weights = "teacher.safetensors"\ntrain = { epochs = 1 }'),
+    "target with an invalid name": ("[budget]", '[target."rpi 4".budget]\nmax_size_kib = 1\n[budget]'),
+    "budget of a target is a number": ("[budget]", "[target.rpi4]\nbudget = 4\n[budget]"),
+    "teacher is empty": ('model = "models.py:teacher"\nweights = "teacher.safetensors"\n', ""),
+    "teacher with weights and training": ('weights = "teacher.safetensors"', 'weights = "teacher.safetensors"\ntrain = { epochs = 1 }'),
     "whole model of another kind": ('model = "models.py:teacher"\nweights = "teacher.safetensors"', 'file = "teacher.h5"'),
     "a metric without function": ("[budget]", '[evaluate]\nmetric = "models.py"\n[budget]'),
     "a metric that is an array": ("[budget]", '[evaluate]\nmetric = ["top1"]\n[budget]'),
     "a date": ("epochs = 3", "epochs = 2026-01-01"),
     "budget is true": ("max_accuracy_drop_pp = 1.0", "max_size_kib = true"),
     "budget is infinite": ("max_accuracy_drop_pp = 1.0", "max_size_kib = inf"),
-    "budget beyond what a number holds": ("max_accuracy_drop_pp = 1.0", f"max_size_kib = 1{'0' * 400}"),
-    "number of many hexadecimal digits": ("epochs = 3", f"epochs = 0x{'f' * 5000}"),
+    "budget with more than 64 bits": ("max_accuracy_drop_pp = 1.0", f"max_size_kib = 1{'0' * 400}"),
+    "number with many hexadecimal digits": ("epochs = 3", f"epochs = 0x{'f' * 5000}"),
     "number with too many digits": ("epochs = 3", f"epochs = {'9' * 5000}"),
     "nested too deeply": ("epochs = 3", f"epochs = {'[' * 5000}"),
     "line break in a key": ("epochs = 3", 'epochs = 3\n"a\\nb" = 1'),
@@ -138,9 +138,9 @@ TARGETS = {
     "threads of 0": ("[1, 4]", "[0, 4]"),
     "threads twice": ("[1, 4]", "[4, 4]"),
     "threads is a number": ("[1, 4]", "4"),
-    "native where it has no meaning": ("min_runs = 300", 'min_runs = "native"'),
+    "native where it is not allowed": ("min_runs = 300", 'min_runs = "native"'),
     "device kind twice": ('["ssh"]', '["ssh", "ssh"]'),
-    "feature that it has and lacks": ('features = ["asimd"]', 'features = ["asimd"], lacks = ["asimd"]'),
+    "feature that the CPU has and lacks": ('features = ["asimd"]', 'features = ["asimd"], lacks = ["asimd"]'),
     "runtime twice": ("threads = [1, 4] }", 'threads = [1] }, { name = "litert", package = "ai-edge-litert", threads = [4] }'),
     "title is empty": ('"A board"', '""'),
     "memory without unit": ("memory_mib", "memory"),
@@ -173,11 +173,11 @@ def _messages(folder):
     yield "recipe: a folder", _message(config.load_recipe, Path())
     yield "target: none", _message(config.load_target, "none.toml")
     yield "target: unknown name", _message(config.load_target, "rpi44")
-    for what, base, cases, load in (
+    for what, base, changes, load in (
         ("recipe", RECIPE, RECIPES, config.load_recipe),
         ("target", TARGET, TARGETS, lambda path: config.load_target(str(path))),
     ):
-        for name, (old, new) in cases.items():
+        for name, (old, new) in changes.items():
             assert old in base, name
             yield f"{what}: {name}", _message(load, _write(folder, base.replace(old, new)))
     path = _write(folder, RECIPE)
@@ -185,17 +185,17 @@ def _messages(folder):
     yield "recipe: not utf-8", _message(config.load_recipe, path)
 
 
-def test_every_message_is_that_of_the_golden_file(tmp_path, monkeypatch):
+def test_messages_match_the_golden_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = list(_messages(tmp_path))
-    assert len(found) == 5 + len(RECIPES) + len(TARGETS) > 70
-    text = "\n".join(f"[{name}]\n{message}\n" for name, message in found)
+    messages = list(_messages(tmp_path))
+    assert len(messages) == 5 + len(RECIPES) + len(TARGETS) > 70
+    text = "\n".join(f"[{name}]\n{message}\n" for name, message in messages)
     if os.environ.get("EDGEKD_GOLDEN"):
         GOLDEN.write_text(text)
     assert text == GOLDEN.read_text()
 
 
-def test_the_base_of_the_table_is_right(tmp_path):
+def test_the_unchanged_files_are_valid(tmp_path):
     assert config.load_recipe(_write(tmp_path, RECIPE)).name == "toy"
     assert config.load_target(str(_write(tmp_path, TARGET))).name == "board"
 
@@ -208,6 +208,6 @@ def test_every_problem_is_one_line_with_its_file():
     ]
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_reported_together(tmp_path):
     text = RECIPE.replace("epochs = 3", "epochs = 0").replace('"toy"', '"t y"').replace("max_accuracy_drop_pp", "max_drop")
     assert len(_message(config.load_recipe, _write(tmp_path, text)).splitlines()) == 3

@@ -34,7 +34,7 @@ def _imported(program):
     return done.stderr.rsplit("\n", 1)[1].split()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["targets"], ["build", "--help"], ["report", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["targets"], ["schema"], ["build", "--help"], ["report", "--help"]])
 def test_light_commands_import_nothing_heavy(arguments):
     assert _imported(f"from edgekd import cli; assert cli.run({arguments!r}) == 0") == []
 

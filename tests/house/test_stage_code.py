@@ -21,6 +21,7 @@ WITHOUT_EFFECT = {
     "harness.runner": "facts of the machine; those that matter are parameters",
     "store.digests": "SHA-256 and atomic writes",
     "domain.artifact": "data; values are parameters",
+    "domain.budget": "limits; no cached byte depends on them",
     "domain.candidate": "data; values are parameters",
     "domain.recipe": "data; values are parameters",
     "domain.rules": "rules of the reader",

@@ -284,7 +284,7 @@ def test_stored_logits_of_other_samples_are_refused_before_anything_is_trained(p
     text = recipe(project, '{ kind = "kl" }', 'teachers = [{ file = "few.safetensors" }]')
     output, code = build(project, monkeypatch, text)
     assert code == 2
-    assert "few.safetensors: has no answer to a sample" in output
+    assert "few.safetensors: has no logits for a sample" in output
     assert not re.search(r"epoch \d+/\d+", output)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses of a recipe as they are read."""
+"""Rules of [distill] and [teacher]: losses and their options, teachers, taps, epochs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _losses(folder, kind, options):
     written = ", ".join(f"{name} = {_toml(value)}" for name, value in {"kind": kind, **options}.items())
     lines = [f"losses = [{{ {written} }}]" if line.startswith("losses = ") else line for line in recipe.read_text().splitlines()]
     text = "\n".join(lines)
-    if kind == "squared":  # the one that has no meaning for classes
+    if kind == "mse_labels":  # has no meaning for classes
         train = text[text.index("[teacher.train]") : text.index("[student]")]
         text = text.replace(train, 'weights = "w.safetensors"\n').replace("[student]", '[student]\ntask = "regression"')
         text += '\n[evaluate]\nscore = "data.py:score"\n'
@@ -45,10 +45,10 @@ def test_each_kind_of_loss_takes_its_options_and_no_other(tmp_path, kind):
     options = {name: 0.5 if isinstance(value, float) and not isinstance(value, bool) else value for name, value in LOSSES[kind].items()}
     taps = TAPS if kind in TAPPED else {}
     (loss,) = _losses(tmp_path, kind, {**options, **taps})
-    assert (loss.given, loss.options) == (options, options)
+    assert (loss.explicit_options, loss.options) == (options, options)
     assert Loss.from_dict(json.loads(json.dumps(loss.to_dict()))).to_dict() == loss.to_dict()
     (plain,) = _losses(tmp_path, kind, taps)
-    assert (plain.given, plain.options) == ({}, LOSSES[kind])
+    assert (plain.explicit_options, plain.options) == ({}, LOSSES[kind])
     for name in {"temperature", "standardize", "label_smoothing", "target_weight", "inter_weight"} - options.keys():
         with pytest.raises(RecipeError, match=f"'{kind}' has no {name}; expected one of "):
             _losses(tmp_path, kind, {name: name == "standardize" or 1.0, **taps})
@@ -79,8 +79,8 @@ def _more(line):
     return LOSSES_LINE, f"{LOSSES_LINE}\n{line}"
 
 
-def test_all_of_distillation_can_be_written(tmp_path):
-    found = _recipe(
+def test_all_keys_of_distillation_are_read(tmp_path):
+    recipe = _recipe(
         tmp_path,
         _with(
             '{ kind = "ce" }, { kind = "kl", epochs = [2, 30] }, { kind = "kl", teacher = "ema" }, '
@@ -92,58 +92,58 @@ def test_all_of_distillation_can_be_written(tmp_path):
             '[distill]\nteachers = [{ model = "models.py:teacher", weights = "w.safetensors", weight = 0.5 }]\nteacher_weighting = "confidence"',
         ),
     )
-    assert [(loss.kind, loss.epochs, loss.teacher, len(loss.taps)) for loss in found.distill.losses] == [
+    assert [(loss.kind, loss.epochs, loss.teacher, len(loss.taps)) for loss in recipe.distill.losses] == [
         ("ce", None, "frozen", 0),
         ("kl", (2, 30), "frozen", 0),
         ("kl", None, "ema", 0),
         ("hint", (1, 2), "frozen", 2),
     ]
-    assert (found.teacher.weight, found.distill.teachers[0].weight, found.distill.teacher_weighting) == (2.0, 0.5, "confidence")
-    assert list(found.soft_target_sources) == ["soft_targets", "soft_targets/teacher/0"]
+    assert (recipe.teacher.weight, recipe.distill.teachers[0].weight, recipe.distill.teacher_weighting) == (2.0, 0.5, "confidence")
+    assert list(recipe.soft_target_sources) == ["soft_targets", "soft_targets/teacher/0"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (_with('{ kind = "hint" }'), r"losses\[0\].taps: missing; 'hint' matches modules of student and teacher"),
-        (_with('{ kind = "kl", taps = [{ student = "0", teacher = "0" }] }'), r"'kl' compares answers and has no taps"),
-        (_with('{ kind = "kl" }, { kind = "kl", weight = 2.0 }'), r"losses\[1\].kind: 'kl' is there twice"),
-        (_with('{ kind = "ce", teacher = "ema" }'), "'ema', but 'ce' follows no such teacher"),
+        (_with('{ kind = "kl", taps = [{ student = "0", teacher = "0" }] }'), "'kl' is a loss of logits and has no taps"),
+        (_with('{ kind = "kl" }, { kind = "kl", weight = 2.0 }'), r"losses\[1\].kind: 'kl' occurs twice"),
+        (_with('{ kind = "ce", teacher = "ema" }'), "'ema', but 'ce' does not use teacher logits"),
         (_with('{ kind = "kl", teacher = "emma" }'), r"'emma' is not a teacher; .*did you mean 'ema'"),
-        (_with('{ kind = "kl", teacher = "last_epoch" }'), "none counts in epoch 1; expected one at least in each of"),
-        (_with('{ kind = "kl", epochs = [2, 1] }'), r"\[2, 1\]; expected the first and the last epoch in which it counts, from 1 to"),
+        (_with('{ kind = "kl", teacher = "last_epoch" }'), "none is active in epoch 1; expected at least one in each of"),
+        (_with('{ kind = "kl", epochs = [2, 1] }'), r"\[2, 1\]; expected the first and the last epoch in which it is active, from 1 to"),
         (_with('{ kind = "kl", epochs = [1, 9999] }'), r"\[1, 9999\]; expected the first and the last epoch"),
-        (_with('{ kind = "kl", epochs = [1, 2] }'), "none counts in epoch 3"),
+        (_with('{ kind = "kl", epochs = [1, 2] }'), "none is active in epoch 3"),
         (_more('teacher_weighting = "confidence"'), "'confidence', but there is one teacher"),
         (_more('teacher_weighting = "random"'), "'random' is not a teacher weighting"),
         (_more('teachers = [{ model = "models.py:teacher" }]'), r"distill.teachers\[0\]: has model; expected model and weights"),
         (
             _more('teachers = [{ model = "models.py:teacher", train = { epochs = 1 } }]'),
-            r"teachers\[0\].train: a further teacher is not taught here",
+            r"teachers\[0\].train: a further teacher cannot be trained",
         ),
         (
             _more('teachers = [{ model = "models.py:teacher", weights = "w.safetensors", checkpoints = ["w.safetensors"] }]'),
             "only the reference has earlier weights",
         ),
-        (_more('teachers = [{ file = "answers.npz" }]'), r"'answers.npz'; expected a file that ends in .onnx, .pt2, .safetensors, .ts"),
-        ((MODEL, MODEL + '\ncheckpoints = ["w.safetensors"]'), "need model and weights; a teacher that is taught keeps them by"),
+        (_more('teachers = [{ file = "logits.npz" }]'), r"'logits.npz'; expected a file that ends in .onnx, .pt2, .safetensors, .ts"),
+        ((MODEL, MODEL + '\ncheckpoints = ["w.safetensors"]'), "need model and weights; a teacher with \\[teacher.train\\] has"),
         (("[teacher.train]", "[teacher.train]\ncheckpoints = 500"), "expected fewer than teacher.train.epochs"),
-        (_with('{ kind = "kl", temperature = "auto", epochs = [1, 30] }'), "have epochs, and something is 'auto'"),
+        (_with('{ kind = "kl", temperature = "auto", epochs = [1, 30] }'), "have epochs, and a value is 'auto'"),
         (
             (LOSSES_LINE, 'losses = [{ kind = "kl", epochs = [1, 30] }]\nassistants = [{ model = "models.py:teacher", epochs = 5 }]'),
-            "have epochs of their own, and losses count in some of 30",
+            "have other epochs than the student, and losses have epochs; expected 30",
         ),
         (("[student]", "[student]\nheads = [5, 5]"), "top-1 judges one softmax; expected evaluate.score or evaluate.metric"),
-        (("[student]", "[student]\nheads = [10]"), "are several softmaxes; expected two at least"),
+        (("[student]", "[student]\nheads = [10]"), "are several softmaxes; expected at least two"),
         (
             ("[student]", '[student]\ntask = "regression"'),
-            "'kl' compares classes, and student.task are numbers; expected one of mse, squared",
+            "'kl' compares classes, and student.task is regression; expected one of mse, mse_labels",
         ),
-        (("[student]", '[student]\ntask = "multilabel"'), "teaches from classes of one softmax; expected a teacher with weights"),
+        (("[student]", '[student]\ntask = "multilabel"'), "trains for classes of one softmax; expected a teacher with weights"),
         (("[student]", '[student]\ntask = "multilabels"'), "'multilabels' is not a task; .*did you mean 'multilabel'"),
     ],
 )
-def test_what_does_not_fit_together_is_told(tmp_path, change, message):
+def test_contradictions_are_reported(tmp_path, change, message):
     with pytest.raises(RecipeError, match=message):
         _recipe(tmp_path, change)
 
@@ -161,15 +161,15 @@ def test_taps_need_a_module_and_one_teacher(tmp_path):
         _recipe(tmp_path, taps, (train, 'file = "w.safetensors"\n'))
 
 
-def test_numbers_have_no_twins_yet(tmp_path):
+def test_regression_has_no_baselines_yet(tmp_path):
     text = (EXAMPLE / "edgekd.toml").read_text()
     train = text[text.index("[teacher.train]") : text.index("[student]")]
     changes = (
         (train, 'weights = "w.safetensors"\n'),
         ("[student]", '[student]\ntask = "regression"'),
         ("[budget]", '[evaluate]\nscore = "data.py:score"\n[budget]'),
-        _with('{ kind = "squared" }, { kind = "mse" }'),
+        _with('{ kind = "mse_labels" }, { kind = "mse" }'),
     )
     assert _recipe(tmp_path / "without", *changes).student.task == "regression"
-    with pytest.raises(RecipeError, match="its twins learn classes, and student.task are numbers"):
+    with pytest.raises(RecipeError, match="baselines learn classes, and student.task is regression"):
         _recipe(tmp_path / "with", *changes, ("[distill]", "[distill]\nbaselines = { seeds = 2 }"))

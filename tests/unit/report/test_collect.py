@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from edgekd.domain.recipe import Budget, Quantize, TargetOverrides
+from edgekd.domain.budget import Budget
+from edgekd.domain.recipe import Quantize, TargetOverrides
 from edgekd.report import collect
 
 

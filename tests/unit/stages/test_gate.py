@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgekd.domain.budget import Budget
 from edgekd.domain.candidate import Accuracy
 from edgekd.domain.measurement import Measurement
-from edgekd.domain.recipe import Budget
 from edgekd.domain.target import Limits
 from edgekd.domain.verdict import Difference, Interval, Outcome
 from edgekd.stages import gate
