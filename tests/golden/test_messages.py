@@ -83,6 +83,7 @@ RECIPES = {
     "temperature of ce": ("weight = 0.1 }", "weight = 0.1, temperature = 2.0 }"),
     "temperature of 0": ("temperature = 4.0", "temperature = 0"),
     "weight below 0": ("weight = 0.9", "weight = -0.9"),
+    "weight is text": ("weight = 0.9", 'weight = "atuo"'),
     "an alpha": ("weight = 0.9", "alpha = 0.9"),
     "budget is text": ("max_accuracy_drop_pp = 1.0", 'max_accuracy_drop_pp = "1 %"'),
     "budget is nan": ("max_accuracy_drop_pp = 1.0", "max_accuracy_drop_pp = nan"),
