@@ -74,7 +74,7 @@ def identity(machine):
 
 
 def instruction_set(arch, features):
-    """Return the name of an instruction set, which reports state beside accuracies."""
+    """Return the name of an instruction set, as reports print it beside accuracies."""
     features = set(features)
     if arch == "x86_64":
         level = 1
@@ -177,7 +177,7 @@ class Session:
 
 
 def open_session(runtime, path, threads, options=None):
-    """Load a model file; ``run(list of arrays) -> list of arrays``. ImportError if the runtime is missing; its own errors pass."""
+    """Load a model file; ``run(list of arrays) -> list of arrays``. ImportError if the runtime is missing, else its own errors."""
     return OPENERS[runtime](str(path), threads, options or {})
 
 

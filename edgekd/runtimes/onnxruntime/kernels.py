@@ -125,7 +125,7 @@ def _static_reason(op: str) -> str:
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     if op in QLinearOpsRegistry or op in QDQRegistry:
-        return "onnxruntime has no int8 kernel for it here"
+        return "onnxruntime has no int8 kernel for it in this graph"
     return "onnxruntime's quantizer has no int8 version of it"
 
 
