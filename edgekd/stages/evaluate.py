@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 NAME = "evaluate"
 CODE: tuple[str, ...] = (
     "stages/evaluate",
-    "domain/losses",
     "harness/runner",
     "kd/modules",
     "kd/reproducible",

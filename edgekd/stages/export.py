@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 NAME = "export"
 CODE: tuple[str, ...] = (
     "stages/export",
-    "domain/losses",
     "harness/runner",
     "kd/modules",
     "kd/reproducible",

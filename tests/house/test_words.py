@@ -37,7 +37,7 @@ BARE_NAMES = {
     *("Tops", "vet", "mend", "twin", "twins", "supervise", "supervisors", "Supervisor"),
 }
 # parts of names, between underscores
-NAME_PARTS = {"told", "untold", "found", "twin", "twins", "clothes", "mend", "supervise", "supervisor", "taught", "sureness"}
+NAME_PARTS = {"told", "untold", "twin", "twins", "clothes", "mend", "supervise", "supervisor", "taught", "sureness"}
 # text of all files; a pattern, and the word to use
 TEXT = {
     r"\bis no (?:TOML|JSON|file|class|tensor)\b": "is not valid TOML, is not a file, ...",

@@ -128,7 +128,6 @@ def search(
     """
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     budget = max(MIN_EPOCHS, round(share * epochs))
     trial_epochs = min(budget, max(MIN_EPOCHS, round(TRIAL_SHARE * epochs)))
     space = {name: CHOICES[name.partition(".")[2]] for name in _auto_options(losses)}
@@ -154,16 +153,22 @@ def search(
         if total_epochs(results) + trial_epochs > budget:
             study.stop()
 
-    study = optuna.create_study(
-        direction="maximize",
-        sampler=optuna.samplers.GridSampler(space, seed=0),
-        pruner=optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=max(MIN_EPOCHS, math.ceil(trial_epochs / FIRST_RUNG)), reduction_factor=2
-        ),
-    )
+    study = _make_study(space, trial_epochs)
     study.optimize(objective, callbacks=[stop_at_budget])
     best = max((result for result in results if not result.pruned), key=lambda result: max(result.accuracies))
     return with_choices(losses, best.choices), results
+
+
+def _make_study(space: Mapping[str, Sequence[float | bool]], trial_epochs: int) -> optuna.Study:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    first_rung = max(MIN_EPOCHS, math.ceil(trial_epochs / FIRST_RUNG))
+    return optuna.create_study(
+        direction="maximize",
+        sampler=optuna.samplers.GridSampler(space, seed=0),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=2),
+    )
 
 
 def total_epochs(trials: Sequence[TrialResult]) -> int:

@@ -21,7 +21,7 @@ def _answers(scale, count=2000):
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 8.0])
-def test_the_scale_of_the_logits_is_found(scale):
+def test_the_temperature_is_the_scale_of_the_logits(scale):
     assert calibrate.fit_temperature(*_answers(scale)) == pytest.approx(scale, rel=0.1)
 
 
