@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
+# OpenMP threads sleep at barriers instead of spinning, which beside other load makes training several times slower; results are the
+# same. libgomp reads it when torch is loaded; docs/decisions/0012-threads.md
+WAIT_POLICY = ("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> None:
     """Run the command line and exit."""
+    os.environ.setdefault(*WAIT_POLICY)
     try:
         from edgekd import cli
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017, MIT): 70,000 pictures of clothes, 28x28 grey pixels, ten classes.
+"""Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017, MIT): 70,000 grey images of 28x28 pixels, ten classes of clothing.
 
 ``fetch.py`` gets the files. They are read from the folder that ``EDGEKD_DATA`` names, else from ``data/`` beside this file.
 """
@@ -20,38 +20,42 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 SIDE = 28
-TRAIN, CALIBRATION = 55_000, 500  # of 60,000; the publisher's order is shuffled, the rest is for validation
-LABELLED = 10_000  # of the training pictures, in ``few``
+# rows of the 60,000 training images, whose order is random
+TEACHER_TRAIN, TEACHER_VALIDATION = range(28_000), range(28_000, 30_000)
+LABELLED, UNLABELLED, VALIDATION = range(30_000, 32_000), range(32_000, 50_000), range(58_000, 60_000)
+CALIBRATION = 500
 SHIFT = 2
 
 
 def splits() -> dict[str, Dataset]:
-    """Return the splits: ``(image (1, 28, 28) in [0, 1], class)`` items. The evaluation set is the publisher's test set."""
-    images, labels = _read("train")
-    return {
-        "train": TensorDataset(images[:TRAIN], labels[:TRAIN]),
-        "validation": TensorDataset(images[TRAIN:], labels[TRAIN:]),
-        "calibration": TensorDataset(images[:CALIBRATION], labels[:CALIBRATION]),
-        "evaluation": TensorDataset(*_read("t10k")),
-    }
+    """Return the demo's splits: 2,000 labelled training images and 18,000 unlabelled ones; the teacher was trained on none of them.
+
+    Items are ``(image (1, 28, 28) in [0, 1], class)``, unlabelled ones the image alone. The evaluation split is the publisher's test set.
+    """
+    return {**_labelled(LABELLED, VALIDATION), "unlabelled": TensorDataset(_read("train")[0][UNLABELLED.start : UNLABELLED.stop])}
 
 
-def few() -> dict[str, Dataset]:
-    """Return the splits with labels for 10,000 training pictures only; the other 45,000 are ``unlabelled``."""
-    found = splits()
-    images, labels = found["train"].tensors
-    labelled = TensorDataset(images[:LABELLED], labels[:LABELLED])
-    return {**found, "train": labelled, "unlabelled": TensorDataset(images[LABELLED:])}
+def elsewhere() -> dict[str, Dataset]:
+    """Return the splits that the teacher was trained on: 28,000 labelled images, none of which is in the demo's splits."""
+    return _labelled(TEACHER_TRAIN, TEACHER_VALIDATION)
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return a batch with each picture mirrored or not, and moved by up to two pixels: what the teacher is taught on."""
+    """Return a batch with each image mirrored or not, and moved by up to two pixels: the augmentation of the teacher's training."""
     count = len(images)
-    mirrored = torch.rand(count, generator=generator) < 0.5  # noqa: PLR2004  (heads or tails)
+    mirrored = torch.rand(count, generator=generator) < 0.5  # noqa: PLR2004  (a fair coin)
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     padded = functional.pad(images, (SHIFT,) * 4)
     row, column = torch.randint(0, 2 * SHIFT + 1, (2, count, 1), generator=generator) + torch.arange(SIDE)
     return padded[torch.arange(count)[:, None, None], 0, row[:, :, None], column[:, None, :]].unsqueeze(1)
+
+
+def _labelled(train: range, validation: range) -> dict[str, Dataset]:
+    images, labels = _read("train")
+    calibration = train[:CALIBRATION]
+    parts = {"train": train, "validation": validation, "calibration": calibration}
+    datasets = {name: TensorDataset(images[rows.start : rows.stop], labels[rows.start : rows.stop]) for name, rows in parts.items()}
+    return {**datasets, "evaluation": TensorDataset(*_read("t10k"))}
 
 
 def _read(part: str) -> tuple[torch.Tensor, torch.Tensor]:

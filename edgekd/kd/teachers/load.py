@@ -119,6 +119,7 @@ def teacher_from_onnx(path: Path) -> Predict:
     errors = onnxruntime.capi.onnxruntime_pybind11_state
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # beside torch's threads
     options.use_deterministic_compute = True
     options.log_severity_level = 3
     try:

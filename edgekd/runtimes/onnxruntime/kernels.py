@@ -91,6 +91,7 @@ def _optimize(path: Path) -> Any:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(optimized)
+        options.intra_op_num_threads = 1  # nothing runs
         options.log_severity_level = 3
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return onnx.load(str(optimized))
