@@ -100,7 +100,7 @@ def _changed(document, path, value):
 
 
 def test_there_is_a_recipe_or_profile_for_each_file():
-    assert (len(RECIPES), len(PROFILES)) == (11, 15)
+    assert (len(RECIPES), len(PROFILES)) == (10, 15)
 
 
 @pytest.mark.parametrize("name", schema.DOCUMENTS)
