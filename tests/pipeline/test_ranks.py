@@ -72,7 +72,7 @@ def test_two_ranks_train_what_one_process_trains(tmp_path, torchrun):
     assert single.returncode == 0, single.stderr
     distributed, curve = build(tmp_path / "x", torchrun)
     assert distributed.returncode == 0, distributed.stderr
-    assert "params.ranks None -> 2" in distributed.stderr
+    assert "params.settings.ranks 1 -> 2" in distributed.stderr
     assert len(curve) == len(expected) == 4
     for expected_epoch, epoch in zip(expected, curve, strict=True):
         for name in ("train_loss", "validation_loss"):
