@@ -315,7 +315,7 @@ class Recipe:
             sources[f"soft_targets/assistant/{number}"] = SoftTargetSource(
                 assistant.model, artifact, f"inspect:assistant.{number}.code.json"
             )
-        for step, baseline in zip(self.arms.get(PSEUDO_LABELS, ()), self.arms.get("no_teacher", ()), strict=False):
+        for step, baseline in zip(self.methods.get(PSEUDO_LABELS, ()), self.methods.get("no_teacher", ()), strict=False):
             name = step.replace("distill", "soft_targets", 1)
             sources[name] = SoftTargetSource(student, f"{baseline}:student.safetensors", "inspect:student.code.json")
         return sources
@@ -331,14 +331,14 @@ class Recipe:
         return len(self.teacher.checkpoints) if self.teacher.train is None else self.teacher.train.checkpoints
 
     @property
-    def arms(self) -> dict[str, tuple[str, ...]]:
-        """Return the steps that train each arm of the comparison, one per seed; the first distilled student is the one that ships."""
+    def methods(self) -> dict[str, tuple[str, ...]]:
+        """Return the steps that train each method of the comparison, one per seed; the first distilled student is the one that ships."""
         if self.distill.baselines is None:
             return {}
         seeds = range(self.distill.baselines.seeds)
         names = (DISTILLED, *BASELINES, *([PSEUDO_LABELS] if self.distill.baselines.pseudo_labels else []))
-        arms = {arm: tuple(f"distill/{arm}/{seed}" for seed in seeds) for arm in names}
-        return {**arms, DISTILLED: ("distill", *arms[DISTILLED][1:])}
+        methods = {method: tuple(f"distill/{method}/{seed}" for seed in seeds) for method in names}
+        return {**methods, DISTILLED: ("distill", *methods[DISTILLED][1:])}
 
     def overrides_for(self, name: str) -> TargetOverrides:
         """Return the budget and quantization for a target."""

@@ -223,13 +223,13 @@ def _distillation(target_run: TargetRun, scores: TargetScores) -> dict[str, Any]
     from edgekd.stats.distillation import judge_distillation
 
     recipe = target_run.plan.recipe
-    if not recipe.arms:
+    if not recipe.methods:
         return None
-    entries = {method: [target_run.completed[name].entry for name in names] for method, names in recipe.arms.items()}
+    entries = {method: [target_run.completed[name].entry for name in names] for method, names in recipe.methods.items()}
     verdict = judge_distillation(
         {
             method: [scores.by_step["evaluate/student" if name == "distill" else f"evaluate/{name}"] for name in names]
-            for method, names in recipe.arms.items()
+            for method, names in recipe.methods.items()
         },
         {method: [_validation_score(entry.metrics) for entry in seeds] for method, seeds in entries.items()},
         scores.teacher,
@@ -250,7 +250,7 @@ def _validation_score(metrics: Mapping[str, Any]) -> float:
 
 def _notes(target_run: TargetRun, measurements: Iterable[Measurement], costs: Mapping[str, Any]) -> list[str]:
     # the steps of the baselines and their soft targets repeat the notes of the student's steps
-    baselines = {name for names in target_run.plan.recipe.arms.values() for name in names} - {"distill"}
+    baselines = {name for names in target_run.plan.recipe.methods.values() for name in names} - {"distill"}
     repeated = baselines | {name.replace("distill/", "soft_targets/", 1) for name in baselines}
     notes = [
         note

@@ -116,37 +116,37 @@ def _with_search(recipe: Recipe, step: Step[StudentParams]) -> list[Step[Any]]:
 
 
 def _baseline_steps(recipe: Recipe, student: Step[StudentParams]) -> list[Step[Any]]:
-    """Return the steps of all arms: the distilled student's further seeds, and the baselines without the teacher.
+    """Return the steps of all methods: the distilled student's further seeds, and the baselines without the teacher.
 
     Where the student's losses are searched, so are the label smoothing and the weight of the pseudo-labels, each for as many epochs.
     """
     result: list[Step[Any]] = []
-    for arm, names in recipe.arms.items():
+    for method, names in recipe.methods.items():
         for number, name in enumerate(names):
             settings = replace(student.params.settings, seed=recipe.distill.seed + number)
-            if arm == DISTILLED:
+            if method == DISTILLED:
                 if number:  # the first is the student that ships
                     result.append(replace(student, id=name, params=replace(student.params, settings=settings)))
                 continue
-            *searches, baseline = _with_search(recipe, _baseline_step(recipe, student, arm, name, settings))
+            *searches, baseline = _with_search(recipe, _baseline_step(recipe, student, method, name, settings))
             if searches:  # that of the first seed serves all, as the student's does
-                chosen = f"{NAME}/search/{arm}/0:{CHOSEN_FILE}"
+                chosen = f"{NAME}/search/{method}/0:{CHOSEN_FILE}"
                 baseline = replace(baseline, inputs={**baseline.inputs, "chosen": chosen})
             result += [*(searches if number == 0 else []), baseline]
     return result
 
 
-def _baseline_step(recipe: Recipe, student: Step[StudentParams], arm: str, name: str, settings: TrainingSettings) -> Step[StudentParams]:
+def _baseline_step(recipe: Recipe, student: Step[StudentParams], method: str, name: str, settings: TrainingSettings) -> Step[StudentParams]:
     """Return the step of one baseline: the student's own training, but without the teacher."""
     is_searched = "chosen" in student.inputs
     losses = {
         "no_teacher": (Loss("ce"),),
         "label_smoothing": (Loss("ce", label_smoothing=AUTO if is_searched else BASELINES["label_smoothing"]),),
         PSEUDO_LABELS: (Loss("ce"), Loss("hard", AUTO if is_searched else 1.0)),
-    }[arm]
+    }[method]
     inputs = {name: student.inputs[name] for name in ("code", "views.code", "execution_mode", "epochs") if name in student.inputs}
     samples = _samples(recipe)
-    if arm == PSEUDO_LABELS:
+    if method == PSEUDO_LABELS:
         inputs |= samples | _soft_targets(f"soft_targets/{name.removeprefix('distill/')}")
     else:
         inputs |= {name: reference for name, reference in samples.items() if not name.startswith("unlabelled")}

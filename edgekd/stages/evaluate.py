@@ -74,7 +74,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[EvaluateParams
         return Step(f"evaluate/{step}", NAME, params, {"model": f"{step}:model.{runtime.FORMAT}", **samples}, (runtime.PACKAGE, "numpy"))
 
     student = recipe.student.model
-    further_students = [step for arm in recipe.arms.values() for step in arm if step != "distill"]  # other seeds, and baselines
+    further_students = [step for method in recipe.methods.values() for step in method if step != "distill"]  # other seeds, and baselines
     model_files = {f"export/student/{name}": name for name in runtimes_of(recipe, targets)}
     model_files |= {step: candidate.runtime for step, candidate in quantized_candidates(recipe, targets).items()}
     return [

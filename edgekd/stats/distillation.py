@@ -21,7 +21,7 @@ HELPS, NO_EFFECT, HURTS = "HELPS", "NO EFFECT", "HURTS"
 
 
 def judge_distillation(
-    arms: Mapping[str, Sequence[ModelScores]],
+    methods: Mapping[str, Sequence[ModelScores]],
     validation: Mapping[str, Sequence[float]],
     teacher: ModelScores,
     labels: np.ndarray,
@@ -32,30 +32,30 @@ def judge_distillation(
     """Return whether distillation helped, for a report.
 
     Args:
-        arms: The scores of each arm (``distilled`` and the baselines), seed by seed in the same order.
-        validation: Each arm's accuracy on the validation split (for a regression, its negative loss), seed by seed.
+        methods: The scores of each method (``distilled`` and the baselines), seed by seed in the same order.
+        validation: Each method's accuracy on the validation split (for a regression, its negative loss), seed by seed.
         teacher: The scores of the teacher.
         labels: Shape (n,).
         groups: Shape (n,): samples that share a speaker or a source share a group.
         calibrated: Whether outputs are logits of classes, so that a calibration error has a meaning.
     """
-    baselines = [arm for arm in arms if arm != DISTILLED]
-    strongest_baseline = max(baselines, key=lambda arm: _mean(validation[arm]))  # not chosen on the split that decides
-    gains = {arm: _gain(arms[DISTILLED], arms[arm], groups) for arm in baselines}
+    baselines = [method for method in methods if method != DISTILLED]
+    strongest_baseline = max(baselines, key=lambda method: _mean(validation[method]))  # not chosen on the split that decides
+    gains = {method: _gain(methods[DISTILLED], methods[method], groups) for method in baselines}
     deciding = gains[strongest_baseline][1]
-    distilled, no_teacher = (_mean([item.accuracy for item in arms[arm]]) for arm in (DISTILLED, "no_teacher"))
+    distilled, no_teacher = (_mean([item.accuracy for item in methods[method]]) for method in (DISTILLED, "no_teacher"))
     gap = teacher.accuracy - no_teacher
     return {
         "outcome": HELPS if deciding.low > 0 else HURTS if deciding.high < 0 else NO_EFFECT,
-        "seeds": len(arms[DISTILLED]),
+        "seeds": len(methods[DISTILLED]),
         "baseline": strongest_baseline,
-        "methods": [_method_row(arm, by_seed, labels if calibrated else None) for arm, by_seed in arms.items()],
+        "methods": [_method_row(method, by_seed, labels if calibrated else None) for method, by_seed in methods.items()],
         "gains": [
-            {"baseline": arm, "pp": 100 * value, "interval_pp": [100 * interval.low, 100 * interval.high]}
-            for arm, (value, interval) in gains.items()
+            {"baseline": method, "pp": 100 * value, "interval_pp": [100 * interval.low, 100 * interval.high]}
+            for method, (value, interval) in gains.items()
         ],
         "gap_closed": (distilled - no_teacher) / gap if gap > 0 else None,
-        "flags": [*_teacher_flags(teacher, distilled, no_teacher, groups), *_shared_error_flags(arms, teacher, labels, groups)],
+        "flags": [*_teacher_flags(teacher, distilled, no_teacher, groups), *_shared_error_flags(methods, teacher, labels, groups)],
     }
 
 
@@ -82,10 +82,10 @@ def negative_log_likelihood(outputs: np.ndarray, labels: np.ndarray) -> float:
     return float(-log_softmax(outputs.astype(np.float64), axis=1)[np.arange(len(labels)), labels].mean())
 
 
-def _method_row(arm: str, by_seed: Sequence[ModelScores], labels: np.ndarray | None) -> dict[str, Any]:
-    """Return an arm's accuracy of each seed, and its calibration if there are labels."""
+def _method_row(method: str, by_seed: Sequence[ModelScores], labels: np.ndarray | None) -> dict[str, Any]:
+    """Return a method's accuracy of each seed, and its calibration if there are labels."""
     return {
-        "method": arm,
+        "method": method,
         "accuracies": [item.accuracy for item in by_seed],
         "ece": None if labels is None else _mean([calibration_error(item.outputs, labels) for item in by_seed]),
         "nll": None if labels is None else _mean([negative_log_likelihood(item.outputs, labels) for item in by_seed]),
@@ -93,7 +93,7 @@ def _method_row(arm: str, by_seed: Sequence[ModelScores], labels: np.ndarray | N
 
 
 def _gain(distilled: Sequence[ModelScores], baseline: Sequence[ModelScores], groups: np.ndarray) -> tuple[float, Interval]:
-    """Return the mean difference of two arms, paired by seed and by sample, and its interval over both."""
+    """Return the mean difference of two methods, paired by seed and by sample, and its interval over both."""
     import numpy as np
 
     pairs = list(zip(distilled, baseline, strict=True))
@@ -116,14 +116,14 @@ def _teacher_flags(teacher: ModelScores, distilled: float, no_teacher: float, gr
 
 
 def _shared_error_flags(
-    arms: Mapping[str, Sequence[ModelScores]], teacher: ModelScores, labels: np.ndarray, groups: np.ndarray
+    methods: Mapping[str, Sequence[ModelScores]], teacher: ModelScores, labels: np.ndarray, groups: np.ndarray
 ) -> list[str]:
     """Return a flag for each class in which teacher and distilled students are less accurate than those without a teacher."""
     import numpy as np
 
-    if labels.ndim != 1 or any(item.scores is None for item in (teacher, *arms[DISTILLED], *arms["no_teacher"])):
+    if labels.ndim != 1 or any(item.scores is None for item in (teacher, *methods[DISTILLED], *methods["no_teacher"])):
         return []
-    distilled, no_teacher = (np.stack([np.asarray(item.scores) for item in arms[arm]]) for arm in (DISTILLED, "no_teacher"))
+    distilled, no_teacher = (np.stack([np.asarray(item.scores) for item in methods[method]]) for method in (DISTILLED, "no_teacher"))
     flags = []
     classes = np.unique(labels)
     for label in classes:

@@ -309,12 +309,12 @@ def test_a_hint_into_a_mobile_student_gets_a_warning_and_one_into_a_plain_studen
         (
             '{ kind = "kl" }',
             'assistants = [{ model = "models.py:three" }]',
-            "models.py:three: gives other outputs than teacher and student",
+            "models.py:three: has other outputs than teacher and student",
         ),
         (
             '{ kind = "kl" }',
             'teachers = [{ model = "models.py:middle", weights = "nan.safetensors" }]',
-            "gives outputs that are not finite",
+            "returns outputs that are not finite",
         ),
         ('{ kind = "kl" }', 'teachers = [{ model = "models.py:teacher", weights = "middle.safetensors" }]', "the weights lack"),
     ],

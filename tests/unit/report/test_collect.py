@@ -111,12 +111,12 @@ def test_the_notes_of_baselines_and_their_soft_targets_are_not_repeated():
         name: SimpleNamespace(step=SimpleNamespace(stage=stage), entry=SimpleNamespace(notes=(f"of {name}",), metrics=metrics))
         for name, stage in stages.items()
     }
-    arms = {
+    methods = {
         "distilled": ("distill", "distill/distilled/1"),
         "no_teacher": ("distill/no_teacher/0",),
         "pseudo_labels": ("distill/pseudo_labels/0",),
     }
-    recipe = SimpleNamespace(arms=arms, sizes={}, distill=SimpleNamespace(augment=None, break_even_inferences=None))
+    recipe = SimpleNamespace(methods=methods, sizes={}, distill=SimpleNamespace(augment=None, break_even_inferences=None))
     target_run = SimpleNamespace(completed=completed, plan=SimpleNamespace(recipe=recipe, targets=()))
     notes = collect._notes(target_run, [], {"break_even_inferences": None})
     expected = ["soft_targets", "distill/search", "distill/search/label_smoothing/0", "distill", "export/teacher/litert"]

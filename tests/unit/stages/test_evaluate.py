@@ -114,7 +114,8 @@ def weights(folder, weight=WEIGHT):
 def test_a_step_for_each_network_and_each_model_file():
     steps = {step.id: step for step in evaluate.steps(recipe(distill=Distill(epochs=1, baselines=Baselines(seeds=2))), [TARGET])}
     baselines = [
-        f"evaluate/distill/{name}" for name in ("distilled/1", *(f"{arm}/{n}" for arm in ("no_teacher", "label_smoothing") for n in (0, 1)))
+        f"evaluate/distill/{name}"
+        for name in ("distilled/1", *(f"{method}/{n}" for method in ("no_teacher", "label_smoothing") for n in (0, 1)))
     ]
     model_files = ["evaluate/export/student/onnxruntime", "evaluate/quantize/onnxruntime/static_wi8_ai8/ptq"]
     assert list(steps) == ["evaluate/teacher", "evaluate/student", *baselines, *model_files]

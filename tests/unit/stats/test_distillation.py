@@ -22,14 +22,14 @@ def _scored(accuracy, seed, mean_confidence=4.0):
 
 
 def _judge(distilled, no_teacher, label_smoothing, teacher=0.95, *, calibrated=True):
-    arms = {
+    methods = {
         name: [_scored(accuracy, 10 * number + seed) for seed in range(5)]
         for number, (name, accuracy) in enumerate(
             [("distilled", distilled), ("no_teacher", no_teacher), ("label_smoothing", label_smoothing)]
         )
     }
-    validation = {name: [item.accuracy for item in by_seed] for name, by_seed in arms.items()}
-    return distillation.judge_distillation(arms, validation, _scored(teacher, 99), LABELS, np.arange(400), calibrated=calibrated)
+    validation = {name: [item.accuracy for item in by_seed] for name, by_seed in methods.items()}
+    return distillation.judge_distillation(methods, validation, _scored(teacher, 99), LABELS, np.arange(400), calibrated=calibrated)
 
 
 def test_helps_is_judged_against_the_strongest_baseline():
@@ -69,16 +69,16 @@ def _with_errors_in_class_0(scored):
 
 @pytest.mark.parametrize(("teacher_errs", "student_errs", "is_flagged"), [(True, True, True), (True, False, False), (False, True, False)])
 def test_errors_in_a_class_that_teacher_and_students_share_are_flagged(teacher_errs, student_errs, is_flagged):
-    arms = {
+    methods = {
         name: [_scored(0.9, 10 * number + seed) for seed in range(5)]
         for number, name in enumerate(("distilled", "no_teacher", "label_smoothing"))
     }
     teacher = _scored(0.95, 99)
     if student_errs:
-        arms["distilled"] = [_with_errors_in_class_0(item) for item in arms["distilled"]]
+        methods["distilled"] = [_with_errors_in_class_0(item) for item in methods["distilled"]]
     result = distillation.judge_distillation(
-        arms,
-        {name: [0.9] for name in arms},
+        methods,
+        {name: [0.9] for name in methods},
         _with_errors_in_class_0(teacher) if teacher_errs else teacher,
         LABELS,
         np.arange(400),
@@ -108,12 +108,12 @@ def test_a_whole_set_metric_is_judged_by_its_resamples():
         return ModelScores(accuracy, np.zeros((400, 1)), None, accuracy + noise, "x86-64-v3")
 
     def outcome(gain):
-        arms = {
+        methods = {
             name: [resampled(0.8 + offset + 0.001 * seed, 10 * number + seed) for seed in range(4)]
             for number, (name, offset) in enumerate([("distilled", gain), ("no_teacher", 0.0), ("label_smoothing", -0.01)])
         }
         validation = {"distilled": [0.8], "no_teacher": [0.8], "label_smoothing": [0.7]}
-        return distillation.judge_distillation(arms, validation, resampled(0.9, 77), LABELS, np.arange(400), calibrated=False)["outcome"]
+        return distillation.judge_distillation(methods, validation, resampled(0.9, 77), LABELS, np.arange(400), calibrated=False)["outcome"]
 
     assert outcome(0.03) == "HELPS"
     assert outcome(0.0) == "NO EFFECT"
