@@ -14,10 +14,8 @@ from edgekd.kd import data
 from edgekd.kd.losses import learns_unlabelled
 from edgekd.kd.output_spec import OutputSpec
 from edgekd.kd.training import distributed
-from edgekd.kd.training.break_even import EPOCHS_FILE, BreakEvenParams
 from edgekd.kd.training.execution import AutotuneParams, plan_execution_mode
-from edgekd.kd.training.jobs import StudentParams, TrainingSettings
-from edgekd.kd.training.search import CHOSEN_FILE, SearchParams
+from edgekd.kd.training.jobs import CHOSEN_FILE, EPOCHS_FILE, BreakEvenParams, SearchParams, StudentParams, TrainingSettings
 from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:

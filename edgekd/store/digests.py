@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -71,6 +72,7 @@ def env_digest(name: str) -> str | None:
     return None if value is None else hashlib.sha256(os.fsencode(value)).hexdigest()
 
 
+@functools.cache
 def tool_version(distribution: str) -> str | None:
     """Return the installed version of a distribution, or None."""
     from importlib.metadata import PackageNotFoundError, version

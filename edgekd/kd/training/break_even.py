@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from edgekd.kd import data, modules
 from edgekd.kd.reproducible import deterministic
 from edgekd.kd.teachers.load import load_teacher, teacher_from_module
 from edgekd.kd.training import distributed
-from edgekd.kd.training.jobs import student_job
+from edgekd.kd.training.jobs import EPOCHS_FILE, student_job
 from edgekd.kd.training.search import with_first_choices
 from edgekd.kd.training.trainer import epoch_runner
 from edgekd.ports import StageResult
@@ -28,21 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from edgekd.domain.artifact import Artifact
-    from edgekd.kd.training.jobs import StudentParams
+    from edgekd.kd.training.jobs import BreakEvenParams
     from edgekd.ports import Context
 
-EPOCHS_FILE = "epochs.json"
 STEPS, ROUNDS = 3, 9
 INFERENCES, WARM_UP = 50, 10
-
-
-@dataclass(frozen=True, slots=True)
-class BreakEvenParams:
-    """The parameters of the step; ``reference`` is the teacher's entry point, None for a file that is a whole model."""
-
-    student: StudentParams
-    inferences: int
-    reference: str | None
 
 
 def choose_epochs(params: BreakEvenParams, inputs: Mapping[str, Artifact], context: Context) -> StageResult:

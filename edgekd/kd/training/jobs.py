@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from edgekd.kd.data import Samples
     from edgekd.kd.views import Augment
 
+CHOSEN_FILE, EPOCHS_FILE = "chosen.json", "epochs.json"  # results of a search, and of the break-even step
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
@@ -77,6 +79,23 @@ class StudentParams:
     ensemble: data.Ensemble | None = None
     checkpoints: int = 0
     teacher: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchParams:
+    """The parameters of a search; ``share``: the epochs of all trials together, as a share of the student's."""
+
+    student: StudentParams
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class BreakEvenParams:
+    """The parameters of the step; ``reference`` is the teacher's entry point, None for a file that is a whole model."""
+
+    student: StudentParams
+    inferences: int
+    reference: str | None
 
 
 @dataclass(frozen=True, slots=True)

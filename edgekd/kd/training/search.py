@@ -13,7 +13,7 @@ from edgekd.domain.losses import AUTO, Loss
 from edgekd.errors import RecipeError
 from edgekd.kd.reproducible import load_verified, save_verified
 from edgekd.kd.training.callbacks import CHECKPOINT, Callback
-from edgekd.kd.training.jobs import student_job
+from edgekd.kd.training.jobs import CHOSEN_FILE, student_job
 from edgekd.kd.training.trainer import fit
 
 if TYPE_CHECKING:
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 
     from edgekd.domain.artifact import Artifact
     from edgekd.kd.training.callbacks import Trainer
-    from edgekd.kd.training.jobs import StudentParams, TrainingJob
+    from edgekd.kd.training.jobs import SearchParams, TrainingJob
     from edgekd.ports import Context, Progress
 
-CHOSEN_FILE = "chosen.json"
 # temperatures start below 1: a sharp head on embeddings teaches best there (measured: 0.5 to 1; image-like networks 2 to 4)
 CHOICES: Mapping[str, tuple[float | bool, ...]] = {
     "temperature": (0.5, 1.0, 2.0, 4.0, 8.0),
@@ -38,14 +37,6 @@ CHOICES: Mapping[str, tuple[float | bool, ...]] = {
 TRIAL_SHARE = 0.25  # of the student's epochs
 MIN_EPOCHS = 2
 FIRST_RUNG = 3  # after that part of a trial the worse half is pruned: while the learning rate still rises, accuracies are chance
-
-
-@dataclass(frozen=True, slots=True)
-class SearchParams:
-    """The parameters of a search; ``share``: the epochs of all trials together, as a share of the student's."""
-
-    student: StudentParams
-    share: float
 
 
 @dataclass(frozen=True, slots=True)

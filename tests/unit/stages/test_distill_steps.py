@@ -7,8 +7,7 @@ from dataclasses import asdict, replace
 from edgekd.domain.losses import Loss
 from edgekd.domain.recipe import Assistant, Baselines, Teacher
 from edgekd.kd.data import Ensemble
-from edgekd.kd.training.jobs import TrainingSettings
-from edgekd.kd.training.search import SearchParams
+from edgekd.kd.training.jobs import SearchParams, TrainingSettings
 from edgekd.stages import distill
 from tests.distilling import CE, KL, entry, recipe
 

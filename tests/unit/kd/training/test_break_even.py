@@ -13,8 +13,8 @@ from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError
 from edgekd.kd import modules
 from edgekd.kd.training import break_even
-from edgekd.kd.training.break_even import BreakEvenParams, read_epochs
-from edgekd.kd.training.jobs import StudentParams, TrainingSettings
+from edgekd.kd.training.break_even import read_epochs
+from edgekd.kd.training.jobs import BreakEvenParams, StudentParams, TrainingSettings
 from tests.stored import store
 
 CODE = """
