@@ -8,14 +8,15 @@ import sys
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
-# OpenMP threads sleep at barriers instead of spinning, which beside other load makes training several times slower; results are the
-# same. libgomp reads it when torch is loaded; docs/decisions/0012-threads.md
-WAIT_POLICY = ("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP threads spin this long at a barrier before they sleep: beside other load they would spin in vain, by default for seconds.
+# Results are the same. libgomp reads it when torch is loaded; docs/decisions/0012-threads.md
+SPIN_COUNT = "2000"
 
 
 def main() -> None:
     """Run the command line and exit."""
-    os.environ.setdefault(*WAIT_POLICY)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     try:
         from edgekd import cli
 
