@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Makes .venv with the versions of constraints.txt. `make setup` calls it when that is due; whatever is installed stays.
+# Creates .venv with the versions of constraints.txt. `make setup` calls it when it is out of date; installed packages stay.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
@@ -26,7 +26,7 @@ find_python() {
         "or name one: make setup PYTHON=/path/to/python3.11"
 }
 
-pip_install() { # every version that pip may take is in constraints.txt, as a wheel: nothing is compiled
+pip_install() { # only versions of constraints.txt, only wheels: nothing is compiled
     "$VENV/bin/python" -m pip install --quiet --quiet --only-binary :all: --constraint constraints.txt "$@"
 }
 
@@ -39,7 +39,7 @@ try:
     due = version("torch").partition("+")[0] != pin
 except PackageNotFoundError:
     due = True
-if due:  # on Linux the plain build brings CUDA along, several GB; only the one that says so is without
+if due:  # on Linux the default build includes CUDA, several GB; only the +cpu build does not
     print(f"torch=={pin}" + ("+cpu" if sys.platform == "linux" else ""))
 PY
 }
@@ -52,7 +52,7 @@ fi
 torch=$(torch_due)
 if [ -n "$torch" ]; then
     say "2/4 $torch"
-    pip_install "$torch" || die "pip did not get $torch, PyTorch's CPU build (its words are above); other builds bring CUDA," \
+    pip_install "$torch" || die "pip did not get $torch, PyTorch's CPU build (its output is above); other builds bring CUDA," \
         "several GB that edgekd does not use; name an index that has it:" \
         "make setup PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 fi
