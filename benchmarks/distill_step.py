@@ -63,7 +63,7 @@ def edgekd_block(
     threads: int | None = None,
 ) -> Callable[[], None]:
     """Return one block of edgekd's training loop."""
-    settings = TrainingSettings(1000, BATCH, optimizer, 0.001, 0.01, 0, threads or torch.get_num_threads(), mode)
+    settings = TrainingSettings(1000, BATCH, optimizer, 0.001, 0.01, 0, threads or torch.get_num_threads(), mode=mode)
     job = TrainingJob("distill", EntryPoint("bench.py", "student"), build, samples, samples, objective, settings)
     run_epoch = epoch_runner(job)
 
