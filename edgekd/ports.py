@@ -36,6 +36,11 @@ class Step(Generic[P]):
     inputs: Mapping[str, str] = field(default_factory=dict)
     tools: tuple[str, ...] = ()
 
+    @property
+    def producers(self) -> set[str]:
+        """Return the ids of the steps whose artifacts this step reads."""
+        return {reference.partition(":")[0] for reference in self.inputs.values()}
+
 
 @dataclass(frozen=True, slots=True)
 class CompletedStep:

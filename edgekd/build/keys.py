@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,7 +41,7 @@ def explain(plan: Plan, stages: Mapping[str, Stage], cache: Cache, recipe_dir: P
     completed: dict[str, CompletedStep] = {}
     explanations: list[StepExplanation] = []
     for step in plan.steps:
-        missing = sorted({reference.partition(":")[0] for reference in step.inputs.values()} - set(completed))
+        missing = sorted(step.producers - set(completed))
         if missing:
             explanations.append(StepExplanation(step, "after", ", ".join(missing)))
             continue
@@ -61,7 +61,7 @@ def key_material(stage: Stage, step: Step[Any], completed: Mapping[str, Complete
         "schema": KEY_SCHEMA,
         "stage": step.stage,
         "code": code_digest(stage, step),
-        "params": asdict(step.params) if is_dataclass(step.params) and not isinstance(step.params, type) else step.params,
+        "params": asdict(step.params),
         "inputs": {name: artifact.digest for name, artifact in input_artifacts(step, completed).items()},
         "tools": {tool: tool_version(tool) for tool in step.tools},
     }

@@ -65,14 +65,9 @@ def steps_until(plan: Plan, until: str | None) -> Iterator[Step[Any]]:
     last = len(names) if until is None else names.index(until)
     reached: set[str] = set()
     for step in plan.steps:
-        if names.index(step.stage) <= last and producers(step) <= reached:
+        if names.index(step.stage) <= last and step.producers <= reached:
             reached.add(step.id)
             yield step
-
-
-def producers(step: Step[Any]) -> set[str]:
-    """Return the ids of the steps whose artifacts a step reads."""
-    return {reference.partition(":")[0] for reference in step.inputs.values()}
 
 
 def run_rank() -> None:
@@ -149,7 +144,7 @@ def _check_tools(step: Step[Any]) -> None:
 
 def _repair_inputs(step: Step[Any], completed: Mapping[str, CompletedStep], build: BuildContext) -> None:
     """Read every byte of a step's inputs; run the producers of damaged ones again."""
-    for producer in producers(step):
+    for producer in step.producers:
         entry = completed[producer].entry
         names = [reference.partition(":")[2] for reference in step.inputs.values() if reference.startswith(f"{producer}:")]
         if all(_is_intact(entry.artifacts[name]) for name in names):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.losses import FROZEN, TAPPED, Loss
@@ -39,8 +39,8 @@ class TrainingSettings:
     weight_decay: float
     seed: int
     threads: int
-    ranks: int = 1
-    mode: ExecutionMode = DEFAULT_MODE
+    ranks: int = field(default=1, kw_only=True)
+    mode: ExecutionMode = field(default=DEFAULT_MODE, kw_only=True)
 
     @classmethod
     def from_recipe(cls, options: Distill | Training, world: Mapping[str, int], mode: ExecutionMode) -> TrainingSettings:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,12 @@ from edgekd.plan import Plan
 from edgekd.ports import Record, StageResult, Step
 from edgekd.store.cache import Cache
 from edgekd.store.digests import file_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    times: int = 1
+    shape: tuple[int, ...] = (1, 2)
 
 
 class Reporter:
@@ -55,8 +62,8 @@ def recipe_dir(monkeypatch, ran, tmp_path):
 
     def second(step, inputs, context):
         ran.append(step.id)
-        (context.out / "text").write_text(inputs["text"].path.read_text() * int(step.params["times"]))
-        return StageResult(metrics={"times": step.params["times"]})
+        (context.out / "text").write_text(inputs["text"].path.read_text() * int(step.params.times))
+        return StageResult(metrics={"times": step.params.times})
 
     stages = {"first": SimpleNamespace(NAME="first", CODE=(), run=first), "second": SimpleNamespace(NAME="second", CODE=(), run=second)}
     monkeypatch.setattr(pipeline, "STAGES", stages)
@@ -64,7 +71,7 @@ def recipe_dir(monkeypatch, ran, tmp_path):
 
 
 def _plan(times=2, tools=()):
-    steps = (Step("first", "first", {}), Step("second/x", "second", {"times": times, "shape": (1, 2)}, {"text": "first:text"}, tools))
+    steps = (Step("first", "first", Params()), Step("second/x", "second", Params(times), {"text": "first:text"}, tools))
     return Plan(SimpleNamespace(), (), steps, {})
 
 
