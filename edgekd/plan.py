@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgekd import registry
 from edgekd.domain.candidate import Candidate
 from edgekd.domain.scheme import FLOAT32, needs_calibration
-from edgekd.errors import RecipeError, expected_one_of
+from edgekd.errors import RecipeError, StageError, expected_one_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Json
     from edgekd.domain.recipe import Quantize, Recipe
     from edgekd.domain.target import RuntimeEntry, Target
-    from edgekd.ports import Stage, Step
+    from edgekd.ports import CompletedStep, Stage, Step
+
+DRY_RUN = "dry_run"  # the second part of the names of steps that try exports and quantizers with fresh weights, before training
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,11 @@ def resolve(recipe: Recipe, targets: Sequence[Target], pipeline: Sequence[Stage]
 
 
 def _sort_steps(steps: Sequence[Step[Any]]) -> tuple[Step[Any], ...]:
-    """Return the steps in topological order, otherwise in that of the pipeline; a chain of assistants goes back to earlier stages."""
+    """Return the steps in topological order, otherwise dry runs first, then in the pipeline's order.
+
+    A chain of assistants goes back to earlier stages.
+    """
+    steps = sorted(steps, key=lambda step: not is_dry_run(step.id))
     by_id = {step.id: step for step in steps}
     ordered: dict[str, Step[Any]] = {}
 
@@ -91,6 +97,54 @@ def quantized_candidates(recipe: Recipe, targets: Iterable[Target]) -> dict[str,
     return {
         candidate.model_step: candidate for target in targets for candidate in candidates(recipe, target) if candidate.scheme != FLOAT32
     }
+
+
+def is_dry_run(step: str) -> bool:
+    """Return whether a step tries an export or a quantizer with fresh weights."""
+    return step.split("/")[1:2] == [DRY_RUN]
+
+
+def dry_run_of(step: str) -> str:
+    """Return the id of the dry run of a step ``export/NETWORK/RUNTIME`` or ``quantize/RUNTIME/...``."""
+    stage, *parts = step.split("/")
+    return "/".join([stage, DRY_RUN, *(parts[1:] if stage == "export" else parts)])
+
+
+def left_out(candidates: Iterable[Candidate], completed: Mapping[str, CompletedStep]) -> dict[str, str]:
+    """Return why candidates cannot ship, by their ids: the export of their runtime, their own file or an evaluation failed."""
+    reasons = {}
+    for candidate in candidates:
+        export = f"export/student/{candidate.runtime}"
+        steps = (export, candidate.model_step, f"evaluate/{export}", candidate.evaluate_step)
+        for step in (*map(dry_run_of, steps[:2]), *steps):
+            reason = completed[step].why_not if step in completed else None
+            if reason is not None:
+                reasons[candidate.id] = f"with fresh weights, {reason}" if is_dry_run(step) else reason
+                break
+    return reasons
+
+
+def check_left_out(plan: Plan, completed: Mapping[str, CompletedStep]) -> None:
+    """Check that each target has a candidate left, and one for each runtime and scheme that the recipe names for it.
+
+    Raises:
+        RecipeError: if a runtime or scheme that the recipe names cannot be had.
+        StageError: if no candidate is left.
+    """
+    for target in plan.targets:
+        targeted = plan.candidates[target.name]
+        reasons = left_out(targeted, completed)
+        quantize = plan.recipe.overrides_for(target.name).quantize
+        if len(reasons) == len(targeted):
+            listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise StageError(f"target {target.name}: no candidate is left: {listing}; change the model")
+        for key, names, kind in (("runtimes", quantize.runtimes, "runtime"), ("schemes", quantize.schemes, "scheme")):
+            for name in () if names == "auto" else names:
+                of_name = [candidate.id for candidate in targeted if getattr(candidate, kind) == name]
+                if of_name and reasons.keys() >= set(of_name):
+                    listing = "; ".join(f"{candidate}: {reasons[candidate]}" for candidate in of_name)
+                    advice = f"change the model, leave '{name}' out, or use quantize.{key} = \"auto\""
+                    raise RecipeError(f"target {target.name}: quantize.{key}: '{name}' cannot be had: {listing}; {advice}")
 
 
 def _candidate(entry: RuntimeEntry, scheme: str, io: str, target: Target) -> Candidate:

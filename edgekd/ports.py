@@ -50,6 +50,12 @@ class CompletedStep:
     entry: CacheEntry
     hit: bool
 
+    @property
+    def why_not(self) -> str | None:
+        """Return why what the step wrote cannot ship (a model file that was refused, or that computes something else), or None."""
+        reason = self.entry.metrics.get("why_not")
+        return None if reason is None else str(reason)
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -85,7 +91,7 @@ class Record:
 class StageResult:
     """Metrics and notes of a run, stored with the artifacts; ``record`` only from ``inspect``.
 
-    A note that starts with ``warning: `` is printed at once.
+    A note that starts with ``warning: `` is printed at once. A metric ``why_not`` is the reason why no step may use what this one wrote.
     """
 
     metrics: Mapping[str, Json] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgekd import registry
+from edgekd.build.refusals import why_skipped
 from edgekd.ports import CompletedStep
 from edgekd.store.digests import canonical_json, digest, tool_version
 
@@ -29,7 +30,7 @@ _LONGEST_VALUE = 40
 
 @dataclass(frozen=True, slots=True)
 class StepExplanation:
-    """What a build would do with a step: ``hit``, ``miss`` with the reason, or ``after`` (an input is not known yet)."""
+    """What a build would do with a step: ``hit``, ``miss`` with the reason, ``after`` (an input is not known yet), or ``left out``."""
 
     step: Step[Any]
     outcome: str
@@ -39,8 +40,13 @@ class StepExplanation:
 def explain(plan: Plan, stages: Mapping[str, Stage], cache: Cache, recipe_dir: Path) -> list[StepExplanation]:
     """Return for each step whether it would run, and why; runs nothing."""
     completed: dict[str, CompletedStep] = {}
+    skipped: dict[str, str] = {}
     explanations: list[StepExplanation] = []
     for step in plan.steps:
+        if (reason := why_skipped(step, completed, skipped)) is not None:
+            skipped[step.id] = reason
+            explanations.append(StepExplanation(step, "left out", reason))
+            continue
         missing = sorted(step.producers - set(completed))
         if missing:
             explanations.append(StepExplanation(step, "after", ", ".join(missing)))

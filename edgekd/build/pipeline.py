@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.build import keys
+from edgekd.build import keys, refusals
 from edgekd.errors import StageError, UnavailableError
 from edgekd.kd.training import distributed
+from edgekd.plan import check_left_out, is_dry_run
 from edgekd.ports import CompletedStep, Context
 from edgekd.stages import distill, evaluate, export, inspect, quantize, soft_targets, teach
 from edgekd.store import locks
@@ -52,20 +53,29 @@ def run(plan: Plan, build: BuildContext, until: str | None = None) -> dict[str, 
         EdgekdError: what the stage raised.
     """
     completed: dict[str, CompletedStep] = {}
+    skipped: dict[str, str] = {}
     for step in steps_until(plan, until):
+        if (reason := refusals.why_skipped(step, completed, skipped)) is not None:
+            skipped[step.id] = reason
+            continue
         completed[step.id] = _run_step(step, completed, build)
+        if completed[step.id].why_not is not None:
+            check_left_out(plan, completed)
     if distributed.world_size() > 1:
         distributed.broadcast(None)
     return completed
 
 
 def steps_until(plan: Plan, until: str | None) -> Iterator[Step[Any]]:
-    """Yield the steps of a plan up to and including a stage, except those that need a later one (an assistant's soft targets)."""
+    """Yield the steps of a plan up to and including a stage, except those that need a later one (an assistant's soft targets).
+
+    Dry runs belong to what comes before training.
+    """
     names = list(STAGES)
     last = len(names) if until is None else names.index(until)
     reached: set[str] = set()
     for step in plan.steps:
-        if names.index(step.stage) <= last and step.producers <= reached:
+        if names.index(teach.NAME if is_dry_run(step.id) else step.stage) <= last and step.producers <= reached:
             reached.add(step.id)
             yield step
 
@@ -121,7 +131,12 @@ def _execute(step: Step[Any], completed: Mapping[str, CompletedStep], build: Bui
                 for leftover in work.parent.glob(f"{work.name}{RANK_SUFFIX}*"):  # of ranks that were killed
                     shutil.rmtree(leftover)
                 distributed.broadcast((step, inputs, build.recipe_dir, work))
-            result = STAGES[step.stage].run(step, inputs, Context(build.recipe_dir, out, work, progress))
+            try:
+                result = STAGES[step.stage].run(step, inputs, Context(build.recipe_dir, out, work, progress))
+            except StageError as error:
+                if not refusals.may_be_left_out(step, error):
+                    raise
+                result = refusals.refusal(step, error, out)
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
             raise
@@ -129,7 +144,8 @@ def _execute(step: Step[Any], completed: Mapping[str, CompletedStep], build: Bui
     seconds = time.monotonic() - started
     key = base if result.record is None else cache.add_record(base, result.record)
     entry = cache.put(out, key, material, result, seconds)
-    build.reporter.log(f"{step.id}: done in {seconds:.1f} s")
+    reason = result.metrics.get("why_not")
+    build.reporter.log(f"{step.id}: done in {seconds:.1f} s" if reason is None else f"warning: {step.id} is left out: {reason}")
     for note in result.notes:
         if note.startswith("warning: "):  # the user should see it before paying for the stages that follow
             build.reporter.log(note)

@@ -263,8 +263,6 @@ def _tensor_order(item):
 
 
 OPENERS = {"onnxruntime": _open_onnxruntime, "litert": _open_litert}
-
-
 IMPORTERS = {"onnxruntime": lambda: __import__("onnxruntime"), "litert": _litert}
 PEAK_RSS = "/proc/self/status", "VmHWM"  # of this process
 MAX_SAMPLES = 64  # a block cycles through them; more would only use memory
@@ -276,7 +274,7 @@ def _samples(session, paths, count):
 
     if paths:
         arrays = [np.array(np.load(path, mmap_mode="r", allow_pickle=False)[:count]) for path in paths]
-        arrays = [_to_input_type(np, array, item) for array, item in zip(arrays, session.inputs)]
+        arrays = [to_input_type(np, array, item) for array, item in zip(arrays, session.inputs)]
         return [[np.ascontiguousarray(array[row : row + 1]) for array in arrays] for row in range(len(arrays[0]))]
     generator = np.random.default_rng(0)
     samples = []
@@ -291,7 +289,8 @@ def _samples(session, paths, count):
     return samples
 
 
-def _to_input_type(np, array, item):
+def to_input_type(np, array, item):
+    """Return an array as an input of a model file takes it: quantized by the tensor's scale and zero point where it has them."""
     if item["dtype"] == array.dtype.name or item["scale"] is None:
         return array.astype(item["dtype"])
     limits = np.iinfo(item["dtype"])

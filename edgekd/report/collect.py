@@ -49,6 +49,7 @@ def collect_report(
         "choice": next(row for row in rows if row["id"] == chosen.id)
         | {"threads": choice.threads, "selected_by": choice.selected_by, "speedup": _teacher_speedup(choice.measurement, measurements)},
         "candidates": rows,
+        "left_out": [{"id": name, "why_not": reason} for name, reason in target_run.left_out.items()],
         "teacher": _teacher(target_run, scores, measurements),
         "student": {
             "parameters": _inspected(completed)["student"]["parameters"],
@@ -255,8 +256,13 @@ def _notes(target_run: TargetRun, measurements: Iterable[Measurement], costs: Ma
     notes = [
         note
         for name, completed in target_run.completed.items()
-        if (completed.step.stage in NOTED_STAGES or name.startswith("export/teacher/")) and name not in repeated
+        if completed.step.stage in NOTED_STAGES and name not in repeated
         for note in completed.entry.notes
+    ]
+    notes += [
+        f"the teacher has no {completed.step.params.runtime} model, so the speed-up against it is unknown there: {completed.why_not}"
+        for name, completed in target_run.completed.items()
+        if name.startswith("export/teacher/") and completed.why_not is not None
     ]
     notes += budget_warnings(target_run.plan, target_run.completed) if len(target_run.plan.targets) == 1 else []
     notes += filter(None, [_capacity_note(target_run), _sizes_note(target_run), cost.break_even_note(target_run, costs)])

@@ -85,7 +85,9 @@ def _distillation(document: Mapping[str, Any]) -> str:
 def _candidates(document: Mapping[str, Any]) -> str:
     head = ("candidate", "size KiB", "float ops", "accuracy %", "drop pp", "agreement %", "p50 ms", "speed-up", "ships, or why not")
     chosen = "**ships**" if document["shipped"] else "judged; nothing ships"
-    table = _table(head, (_candidate_cells(row, chosen) for row in document["candidates"]))
+    rows = [_candidate_cells(row, chosen) for row in document["candidates"]]
+    rows += [(row["id"], *[""] * (len(head) - 2), f"left out: {row['why_not']}") for row in document["left_out"]]
+    table = _table(head, rows)
     notes = _list(f"{row['id']}: {note}" for row in document["candidates"] for note in row["notes"])
     return table + (f"\nNotes on the candidates:\n\n{notes}" if notes else "")
 

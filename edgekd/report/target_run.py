@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
 from edgekd.domain.measurement import TEACHER
+from edgekd.plan import left_out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,12 +47,17 @@ class TargetRun:
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
-        """Return the target's candidates."""
-        return self.plan.candidates[self.target.name]
+        """Return the target's candidates, without those that are left out."""
+        return tuple(candidate for candidate in self.plan.candidates[self.target.name] if candidate.id not in self.left_out)
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Return why candidates of the target cannot ship, whatever their accuracy, by their ids."""
+        return left_out(self.plan.candidates[self.target.name], self.completed)
 
     def concerns(self, step: str) -> bool:
         """Return whether a step belongs to this target: the candidates of other targets do not affect its verdict."""
-        steps = {name for candidate in self.candidates for name in (candidate.model_step, candidate.evaluate_step)}
+        steps = {name for candidate in self.plan.candidates[self.target.name] for name in (candidate.model_step, candidate.evaluate_step)}
         return step in steps or "quantize/" not in step
 
     def artifacts(self, step: str) -> Mapping[str, Artifact]:
@@ -63,8 +69,9 @@ class TargetRun:
         return self.artifacts(candidate.model_step)[f"model.{registry.runtime(candidate.runtime).FORMAT}"]
 
     def teacher_file(self, runtime: str) -> Artifact | None:
-        """Return the teacher's model file for a runtime, or None if it could not be exported."""
-        return self.artifacts(f"export/teacher/{runtime}").get(f"model.{registry.runtime(runtime).FORMAT}")
+        """Return the teacher's model file for a runtime, or None if it could not be exported, or computes something else."""
+        step = self.completed[f"export/teacher/{runtime}"]
+        return None if step.why_not else step.entry.artifacts[f"model.{registry.runtime(runtime).FORMAT}"]
 
     def evaluation_inputs(self) -> list[Path]:
         """Return the arrays of the evaluation inputs."""
@@ -100,7 +107,7 @@ def read_scores(target_run: TargetRun) -> TargetScores:
     by_step = {
         name: scores.read_scores(completed.entry.artifacts)
         for name, completed in target_run.completed.items()
-        if completed.step.stage == "evaluate" and target_run.concerns(name)
+        if completed.step.stage == "evaluate" and target_run.concerns(name) and completed.why_not is None
     }
     artifacts = target_run.artifacts("inspect")
     return TargetScores(by_step, np.load(artifacts["evaluation.labels.npy"].path), np.load(artifacts["evaluation.groups.npy"].path))

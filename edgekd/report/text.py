@@ -76,6 +76,14 @@ def shipped_line(document: Mapping[str, Any]) -> str:
     return f"{subject}: {model}, {choice['size_bytes'] / 1024:.1f} KiB ({choice['selected_by']})"
 
 
+def left_out_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each reason why candidates are left out."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        names.setdefault(row["why_not"], []).append(row["id"])
+    return [f"left out: {', '.join(ids)}: {reason}" for reason, ids in names.items()]
+
+
 def is_inconclusive_ok(document: Mapping[str, Any]) -> bool:
     """Return whether a model ships that has not passed."""
     return document["shipped"] is not None and document["outcome"] == "INCONCLUSIVE"
@@ -120,6 +128,7 @@ def render_verdict(document: Mapping[str, Any], *, cached: bool) -> str:
         teacher_line(document),
         *(f"{name}: {reason}" for name, reason in reasons(document["checks"])),
         distillation_line(document),
+        *left_out_lines(document["left_out"]),
         *(f"note: {note}" for note in document["notes"]),
         INCONCLUSIVE_OK_NOTE if is_inconclusive_ok(document) else None,
     ]

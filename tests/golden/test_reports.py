@@ -129,6 +129,7 @@ def _parts(*, measured):
         "target": {"name": "board", "title": "Some Board, 64-bit OS"},
         "choice": rows[1] | {"threads": 1, "selected_by": selected_by, "speedup": rows[1]["latency"][0]["speedup"] if measured else None},
         "candidates": rows,
+        "left_out": [{"id": "quantize/litert/dynamic_wi8_afp32/ptq", "why_not": "AI Edge Quantizer refuses dynamic_wi8_afp32: no such op"}],
         "teacher": {
             "parameters": 363_498,
             "accuracy": 0.925,

@@ -72,7 +72,7 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
             _write_quantized(source, path, params, calibration)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError) as error:
             text = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StageError(f"AI Edge Quantizer refuses {scheme}: {text}; leave it out with quantize.schemes") from error
+            raise StageError(f"AI Edge Quantizer refuses {scheme}: {text}") from error
         session = runner.open_session("litert", path, 1)
     float_tensors = [item["name"] for item in (*session.inputs, *session.outputs) if item["dtype"] == "float32"]
     if integer_io and float_tensors:

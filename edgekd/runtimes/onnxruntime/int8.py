@@ -47,7 +47,7 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
             _write_quantized(source, quantized, params, calibration)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError) as error:
             text = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StageError(f"onnxruntime's quantizer refuses {params['scheme']}: {text}; leave it out with quantize.schemes") from error
+            raise StageError(f"onnxruntime's quantizer refuses {params['scheme']}: {text}") from error
         model = onnx.load(str(quantized))
         quantization = _quantize_io(model.graph) if integer_io else {}
         path.write_bytes(strip(model, {IO_METADATA: json.dumps(quantization, sort_keys=True)} if quantization else {}))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgekd.stages.inspect.params import InspectParams, TeacherParams
 
 _BATCH = 2  # samples that networks are checked on
+_FRESH_NOISE = 0.05  # the most that is added to parameters that are all the same
 _METRIC_SAMPLES = 64  # samples that a metric is checked on
 _LOGITS_AXES = 2
 _TOLERANCE = 1e-2  # of the largest output, for a sample alone and in a batch; rounding stays far below
@@ -89,7 +90,9 @@ def check_student(check: CheckContext, rows: Sequence[int]) -> tuple[dict[str, A
     """
     entry = EntryPoint.parse(check.params.student)
     module, summary = _check_network(check, entry, "student")
-    return summary, _logits(module.eval(), entry, check.samples(rows))
+    logits = _logits(module.eval(), entry, check.samples(rows))
+    _save_fresh_weights(check, module, entry)
+    return summary, logits
 
 
 def check_trainable(check: CheckContext, entry: EntryPoint, role: str) -> dict[str, Any]:
@@ -222,6 +225,28 @@ def _check_network(check: CheckContext, entry: EntryPoint, role: str) -> tuple[n
         )
     _check_gradient(module, entry, batch, role)
     return module, {"parameters": modules.parameter_count(module), "outputs": outputs}
+
+
+def _save_fresh_weights(check: CheckContext, module: nn.Module, entry: EntryPoint) -> None:
+    """Store the weights of a student that is not trained, for the dry run of exports and quantizers.
+
+    Parameters that are all the same (zeros, often, in the last layer) get noise: a quantizer finds no range in them, and a
+    runtime that leaves them out computes the same. The noise is positive and small, and omitted if the outputs are not finite then.
+    """
+    import numpy as np
+    import torch
+
+    from edgekd.kd import modules
+
+    path = check.out / "student.fresh.safetensors"
+    modules.save_weights(module, path)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(_FRESH_NOISE * torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype))
+    if np.isfinite(_logits(module.eval(), entry, check.batch())).all():
+        modules.save_weights(module, path)
 
 
 def _is_mobile(module: nn.Module) -> bool:

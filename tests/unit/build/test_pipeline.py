@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from edgekd.build import keys, pipeline
-from edgekd.errors import StageError, StorageError, UnavailableError
-from edgekd.plan import Plan
+from edgekd.domain.candidate import Candidate
+from edgekd.domain.recipe import Quantize
+from edgekd.errors import RecipeError, StageError, StorageError, UnavailableError
+from edgekd.plan import Plan, left_out
 from edgekd.ports import Record, StageResult, Step
 from edgekd.store.cache import Cache
 from edgekd.store.digests import file_digest
@@ -23,6 +25,7 @@ from edgekd.store.digests import file_digest
 class Params:
     times: int = 1
     shape: tuple[int, ...] = (1, 2)
+    runtime: str | None = None
 
 
 class Reporter:
@@ -73,6 +76,18 @@ def recipe_dir(monkeypatch, ran, tmp_path):
 def _plan(times=2, tools=()):
     steps = (Step("first", "first", Params()), Step("second/x", "second", Params(times), {"text": "first:text"}, tools))
     return Plan(SimpleNamespace(), (), steps, {})
+
+
+def _plan_with_candidates(*runtimes, requested="auto"):
+    """Return a plan with a candidate for each runtime: a file that the stage ``second`` writes and ``third`` reads."""
+    recipe = SimpleNamespace(overrides_for=lambda name: SimpleNamespace(quantize=Quantize(runtimes=requested)))
+    steps, candidates = [Step("first", "first", Params())], []
+    for name in runtimes:
+        step = f"export/student/{name}"
+        steps.append(Step(step, "second", Params(runtime=name), {"text": "first:text"}))
+        steps.append(Step(f"evaluate/{step}", "second", Params(2, runtime=name), {"text": f"{step}:text"}))
+        candidates.append(Candidate(step, name, "float32", "ptq", step, f"evaluate/{step}", (1,), {}))
+    return Plan(recipe, (SimpleNamespace(name="board"),), tuple(steps), {"board": tuple(candidates)})
 
 
 @pytest.fixture
@@ -194,3 +209,58 @@ def test_warnings_come_before_a_step_that_must_run(build, ran):
 
     pipeline.run(_plan(), dataclasses.replace(build, before_step=before_step))
     assert calls == [("first", [], []), ("second/x", ["first"], ["first"])]
+
+
+@pytest.fixture
+def refusing(monkeypatch, ran):
+    """Let the stage ``second`` refuse all that concerns the runtimes in the set that is returned."""
+    refused = set()
+
+    def second(step, inputs, context):
+        ran.append(step.id)
+        (context.out / "text").write_text(inputs["text"].path.read_text())
+        if step.params.runtime in refused:
+            raise StageError(f"{step.id}: no such op")
+        return StageResult()
+
+    monkeypatch.setattr(pipeline.STAGES["second"], "run", second)
+    return refused
+
+
+def test_a_refused_candidate_is_left_out_with_the_reason_and_the_others_go_on(build, ran, reporter, refusing):
+    refusing.add("litert")
+    plan = _plan_with_candidates("litert", "onnxruntime")
+    completed = pipeline.run(plan, build)
+    assert ran == ["first", "export/student/litert", "export/student/onnxruntime", "evaluate/export/student/onnxruntime"]
+    assert left_out(plan.candidates["board"], completed) == {"export/student/litert": "no such op"}
+    assert "warning: export/student/litert is left out: no such op" in reporter.lines
+    artifacts = completed["export/student/litert"].entry.artifacts
+    assert {name: item.path.read_text() for name, item in artifacts.items()} == {"why_not.txt": "no such op\n"}
+
+
+def test_a_refusal_is_cached_and_explained(build, ran, refusing):
+    refusing.add("litert")
+    plan = _plan_with_candidates("litert", "onnxruntime")
+    pipeline.run(plan, build)
+    ran.clear()
+    pipeline.run(plan, build)
+    assert ran == []
+    outcomes = {item.step.id: item for item in keys.explain(plan, pipeline.STAGES, build.cache, build.recipe_dir)}
+    assert outcomes["export/student/litert"].outcome == "hit"
+    assert outcomes["evaluate/export/student/litert"].outcome == "left out"
+    assert outcomes["evaluate/export/student/litert"].reason == "export/student/litert: no such op"
+
+
+def test_an_error_names_all_reasons_when_no_candidate_is_left(build, refusing):
+    refusing.update(("litert", "onnxruntime"))
+    both = "export/student/litert: no such op; export/student/onnxruntime: no such op"
+    with pytest.raises(StageError, match=f"target board: no candidate is left: {both}; change the model"):
+        pipeline.run(_plan_with_candidates("litert", "onnxruntime"), build)
+
+
+def test_a_runtime_that_the_recipe_names_cannot_be_left_out(build, refusing):
+    refusing.add("litert")
+    with pytest.raises(
+        RecipeError, match="quantize.runtimes: 'litert' cannot be had: export/student/litert: no such op; change the model, "
+    ):
+        pipeline.run(_plan_with_candidates("litert", "onnxruntime", requested=("litert", "onnxruntime")), build)

@@ -13,6 +13,7 @@ from edgekd.domain.artifact import Artifact
 from edgekd.domain.recipe import Data, Distill, EntryPoint, Quantize, Recipe, Student, Teacher, TensorSpec
 from edgekd.domain.target import Cpu, DeviceEntry, Limits, Protocol, RuntimeEntry, Target
 from edgekd.errors import RecipeError, StageError
+from edgekd.plan import is_dry_run
 from edgekd.ports import Context
 from edgekd.stages import quantize
 from edgekd.stages.quantize import QuantizeParams
@@ -69,10 +70,18 @@ def find_step(name, changed=None):
     return next(step for step in quantize.steps(changed or recipe(), [target()]) if step.id == name)
 
 
+def real_steps(recipe, *targets):
+    """Return the steps except for dry runs."""
+    return [step for step in quantize.steps(recipe, targets) if not is_dry_run(step.id)]
+
+
 def test_each_candidate_has_a_step_and_only_static_ones_read_the_calibration_set():
     steps = {step.id: step for step in quantize.steps(recipe(), [target(), target("other")])}
     assert sorted(steps) == [
-        f"quantize/{runtime}/{scheme}/ptq" for runtime in ("litert", "onnxruntime") for scheme in ("dynamic_wi8_afp32", "static_wi8_ai8")
+        f"quantize/{prefix}{runtime}/{scheme}/ptq"
+        for prefix in ("dry_run/", "")
+        for runtime in ("litert", "onnxruntime")
+        for scheme in ("dynamic_wi8_afp32", "static_wi8_ai8")
     ]
     static, dynamic = steps["quantize/litert/static_wi8_ai8/ptq"], steps["quantize/onnxruntime/dynamic_wi8_afp32/ptq"]
     assert static.inputs == {"model": "export/student/litert:model.tflite", "calibration.0": "inspect:calibration.inputs.0.npy"}
@@ -80,11 +89,14 @@ def test_each_candidate_has_a_step_and_only_static_ones_read_the_calibration_set
     assert static.params.options == {"scheme": "static_wi8_ai8", "io": "float32"}
     assert static.params.instruction_set is not None
     assert dynamic.params == QuantizeParams("onnxruntime", {"scheme": "dynamic_wi8_afp32", "io": "float32"}, None)
+    dry_run = steps["quantize/dry_run/onnxruntime/dynamic_wi8_afp32/ptq"]  # it is run on samples, so it reads some
+    assert dry_run.inputs == {"model": "export/dry_run/onnxruntime:model.onnx", "calibration.0": "inspect:calibration.inputs.0.npy"}
+    assert dry_run.params.samples == 8
     assert static.tools == ("ai-edge-quantizer", "ai-edge-litert", "numpy")
 
 
 def test_targets_with_different_cpus_share_the_steps_that_do_not_depend_on_the_cpu():
-    steps = [step.id for step in quantize.steps(recipe(), [target(), target("old", "x86_64", ("avx2",))])]
+    steps = [step.id for step in real_steps(recipe(), target(), target("old", "x86_64", ("avx2",)))]
     assert [step for step in steps if "reduce_range" in step] == [
         "quantize/onnxruntime/static_wi8_ai8/ptq/reduce_range=True",
         "quantize/onnxruntime/dynamic_wi8_afp32/ptq/reduce_range=True",
@@ -93,7 +105,7 @@ def test_targets_with_different_cpus_share_the_steps_that_do_not_depend_on_the_c
 
 
 def test_integer_inputs_and_outputs_leave_only_static_candidates():
-    steps = [step.id for step in quantize.steps(recipe(io="int8"), [target()])]
+    steps = [step.id for step in real_steps(recipe(io="int8"), target())]
     assert steps == ["quantize/litert/static_wi8_ai8/ptq/io=int8", "quantize/onnxruntime/static_wi8_ai8/ptq/io=int8"]
     with pytest.raises(RecipeError, match="'dynamic_wi8_afp32' has float inputs and outputs; quantize.io = \"int8\" needs a static scheme"):
         quantize.steps(recipe(io="int8", schemes=("static_wi8_ai8", "dynamic_wi8_afp32")), [target()])
@@ -134,3 +146,21 @@ def test_a_refusal_of_the_quantizer_names_the_step(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"")
     with pytest.raises(StageError, match=r"quantize/onnxruntime/static_wi8_ai8/ptq: onnxruntime's quantizer refuses static_wi8_ai8: "):
         run(tmp_path, find_step("quantize/onnxruntime/static_wi8_ai8/ptq"), tmp_path / "model.onnx", np.zeros((4, 6), np.float32))
+
+
+def test_a_dry_run_refuses_a_file_whose_outputs_are_not_finite(tmp_path):
+    class Infinite(nn.Module):
+        def forward(self, x):
+            return x / (x - x)
+
+    registry.runtime("onnxruntime").export(Infinite().eval(), SPECS, tmp_path / "model.onnx")
+    with pytest.raises(
+        StageError, match="quantize/dry_run/onnxruntime/dynamic_wi8_afp32/ptq: model.onnx: returns outputs that are not finite"
+    ):
+        run(tmp_path, find_step("quantize/dry_run/onnxruntime/dynamic_wi8_afp32/ptq"), tmp_path / "model.onnx", np.ones((4, 6), np.float32))
+
+
+def test_a_dry_run_calibrates_on_few_samples(mlp, tmp_path):
+    calibration = np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32)
+    _, scheme = run(tmp_path, find_step("quantize/dry_run/onnxruntime/static_wi8_ai8/ptq"), mlp, calibration)
+    assert scheme["calibration_samples"] == 8
