@@ -3,20 +3,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
-# OpenMP threads spin this long at a barrier before they sleep: beside other load they would spin in vain, by default for seconds.
-# Results are the same. libgomp reads it when torch is loaded; docs/decisions/0012-threads.md
-SPIN_COUNT = "2000"
 
 
 def main() -> None:
     """Run the command line and exit."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     try:
         from edgekd import cli
 

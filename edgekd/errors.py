@@ -7,6 +7,7 @@ EdgekdError                     5
 |-- UnavailableError            3   a named device cannot be reached; a runtime or a tool is missing
 |-- StageError                  5   a stage failed
     |-- StorageError            5   the cache or the output folder cannot be written or read
+    |-- ProcessDiedError        5   the process of a step ended before its result
 
 A message has five parts: what failed, where, the actual value (with its unit), what is allowed, the next command.
 Lower case, no full stop at its end. PASS is 0, FAIL 1, INCONCLUSIVE 4 (domain.verdict); 70 is an internal error
@@ -58,6 +59,26 @@ class StageError(EdgekdError):
 
 class StorageError(StageError):
     """The cache or the output folder cannot be written or read."""
+
+
+class ProcessDiedError(StageError):
+    """The process of a step ended before its result: native code, the user's code, or a lack of memory ended it.
+
+    Args:
+        name: The step.
+        reason: How it ended, in one line without the step's name.
+        in_user_code: Whether the user's code was running.
+    """
+
+    def __init__(self, name: str, reason: str, *, in_user_code: bool) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.reason, self.in_user_code = reason, in_user_code
+
+
+def printable(text: str, limit: int = 500) -> str:
+    """Return text of others (an exception, a name, what a process printed) on one line, cut, and without control characters."""
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 4 * limit]).split())
+    return line if len(line) <= limit else f"{line[:limit]} ..."
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.build import keys, refusals
-from edgekd.errors import StageError, UnavailableError
+from edgekd.errors import ProcessDiedError, RecipeError, StageError, UnavailableError
 from edgekd.kd.training import distributed
 from edgekd.plan import check_left_out, is_dry_run
 from edgekd.ports import CompletedStep, Context
@@ -25,9 +25,10 @@ from edgekd.store.digests import digest, file_digest, tool_version
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from edgekd.build.worker import Worker
     from edgekd.domain.artifact import Artifact, CacheEntry
     from edgekd.plan import Plan
-    from edgekd.ports import Reporter, Stage, Step
+    from edgekd.ports import Progress, Reporter, Stage, StageResult, Step
     from edgekd.store.cache import Cache
 
 PIPELINE: tuple[Stage, ...] = (inspect, teach, soft_targets, distill, export, quantize, evaluate)
@@ -44,6 +45,8 @@ class BuildContext:
     recipe_dir: Path
     reporter: Reporter
     before_step: Callable[[Step[Any], Mapping[str, CompletedStep]], None]
+    worker: Worker
+    ranks: Worker  # where the steps run that ranks share
 
 
 def run(plan: Plan, build: BuildContext, until: str | None = None) -> dict[str, CompletedStep]:
@@ -62,7 +65,7 @@ def run(plan: Plan, build: BuildContext, until: str | None = None) -> dict[str, 
         if completed[step.id].why_not is not None:
             check_left_out(plan, completed)
     if distributed.world_size() > 1:
-        distributed.broadcast(None)
+        build.ranks.call("the ranks", end_ranks, progress=lambda _share, _text: None)
     return completed
 
 
@@ -80,7 +83,40 @@ def steps_until(plan: Plan, until: str | None) -> Iterator[Step[Any]]:
             yield step
 
 
-def run_rank() -> None:
+def call_stage(worker: Worker, step: Step[Any], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+    """Run a step in a process of the worker.
+
+    Raises:
+        EdgekdError: what the stage raised, or that its process died.
+    """
+    folders = context.recipe_dir, context.out, context.work
+    try:
+        result: StageResult = worker.call(step.id, run_stage, step, inputs, *folders, progress=context.progress)
+    except ProcessDiedError as error:
+        if step.stage == inspect.NAME and error.in_user_code:  # it runs the user's code to find such mistakes
+            raise RecipeError(error.reason) from error
+        raise
+    return result
+
+
+def run_stage(step: Step[Any], inputs: Mapping[str, Artifact], recipe_dir: Path, out: Path, work: Path, progress: Progress) -> StageResult:
+    """Run a step in this process, with the other ranks if its stage is shared.
+
+    Raises:
+        EdgekdError: what the stage raised.
+    """
+    if _is_shared(step):
+        distributed.broadcast((step, inputs, recipe_dir, work))
+    return STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, work, progress))
+
+
+def end_ranks(progress: Progress) -> None:
+    """Let the other ranks finish."""
+    del progress
+    distributed.broadcast(None)
+
+
+def run_rank(progress: Progress) -> None:
     """Share the work of the steps that rank 0 runs, until it has finished.
 
     Input files are read in place. All output goes to a temporary folder; partial work is resumed as rank 0 has it.
@@ -94,7 +130,7 @@ def run_rank() -> None:
             shutil.copytree(work, own_work, copy_function=os.link)  # files are replaced, never changed, so links are safe
             out.mkdir()
             distributed.barrier()
-            STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, own_work, lambda _share, _text: None))
+            STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, own_work, progress))
 
 
 def _run_step(step: Step[Any], completed: Mapping[str, CompletedStep], build: BuildContext) -> CompletedStep:
@@ -127,12 +163,13 @@ def _execute(step: Step[Any], completed: Mapping[str, CompletedStep], build: Bui
         with build.reporter.step(step.id) as progress, locks.machine_shared():
             started = time.monotonic()
             inputs = keys.input_artifacts(step, completed)
-            if distributed.world_size() > 1 and step.stage in DISTRIBUTED:
+            worker = build.worker
+            if _is_shared(step):
+                worker = build.ranks
                 for leftover in work.parent.glob(f"{work.name}{RANK_SUFFIX}*"):  # of ranks that were killed
                     shutil.rmtree(leftover)
-                distributed.broadcast((step, inputs, build.recipe_dir, work))
             try:
-                result = STAGES[step.stage].run(step, inputs, Context(build.recipe_dir, out, work, progress))
+                result = call_stage(worker, step, inputs, Context(build.recipe_dir, out, work, progress))
             except StageError as error:
                 if not refusals.may_be_left_out(step, error):
                     raise
@@ -150,6 +187,10 @@ def _execute(step: Step[Any], completed: Mapping[str, CompletedStep], build: Bui
         if note.startswith("warning: "):  # the user should see it before paying for the stages that follow
             build.reporter.log(note)
     return entry
+
+
+def _is_shared(step: Step[Any]) -> bool:
+    return distributed.world_size() > 1 and step.stage in DISTRIBUTED
 
 
 def _check_tools(step: Step[Any]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekd import config, registry
 from edgekd.build import keys, pipeline
 from edgekd.build.judge import Result, judge_target
+from edgekd.build.worker import Worker
 from edgekd.domain.verdict import Outcome
 from edgekd.errors import RecipeError, did_you_mean
 from edgekd.harness import runner
@@ -56,7 +58,8 @@ def build(request: Request, reporter: Reporter) -> list[Result]:
     """
     started = time.monotonic()
     if distributed.rank():
-        pipeline.run_rank()
+        with closing(Worker(request.recipe_dir, persistent=True)) as worker:
+            worker.call("the rank", pipeline.run_rank, progress=lambda _share, _text: None)
         return []
     plan = load_plan(request.recipe, request.targets)
     for line in unknown_target_tables(plan):
@@ -64,9 +67,11 @@ def build(request: Request, reporter: Reporter) -> list[Result]:
     _check_outputs(request, plan)
     cache = Cache(request.cache, reporter.log)
     cache.prepare()
+    before_step = _warn_before_training(plan, reporter)
     try:
-        context = pipeline.BuildContext(cache, request.recipe_dir, reporter, _warn_before_training(plan, reporter))
-        completed = pipeline.run(plan, context, request.until)
+        with closing(Worker(request.recipe_dir)) as worker, closing(Worker(request.recipe_dir, persistent=True)) as ranks:
+            context = pipeline.BuildContext(cache, request.recipe_dir, reporter, before_step, worker, ranks)
+            completed = pipeline.run(plan, context, request.until)
         if request.until is not None:
             return [_write_stage_output(request, plan, completed, request.until)]
         input_files = _input_files(request, plan, cache, completed)

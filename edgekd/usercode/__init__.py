@@ -3,6 +3,17 @@
 
 from __future__ import annotations
 
-from edgekd.usercode.importer import call_user_code, forget_modules, is_user_file, is_user_module, load_function
+from edgekd.usercode.importer import call_user_code, describe_user_error, forget_modules, is_user_file, is_user_module, load_function
+from edgekd.usercode.running import note_running, read_running, running
 
-__all__ = ["call_user_code", "forget_modules", "is_user_file", "is_user_module", "load_function"]
+__all__ = [
+    "call_user_code",
+    "describe_user_error",
+    "forget_modules",
+    "is_user_file",
+    "is_user_module",
+    "load_function",
+    "note_running",
+    "read_running",
+    "running",
+]

@@ -11,13 +11,15 @@ import contextlib
 import functools
 import importlib.util
 import os
+import signal
 import sys
 import traceback
 from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import EdgekdError, RecipeError, expected_one_of
+from edgekd.errors import EdgekdError, RecipeError, expected_one_of, printable
+from edgekd.usercode.running import running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -202,11 +204,20 @@ def _load_module(path: Path, entry: EntryPoint) -> ModuleType:
 def _user_errors(entry: EntryPoint, what: str) -> Iterator[None]:
     """Turn whatever the user's code raises into an error of one line."""
     try:
-        yield
-    except (KeyboardInterrupt, EdgekdError):
+        with running(str(entry)):
+            yield
+    except EdgekdError:
         raise
     except BaseException as error:  # the boundary to the user's code, which may raise anything
-        raise RecipeError(f"{_location(error, entry)}: {_describe_error(error, what)}") from error
+        if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            raise  # in a program of the user's; processes of edgekd ignore the signal, so there the code itself raised it
+        raise RecipeError(f"{_location(error) or entry.file}: {_describe_error(error, what)}") from error
+
+
+def describe_user_error(error: BaseException) -> str | None:
+    """Return an error message if an exception comes from the user's code, called in some other way (a hook, an overridden method)."""
+    location = _location(error)
+    return None if location is None else f"{location}: {_describe_error(error, 'the code')}"
 
 
 def _in_recipe_dir() -> contextlib.AbstractContextManager[None]:
@@ -214,27 +225,30 @@ def _in_recipe_dir() -> contextlib.AbstractContextManager[None]:
     return contextlib.chdir(_search_folders[0]) if _search_folders else contextlib.nullcontext()
 
 
-def _location(error: BaseException, entry: EntryPoint) -> str:
-    """Return ``file:line`` of the deepest frame in the user's files, relative to the recipe's folder."""
+def _location(error: BaseException) -> str | None:
+    """Return ``file:line`` of the deepest frame in the user's files, relative to the recipe's folder; None if there is none."""
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__) if is_user_file(frame.filename)]
     if isinstance(error, SyntaxError) and error.filename and is_user_file(error.filename):
         frames.append((error.filename, error.lineno))
     if not frames:
-        return entry.file
+        return None
     file, line = frames[-1]
     folder = _search_folders[0] if _search_folders else Path.cwd()
     return f"{os.path.relpath(file, folder)}:{line}"
 
 
 def _describe_error(error: BaseException, what: str) -> str:
-    lines = str(error).strip().splitlines()
-    text = f": {lines[0]}" if lines else ""
+    try:
+        lines = str(error).strip().splitlines()
+    except BaseException:  # noqa: BLE001  (its own method may raise anything)
+        lines = ["(its text cannot be read: str() of it raises)"]
+    text = f": {printable(lines[0])}" if lines else ""
     if isinstance(error, SystemExit):
         return f"{what} tried to end the process (SystemExit{text}); it must return"
     if isinstance(error, SyntaxError):
-        return f"is not valid Python ({error.msg})"
+        return f"is not valid Python ({printable(str(error.msg))})"
     hint = f"; install '{error.name}' where edgekd is installed, or correct the name" if isinstance(error, ModuleNotFoundError) else ""
-    return f"{what} raised {type(error).__name__}{text}{hint}"
+    return f"{what} raised {printable(type(error).__name__)}{text}{hint}"
 
 
 def _describe_missing_file(recipe_dir: Path, path: Path, entry: EntryPoint) -> str:

@@ -12,6 +12,7 @@ from edgekd import config
 from edgekd.errors import RecipeError
 from edgekd.ports import Context
 from edgekd.stages import inspect
+from tests.processes import run_step
 from tests.toy import DATA, MODELS, RECIPE
 
 RETURN = "    return splits\n"
@@ -30,7 +31,7 @@ def _inspect(folder, data=DATA, models=MODELS, recipe=RECIPE):
     for name in ("out", "work"):
         (folder / name).mkdir()
     step = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
-    return inspect.run(step, {}, Context(folder, folder / "out", folder / "work", lambda share, text: None))
+    return run_step(step, Context(folder, folder / "out", folder / "work", lambda share, text: None))
 
 
 def test_the_valid_recipe_passes_and_its_reads_are_recorded(tmp_path):

@@ -16,6 +16,7 @@ from edgekd.errors import RecipeError
 from edgekd.ports import Context
 from edgekd.stages import inspect
 from tests import toy
+from tests.processes import run_step
 
 RECIPE = toy.RECIPE.replace("[teacher.train]\nepochs = 1\n", '[teacher.train]\nepochs = 1\naugment = "data.py:augment"\n')
 TRAINED_ELSEWHERE = RECIPE.replace('[teacher.train]\nepochs = 1\naugment = "data.py:augment"\n', 'weights = "teacher.safetensors"\n')
@@ -39,7 +40,7 @@ def _inspect(folder, data=DATA, models=toy.MODELS, recipe=RECIPE):
     for name in ("out", "work"):
         (folder / name).mkdir()
     step = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
-    return inspect.run(step, {}, Context(folder, folder / "out", folder / "work", lambda share, text: None))
+    return run_step(step, Context(folder, folder / "out", folder / "work", lambda share, text: None))
 
 
 BAD = {

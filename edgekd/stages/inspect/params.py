@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from edgekd.domain.recipe import TensorSpec
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from edgekd.domain.artifact import Json
-    from edgekd.domain.recipe import Teacher
+    from edgekd.domain.recipe import Teacher, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +73,3 @@ class InspectParams:
         """Return the weights and whole models that the recipe names."""
         names = [name for teacher in (self.teacher, *self.teachers) for name in (teacher.weights, teacher.file) if name is not None]
         return (*names, *self.checkpoints)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> InspectParams:
-        """Return the parameters from the JSON of ``dataclasses.asdict``."""
-        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        nested = {
-            "inputs": tuple(TensorSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in values["inputs"]),
-            "teacher": TeacherParams(**values["teacher"]),
-            "teachers": tuple(TeacherParams(**item) for item in values["teachers"]),
-        }
-        return cls(**{**values, **tuples, **nested})

@@ -19,6 +19,7 @@ from edgekd.plan import Plan, left_out
 from edgekd.ports import Record, StageResult, Step
 from edgekd.store.cache import Cache
 from edgekd.store.digests import file_digest
+from tests.processes import ThisProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def _plan_with_candidates(*runtimes, requested="auto"):
 def build(recipe_dir, reporter, tmp_path):
     cache = Cache(tmp_path / "cache", reporter.log)
     cache.prepare()
-    return pipeline.BuildContext(cache, recipe_dir, reporter, lambda step, completed: None)
+    return pipeline.BuildContext(cache, recipe_dir, reporter, lambda step, completed: None, ThisProcess(), ThisProcess())
 
 
 def test_steps_run_in_order_and_their_files_are_stored(build, ran):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stage inspect as a whole, with its child process: what is stored and what is recorded."""
+"""The stage inspect as a whole: what is stored and what is recorded."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from edgekd.domain.losses import Loss, Tap
 from edgekd.domain.recipe import Assistant, Data, Distill, EntryPoint, Recipe, Student, Teacher, TensorSpec
 from edgekd.ports import Context
 from edgekd.stages import inspect
-from edgekd.stages.inspect.params import InspectParams
 from edgekd.store.digests import listing_digest
 from tests import toy
+from tests.processes import run_step
 
 RECIPE = toy.RECIPE.replace("[teacher.train]\nepochs = 1", 'weights = "teacher.safetensors"') + '[evaluate]\nscore = "metrics.py:score"\n'
 DATA = """\
@@ -96,7 +96,7 @@ def _run(folder, progress=lambda share, text: None):
         (folder.parent / f"{folder.name}-{name}").mkdir()
     step = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
     context = Context(folder, folder.parent / f"{folder.name}-out", folder.parent / f"{folder.name}-work", progress)
-    return inspect.run(step, {}, context)
+    return run_step(step, context)
 
 
 def _names(folder):
@@ -196,15 +196,12 @@ def test_only_the_users_code_writes_to_the_recipes_folder(runs):
     assert [new for _, _, new in runs.values()] == [{"cache.txt"}, {"cache.txt"}]
 
 
-def test_the_output_of_user_code_goes_to_a_file(capfd, tmp_path, monkeypatch):
+def test_the_output_of_user_code_is_not_shown(capfd, tmp_path, monkeypatch):
     monkeypatch.setenv("TOY_FILE", "undeclared.npy")
     calls = []
     folder = _write_recipe(tmp_path / "recipe")
     _run(folder, lambda *call: calls.append(call))
     assert capfd.readouterr() == ("", "")
-    printed = (tmp_path / "recipe-work" / "printed.txt").read_text()
-    assert "no input" in printed
-    assert "to standard output\nto standard error\n" in printed
     shares = [share for share, _ in calls]
     assert shares == sorted(shares)
     assert calls[-1][1] == "checking the student"
@@ -254,4 +251,23 @@ def test_the_parameters_survive_json():
     assert step.params.model_files == ("teacher.safetensors", "other.onnx", "early.safetensors")
     assert step.params.tapped_losses[0]["taps"] == [{"student": "a", "teacher": "b"}]
     assert step.params.needs_class_ids
-    assert InspectParams.from_dict(json.loads(json.dumps(dataclasses.asdict(step.params)))) == step.params
+
+
+def test_a_full_disk_is_reported_as_an_os_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOY_FILE", "undeclared.npy")
+    folder = _write_recipe(tmp_path / "recipe")
+    (tmp_path / "recipe-out").mkdir()
+    (tmp_path / "recipe-out" / "train.inputs.0.npy").symlink_to("/dev/full")
+    (tmp_path / "recipe-work").mkdir()
+    step = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
+    with pytest.raises(OSError, match="No space left"):
+        run_step(step, Context(folder, tmp_path / "recipe-out", tmp_path / "recipe-work", lambda share, text: None))
+
+
+def test_a_bug_in_edgekd_is_not_blamed_on_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOY_FILE", "undeclared.npy")
+    folder = _write_recipe(tmp_path / "recipe")
+    step = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
+    broken = dataclasses.replace(step, params=dataclasses.replace(step.params, inputs=(TensorSpec("x", (1, 4), "no such type"),)))
+    with pytest.raises(RuntimeError, match=r"(?s)in its process:.*TypeError"):
+        run_step(broken, Context(folder, tmp_path, tmp_path, lambda share, text: None))

@@ -1,38 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The child process that runs the user's code. It reads its job from standard input and sends messages through a pipe."""
+"""One run over the user's code, phase by phase, under the watcher."""
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
 import importlib
 import json
-import os
-import signal
-import sys
-import traceback
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
 from edgekd.domain.recipe import EntryPoint
-from edgekd.errors import EdgekdError, RecipeError
+from edgekd.errors import RecipeError
 from edgekd.kd.output_spec import OutputSpec, label_problem
+from edgekd.ports import Record, StageResult
 from edgekd.stages.inspect import checks, splits
-from edgekd.stages.inspect.params import InspectParams
 from edgekd.store.digests import file_digest
 from edgekd.usercode.watch import Watcher, code_dependencies, merge_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from types import TracebackType
 
-    from edgekd.ports import Record
-    from edgekd.stages.inspect.params import TeacherParams
+    from edgekd.ports import Context
+    from edgekd.stages.inspect.params import InspectParams, TeacherParams
 
-_PR_SET_PDEATHSIG = 1
 _FEW_SAMPLES = 100
 _FEW_OF_A_CLASS = 10
 _DATA_SHARE = 0.8  # of the progress
@@ -41,20 +32,21 @@ _DATA_SHARE = 0.8  # of the progress
 class Inspection:
     """One run over the user's code: data, teacher, student, metric, augmentation."""
 
-    def __init__(self, job: Mapping[str, Any], send: Callable[..., None]) -> None:
-        self.params, self.send = InspectParams.from_dict(job["params"]), send
-        self.recipe_dir, self.out = Path(job["recipe_dir"]), Path(job["out"])
+    def __init__(self, params: InspectParams, context: Context) -> None:
+        importlib.import_module("torch")  # and numpy with it, before the watch begins: their files are not the user's
+        self.params, self.progress = params, context.progress
+        self.recipe_dir, self.out = context.recipe_dir.absolute(), context.out.absolute()
         self.check = checks.CheckContext(self.params, self.recipe_dir, self.out)
-        self.watcher = Watcher(self.recipe_dir, (self.out, Path(job["work"])))
+        self.watcher = Watcher(self.recipe_dir, (self.out, context.work.absolute()))
         self.records: list[Record] = []
         self.notes: list[str] = []
-        self.summary: dict[str, Any] = {"inputs": [asdict(spec) for spec in self.params.inputs]}
+        self.summary: dict[str, Any] = {"inputs": [{**asdict(spec), "shape": list(spec.shape)} for spec in self.params.inputs]}
         self.labels: dict[str, Any] = {}
         self.metric_rows: list[int] = []
         self.student_outputs: Any = None
         self._further_networks: dict[str, dict[str, Any]] = {}  # further teachers, assistants, students of other sizes
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> StageResult:
         """Run all phases and return the result of the stage.
 
         Raises:
@@ -79,15 +71,14 @@ class Inspection:
         self._write("summary.json", self.summary)
         record = merge_records(self.records)
         model_files = {name: file_digest(self.recipe_dir / name) for name in params.model_files}
-        return {"metrics": self.summary, "notes": self.notes, "record": {**asdict(record), "files": {**record.files, **model_files}}}
+        return StageResult(self.summary, tuple(self.notes), replace(record, files={**record.files, **model_files}))
 
     def _run_phase(self, name: str, entry: str | None, work: Callable[[], None]) -> None:
         """Run a phase under the watcher, and write what its code depends on; a phase without an entry point has no code."""
         if entry is None:
             self._write(f"{name}.code.json", {})
             return
-        self.send(running=entry)
-        with self.watcher.phase() as reads:
+        with usercode.running(entry), self.watcher.phase() as reads:
             work()
         record = self.watcher.record(reads)
         self.records.append(record)
@@ -105,7 +96,7 @@ class Inspection:
             self.params.inputs,
             self.params.needs_class_ids,
             self.out,
-            lambda share, text: self.send(share=share * _DATA_SHARE, text=text),
+            lambda share, text: self.progress(share * _DATA_SHARE, text),
         )
         seed_all(0)  # splits that are drawn without a seed of their own are the same in each run
         datasets = splits.check_datasets(usercode.call_user_code(usercode.load_function(self.recipe_dir, entry), entry), entry)
@@ -139,14 +130,14 @@ class Inspection:
             self.notes.append(f"evaluation has fewer than {_FEW_OF_A_CLASS} samples of class {', '.join(rare)}; their accuracy says little")
 
     def _check_teacher(self) -> None:
-        self.send(share=_DATA_SHARE, text="checking the teacher")
+        self.progress(_DATA_SHARE, "checking the teacher")
         teacher = self.params.teacher
         self.summary["teacher"] = checks.check_teacher(self.check, teacher, "teacher")
         for number, weights in enumerate(self.params.checkpoints):
             checks.check_teacher(self.check, replace(teacher, weights=weights), f"checkpoint.{number}")
 
     def _check_student(self) -> None:
-        self.send(share=0.9, text="checking the student")
+        self.progress(0.9, "checking the student")
         self.summary["student"], self.student_outputs = checks.check_student(self.check, self.metric_rows)
 
     def _check_further_teacher(self, number: int, teacher: TeacherParams) -> None:
@@ -202,42 +193,3 @@ class Inspection:
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         (self.out / name).write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
-def main(descriptor: int) -> None:
-    """Do the job on standard input and send messages through a pipe, one line of JSON each."""
-    job = json.loads(sys.stdin.buffer.read())
-    _die_with(job["parent"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interrupt and ends this process
-    faulthandler.enable()
-    os.set_inheritable(descriptor, False)  # noqa: FBT003  (takes no keyword)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # user code that reads standard input gets none
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is printed before a crash reaches the file
-    channel = os.fdopen(descriptor, "w", buffering=1)  # stays open until the end: a bug is reported last
-
-    def send(**message: Any) -> None:
-        channel.write(json.dumps(message) + "\n")
-
-    def send_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        send(bug="".join(traceback.format_exception(kind, error, trace)))
-
-    sys.excepthook = send_bug
-    importlib.import_module("torch")  # and numpy with it, before the watch begins: their files are not the user's
-
-    try:
-        send(**Inspection(job, send).run())
-    except EdgekdError as error:
-        send(error=type(error).__name__, problems=getattr(error, "problems", (str(error),)))
-    except OSError as error:  # of the cache's disk; usercode reports those of the user's code
-        send(os_error=[error.errno, error.strerror, error.filename])
-
-
-def _die_with(parent: int) -> None:
-    """Let the kernel end this process when its parent ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that
-        os._exit(1)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
