@@ -153,8 +153,11 @@ class Runtime(Protocol):
     EXPORT_TOOLS: tuple[str, ...]  # distributions that affect the exported bytes
     QUANTIZE_TOOLS: tuple[str, ...]
 
-    def export(self, model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
-        """Write a torch module (in eval mode, batch 1) as a float32 model file; the same module gives the same bytes."""
+    def export(self, model: Any, inputs: Sequence[TensorSpec], path: Path, *, rewrite: bool = True) -> tuple[str, ...]:
+        """Write a torch module (in eval mode, batch 1) as a float32 model file, and return notes; the same module gives the same bytes.
+
+        ``rewrite``: whether the runtime may change the graph (simplify it) after the conversion.
+        """
         ...
 
     def quantize(

@@ -69,6 +69,8 @@ def _check_recipe(reader: Reader, folder: Path) -> None:
     for key, spec in reader.all_parsed(TensorSpec):
         if spec.shape[0] != 1:
             reader.problem(f"{key}.shape", f"starts with {spec.shape[0]}; expected 1, the batch axis of a model on a device")
+        if not spec.name.isprintable():
+            reader.problem(f"{key}.name", f"{spec.name!r} has characters that cannot be shown; expected printable ones")
         if spec.name in names:
             reader.problem(f"{key}.name", f"{spec.name!r} is the name of another input; expected a different name for each")
         names.add(spec.name)

@@ -94,44 +94,65 @@ def run(step: Step[ExportParams], inputs: Mapping[str, Artifact], context: Conte
     path = context.out / f"model.{runtime.FORMAT}"
     try:
         context.progress(0.0, f"to {runtime.FORMAT}")
-        reference = _write_model(runtime, step.params, inputs["weights"].path, path, context)
-        context.progress(0.7, "parity")
-        parity = _check_parity(reference, runtime, path, _parity_samples(inputs), step.params.tolerance)
+        samples = _parity_samples(inputs)
+        parity, notes = _export(runtime, step.params, inputs["weights"].path, path, context, samples, rewrite=True)
+        if not parity["ok"]:
+            plain = path.with_name(f"plain.{runtime.FORMAT}")
+            plain_parity, _ = _export(runtime, step.params, inputs["weights"].path, plain, context, samples, rewrite=False)
+            if plain_parity["ok"]:
+                notes = (f"the {runtime.FORMAT} file is not simplified: that changed its outputs by {_error(parity)}",)
+                parity = plain_parity
+                plain.replace(path)
+            plain.unlink(missing_ok=True)
     except StageError as error:
         raise StageError(f"{step.id}: {error}{_user_location(error)}") from error
     (context.out / "parity.json").write_text(json.dumps(parity, indent=1, sort_keys=True) + "\n")
     metrics: dict[str, Json] = {"size_bytes": path.stat().st_size, "parity": parity}
-    return StageResult(metrics if parity["ok"] else {**metrics, "why_not": _describe_difference(parity)})
+    return StageResult(metrics if parity["ok"] else {**metrics, "why_not": _describe_difference(parity)}, notes)
+
+
+def _export(
+    runtime: Runtime, params: ExportParams, weights: Path, path: Path, context: Context, samples: list[np.ndarray], *, rewrite: bool
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Write a model file; return its parity and notes."""
+    reference, notes = _write_model(runtime, params, weights, path, context, rewrite=rewrite)
+    context.progress(0.7, "parity")
+    return _check_parity(reference, runtime, path, samples, params.tolerance), notes
 
 
 def _describe_difference(parity: Mapping[str, Any]) -> str:
     """Return why a model file without parity cannot ship."""
-    error = parity["max_abs_error"]
     return (
-        f"its outputs differ from PyTorch's by {'NaN or infinity' if error is None else f'{error:.3g}'} on {parity['samples']} samples; "
+        f"its outputs differ from PyTorch's by {_error(parity)} on {parity['samples']} samples; "
         f"allowed is {parity['tolerance']:.3g}: an op was converted wrongly"
     )
 
 
+def _error(parity: Mapping[str, Any]) -> str:
+    error = parity["max_abs_error"]
+    return "NaN or infinity" if error is None else f"{error:.3g}"
+
+
 def _write_model(
-    runtime: Runtime, params: ExportParams, weights: Path, path: Path, context: Context
-) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """Write the model file; return the original model as a function from a batch of inputs to logits."""
+    runtime: Runtime, params: ExportParams, weights: Path, path: Path, context: Context, *, rewrite: bool
+) -> tuple[Callable[[list[np.ndarray]], np.ndarray], tuple[str, ...]]:
+    """Write the model file; return the original model as a function from a batch of inputs to logits, and notes."""
     from edgekd.kd import modules
     from edgekd.kd.teachers.load import load_exported_module, load_teacher
 
     entry = EntryPoint.parse(params.model) if params.model else None
+    notes: tuple[str, ...] = ()
     if entry is not None:
-        runtime.export(modules.load_frozen_module(context.recipe_dir, entry, weights), params.inputs, path)
+        notes = runtime.export(modules.load_frozen_module(context.recipe_dir, entry, weights), params.inputs, path, rewrite=rewrite)
     elif weights.suffix == ".safetensors":
         raise StageError("stored logits are not a model")
     elif weights.suffix != ".onnx":
-        runtime.export(load_exported_module(weights), params.inputs, path)
+        notes = runtime.export(load_exported_module(weights), params.inputs, path, rewrite=rewrite)
     elif runtime.FORMAT == "onnx":
         shutil.copyfile(weights, path)
     else:
         raise StageError(f"an ONNX file cannot be converted to {runtime.FORMAT}")
-    return load_teacher(context.recipe_dir, entry, weights)
+    return load_teacher(context.recipe_dir, entry, weights), notes
 
 
 def _user_location(error: BaseException) -> str:

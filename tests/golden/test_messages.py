@@ -73,6 +73,7 @@ RECIPES = {
     "axis of 0": ("[1, 1, 8, 8]", "[1, 0, 8, 8]"),
     "axis that is a float": ("[1, 1, 8, 8]", "[1, 1, 8.0, 8]"),
     "dtype is misspelled": ('"float32"', '"flaot32"'),
+    "control characters in a name": ('name = "image"', 'name = "im\\u001b[2Jage"'),
     "two inputs of one name": ("inputs = [", 'inputs = [{ name = "image", shape = [1, 4] }, '),
     "epochs of 0": ("epochs = 3", "epochs = 0"),
     "epochs is text": ("epochs = 3", 'epochs = "3"'),

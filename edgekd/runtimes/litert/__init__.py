@@ -26,11 +26,12 @@ EXPORT_TOOLS = ("torch", "litert-torch", "litert-converter", "jax")  # litert-to
 QUANTIZE_TOOLS = ("ai-edge-quantizer", "ai-edge-litert", "numpy")
 
 
-def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
-    """Write a float32 TFLite file."""
+def export(model: Any, inputs: Sequence[TensorSpec], path: Path, *, rewrite: bool = True) -> tuple[str, ...]:  # noqa: ARG001  (the protocol's signature)
+    """Write a float32 TFLite file, as litert-torch converts it, and return notes."""
     from edgekd.runtimes.litert import convert
 
     convert.export(model, inputs, path)
+    return ()
 
 
 def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> Mapping[str, Json]:

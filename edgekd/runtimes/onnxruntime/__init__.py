@@ -27,11 +27,11 @@ QUANTIZE_TOOLS = ("onnxruntime", "onnx", "numpy")
 _VNNI = ("avx512_vnni", "avx_vnni")
 
 
-def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
-    """Write a float32 ONNX file."""
+def export(model: Any, inputs: Sequence[TensorSpec], path: Path, *, rewrite: bool = True) -> tuple[str, ...]:
+    """Write a float32 ONNX file, and return notes."""
     from edgekd.runtimes.onnxruntime import convert
 
-    convert.export(model, inputs, path)
+    return convert.export(model, inputs, path, rewrite=rewrite)
 
 
 def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> Mapping[str, Json]:

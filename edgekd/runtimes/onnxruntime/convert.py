@@ -7,7 +7,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from edgekd.capture import capture_output
-from edgekd.errors import RecipeError, StageError
+from edgekd.errors import StageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,39 +16,50 @@ if TYPE_CHECKING:
     from edgekd.domain.recipe import TensorSpec
 
 OPSET = 18  # the dynamo exporter's default; weights quantized per channel need 13
-OUTPUT = "output"
 _CHANNELS_FIRST_RANK = 3  # (n, channels, positions), or more axes
 
 
-def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
-    """Write the file.
+def export(model: Any, inputs: Sequence[TensorSpec], path: Path, *, rewrite: bool = True) -> tuple[str, ...]:
+    """Write the file, and return notes.
+
+    The model is traced with names of inputs that mean nothing to torch, which renames an input that has the name of an operation.
+
+    Args:
+        model: The module, in eval mode.
+        inputs: Its inputs.
+        path: The file.
+        rewrite: Whether the graph may be changed so that it is smaller and faster, with the same outputs.
 
     Raises:
-        RecipeError: if an input has the name of the output.
-        StageError: if the exporter or the simplifier refuses the model.
+        StageError: if the exporter refuses the model.
     """
     import torch
 
-    names = [spec.name for spec in inputs]
-    if OUTPUT in names:
-        raise RecipeError(
-            f"student.inputs[{names.index(OUTPUT)}].name: '{OUTPUT}' is the name of the output of an ONNX model; expected another name"
-        )
+    names = {f"edgekd_input_{index}": spec.name for index, spec in enumerate(inputs)}
+    output = "output"
+    while output in names.values():
+        output += "_"
     samples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
+    notes: tuple[str, ...] = ()
     with capture_output():
         try:
-            proto = _trace(model, samples, names)
+            proto = _trace(model, samples, [*names], output)
         except (
             torch.onnx.OnnxExporterError,
             RuntimeError,
             TypeError,
             ValueError,
             LookupError,
+            AttributeError,
             NotImplementedError,
             AssertionError,
         ) as error:
             raise StageError(f"torch's ONNX exporter refuses the model: {_reason(error)}") from error
-        path.write_bytes(_simplify(proto))
+        if rewrite:
+            proto, notes = _simplify(proto)
+        _rename(proto.graph, names)
+        path.write_bytes(strip(proto))
+    return notes
 
 
 def strip(proto: Any, metadata: Mapping[str, str] | None = None) -> bytes:
@@ -72,44 +83,72 @@ def _strip_graph(graph: Any) -> None:
     for part in parts:
         part.doc_string = ""
         del part.metadata_props[:]
-    for inner in [inner for node in graph.node for attribute in node.attribute for inner in (attribute.g, *attribute.graphs)]:
-        if inner.node:
-            _strip_graph(inner)
+    for inner in _inner_graphs(graph):
+        _strip_graph(inner)
 
 
-def _trace(model: Any, samples: tuple[Any, ...], names: list[str]) -> Any:
+def _trace(model: Any, samples: tuple[Any, ...], names: list[str], output: str) -> Any:
     import torch
 
     if isinstance(model, torch.jit.ScriptModule):  # the dynamo exporter cannot read TorchScript; its predecessor can
         import onnx
 
         with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-            torch.onnx.export(model, samples, file.name, dynamo=False, input_names=names, output_names=[OUTPUT], opset_version=OPSET)
+            torch.onnx.export(model, samples, file.name, dynamo=False, input_names=names, output_names=[output], opset_version=OPSET)
             return onnx.load(file.name)
     program = torch.onnx.export(
-        model, samples, dynamo=True, input_names=names, output_names=[OUTPUT], opset_version=OPSET, external_data=False, verbose=False
+        model, samples, dynamo=True, input_names=names, output_names=[output], opset_version=OPSET, external_data=False, verbose=False
     )
     if program is None:
         raise RuntimeError("it returned nothing")
     return program.model_proto
 
 
-def _simplify(proto: Any) -> bytes:
-    """Return the bytes of the simplified model.
-
-    Raises:
-        StageError: if onnxsim fails, or changes what the model computes.
-    """
+def _simplify(proto: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return the simplified model, or the model as it was with a note, if onnxsim fails or changes what it computes."""
     import onnxsim
 
-    _replace_means(proto.graph)
+    rewritten = type(proto)()
+    rewritten.CopyFrom(proto)
+    _replace_means(rewritten.graph)
     try:
-        simplified, is_equivalent = onnxsim.simplify(proto)
+        simplified, is_equivalent = onnxsim.simplify(rewritten)
     except (RuntimeError, ValueError) as error:
-        raise StageError(f"onnxsim refuses the model: {_reason(error)}") from error
+        return proto, (f"the ONNX file is not simplified: onnxsim refuses the model: {_reason(error)}",)
     if not is_equivalent:
-        raise StageError("onnxsim: the simplified model computes different outputs; try another version of onnxsim")
-    return strip(simplified)
+        return proto, ("the ONNX file is not simplified: onnxsim changes what it computes",)
+    return simplified, ()
+
+
+def _rename(graph: Any, names: Mapping[str, str]) -> None:
+    """Rename inputs; a value inside the graph that has the new name of an input gets another one."""
+    values = _value_names(graph)
+    clashes = {name: f"{name}_value" for name in names.values() if name in values}
+    while any(name in values or name in names.values() for name in clashes.values()):
+        clashes = {name: f"{other}_" for name, other in clashes.items()}
+    _apply_names(graph, {**clashes, **names})
+
+
+def _value_names(graph: Any) -> set[str]:
+    names = {item.name for item in (*graph.input, *graph.initializer, *graph.output)}
+    names |= {name for node in graph.node for name in (*node.input, *node.output)}
+    return names.union(*map(_value_names, _inner_graphs(graph)))
+
+
+def _apply_names(graph: Any, names: Mapping[str, str]) -> None:
+    for item in (*graph.input, *graph.initializer, *graph.output, *graph.value_info):
+        item.name = names.get(item.name, item.name)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for inner in _inner_graphs(graph):
+        _apply_names(inner, names)
+
+
+def _inner_graphs(graph: Any) -> list[Any]:
+    """Return the graphs in the attributes of a graph's nodes (branches and loops)."""
+    graphs = [inner for node in graph.node for attribute in node.attribute for inner in (attribute.g, *attribute.graphs)]
+    return [inner for inner in graphs if inner.node]
 
 
 def _replace_means(graph: Any) -> None:

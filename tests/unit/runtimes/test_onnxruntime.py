@@ -10,8 +10,9 @@ from torch import nn
 
 from edgekd.domain.recipe import TensorSpec
 from edgekd.domain.scheme import DYNAMIC_INT8, FLOAT32, STATIC_INT8
-from edgekd.errors import RecipeError, StageError
+from edgekd.errors import StageError
 from edgekd.runtimes import onnxruntime as runtime
+from edgekd.runtimes.onnxruntime import convert
 
 
 class Pools(nn.Module):
@@ -219,9 +220,88 @@ def test_error_names_an_op_without_an_onnx_version(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_input_with_the_name_of_the_output_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"student.inputs\[0\].name: 'output' is the name of the output of an ONNX model"):
-        runtime.export(nn.ReLU(), (TensorSpec("output", (1, 6)),), tmp_path / "m.onnx")
+class TwoInputs(nn.Module):
+    """An op, a layer and a loop-free branch on two inputs, of which one has another type."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.embedding = nn.Linear(6, 3), nn.Embedding(10, 3)
+
+    def forward(self, a, b):
+        return self.linear(a).relu() + self.embedding(b).sum(1)
+
+
+NAMES = [
+    "linear",
+    "cat",
+    "relu",
+    "embedding",
+    "self",
+    "args",
+    "kwargs",
+    "input",
+    "output",
+    "output_",
+    "0",
+    "1a",
+    "x y",
+    "größe",
+    "名",
+    "class",
+]
+NAMES += [
+    "None",
+    "return",
+    "lambda",
+    "forward",
+    "onnx::Gemm_0",
+    "edgekd_input_0",
+    "edgekd_input_1",
+    "linear.weight",
+    "val_0",
+    "a/b:0",
+    "x" * 500,
+]
+
+
+@pytest.mark.parametrize("name", ["linear", "output"])
+def test_an_input_may_have_the_name_of_an_operation_or_of_the_output(name, tmp_path):
+    _check_names(TwoInputs().eval(), tmp_path / "m.onnx", name, "b", export=True)
+
+
+def test_an_input_may_have_any_name(tmp_path):
+    module = TwoInputs().eval()
+    runtime.export(module, (TensorSpec("a", (1, 6)), TensorSpec("b", (1, 4), "int64")), tmp_path / "m.onnx")
+    graph = onnx.load(str(tmp_path / "m.onnx")).graph
+    values = {name for node in graph.node for name in (*node.input, *node.output)} - {"a", "b", "output"}
+    assert len(values) >= 4
+    for name in (*NAMES, *values):
+        _check_names(module, tmp_path / "m.onnx", name, "other")
+
+
+def _check_names(module, path, *names, export=False):
+    """Check that a model has inputs of these names and returns what the module returns."""
+    specs = (TensorSpec(names[0], (1, 6)), TensorSpec(names[1], (1, 4), "int64"))
+    if export:
+        runtime.export(module, specs, path)
+        model = onnx.load(str(path))
+    else:
+        model = onnx.load(str(path))
+        convert._rename(model.graph, dict(zip(("a", "b"), names, strict=True)))
+    assert [item.name for item in model.graph.input] == list(names)
+    onnx.checker.check_model(model)
+    a, b = torch.randn(1, 6), torch.randint(0, 10, (1, 4))
+    renamed = path.with_name("renamed.onnx")
+    renamed.write_bytes(model.SerializeToString())
+    (output,) = runtime.open(renamed, 1).run([a.numpy(), b.numpy()])
+    assert np.allclose(output, module(a, b).detach().numpy(), atol=1e-5)
+
+
+def test_a_rewrite_that_changes_the_outputs_is_undone_with_a_note(tmp_path, monkeypatch):
+    monkeypatch.setattr("onnxsim.simplify", lambda proto: (proto, False))
+    notes = runtime.export(nn.Linear(6, 3).eval(), (TensorSpec("x", (1, 6)),), tmp_path / "m.onnx")
+    assert notes == ("the ONNX file is not simplified: onnxsim changes what it computes",)
+    assert runtime.open(tmp_path / "m.onnx", 1).run([np.zeros((1, 6), np.float32)])[0].shape == (1, 3)
 
 
 @pytest.mark.parametrize("scheme", [STATIC_INT8, DYNAMIC_INT8])
