@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekd import __version__
-from edgekd.errors import EdgekdError, UsageError
+from edgekd.errors import EdgekdError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 EXIT_ORDER = (5, 3, 1, 4)  # of several targets, the first that is present
+MAX_PROBLEMS = 20  # of one message
 UNTIL = ("inspect", "teach", "soft_targets", "distill", "export", "quantize", "evaluate")
 
 recipe_option = click.option(
@@ -54,9 +55,13 @@ def run(arguments: Sequence[str]) -> int:
     except EdgekdError as error:
         _print_error(error)
         return error.exit_code
-    except BrokenPipeError:  # the reader of our output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit:  # click ends with 1, which means FAIL, if the reader of the output has closed it
+        _discard_output()
+        return StorageError.exit_code
+    except OSError as error:  # most likely the disk that the output goes to is full
+        _discard_output()
+        _print_error(StorageError(f"{error.filename or 'the output'}: cannot be read or written: {error.strerror or type(error).__name__}"))
+        return StorageError.exit_code
     return code if isinstance(code, int) else 0
 
 
@@ -77,8 +82,8 @@ def init(folder: Path) -> None:
     from edgekd import scaffold
 
     for path in scaffold.write(folder):
-        click.echo(f"wrote {path}")
-    click.echo(f"next: edgekd build --recipe {folder / 'edgekd.toml'}")
+        _print(f"wrote {path}")
+    _print(f"next: edgekd build --recipe {folder / 'edgekd.toml'}")
 
 
 @main.command()
@@ -108,10 +113,10 @@ def build(recipe: Path, out: Path | None, cache: Path | None, *, as_json: bool, 
     if not results:  # a rank other than the first
         return 0
     if as_json:
-        click.echo(json.dumps([result.document for result in results], indent=1, sort_keys=True))
+        _print(json.dumps([result.document for result in results], indent=1, sort_keys=True))
     else:
         for result in results:
-            click.echo(text.render_verdict(result.document, cached=result.cached), nl=False)
+            _print(text.render_verdict(result.document, cached=result.cached), nl=False)
     codes = {result.exit_code for result in results}
     return next((code for code in EXIT_ORDER if code in codes), 0)
 
@@ -129,10 +134,10 @@ def plan(recipe: Path, targets: tuple[str, ...], cache: Path | None, *, explain:
 
     shown = builds.show_plan(recipe, targets, cache_folder(cache), explain=explain)
     if as_json:
-        click.echo(json.dumps(shown, indent=1, sort_keys=True))
+        _print(json.dumps(shown, indent=1, sort_keys=True))
         return
     for line in builds.plan_lines(shown):
-        click.echo(line)
+        _print(line)
 
 
 @main.command()
@@ -145,7 +150,7 @@ def targets(name: str | None, *, as_json: bool) -> None:
     if name is not None:
         path = config.find_target(name)
         config.load_target(name)
-        click.echo(path.read_text(encoding="utf-8"), nl=False)
+        _print(path.read_text(encoding="utf-8"), nl=False)
         return
     profiles = [config.load_target(known) for known in config.target_names()]
     if as_json:
@@ -153,11 +158,11 @@ def targets(name: str | None, *, as_json: bool) -> None:
             {"name": target.name, "title": target.title, "runtimes": [r.name for r in target.runtimes], "schemes": list(target.schemes)}
             for target in profiles
         ]
-        click.echo(json.dumps(rows, indent=1, sort_keys=True))
+        _print(json.dumps(rows, indent=1, sort_keys=True))
         return
     width = max(len(target.name) for target in profiles)
     for target in profiles:
-        click.echo(f"{target.name:<{width}}  {target.title}")
+        _print(f"{target.name:<{width}}  {target.title}")
 
 
 @main.command()
@@ -166,7 +171,7 @@ def schema(document: str) -> None:
     """Print the JSON Schema of recipes or of target profiles, for completion and checks in editors."""
     from edgekd.config import schema as json_schema
 
-    click.echo(json_schema.render(document), nl=False)
+    _print(json_schema.render(document), nl=False)
 
 
 @main.command()
@@ -182,9 +187,9 @@ def measure(models: tuple[Path, ...], target: str, threads: tuple[int, ...], *, 
     with text.reporter() as reporter:
         rows = builds.measure_files(models, target, threads, reporter)
     if as_json:
-        click.echo(json.dumps(rows, indent=1, sort_keys=True))
+        _print(json.dumps(rows, indent=1, sort_keys=True))
     else:
-        click.echo(text.render_measurements(rows), nl=False)
+        _print(text.render_measurements(rows), nl=False)
 
 
 @main.command()
@@ -196,11 +201,11 @@ def report(folder: Path, output_format: str) -> int:
 
     content = document.read(folder)
     if output_format == "json":
-        click.echo(json.dumps(content, indent=1, sort_keys=True))
+        _print(json.dumps(content, indent=1, sort_keys=True))
     elif output_format == "markdown":
-        click.echo(markdown.render(content), nl=False)
+        _print(markdown.render(content), nl=False)
     else:
-        click.echo(text.render_verdict(content, cached=True), nl=False)
+        _print(text.render_verdict(content, cached=True), nl=False)
     return document.exit_code(content)
 
 
@@ -227,11 +232,11 @@ def cache_list(cache: Path | None, *, as_json: bool) -> None:
         for key, entry, size, used in _open_cache(cache).entries()
     ]
     if as_json:
-        click.echo(json.dumps(rows, indent=1, sort_keys=True))
+        _print(json.dumps(rows, indent=1, sort_keys=True))
         return
     for row in rows:
-        click.echo(f"{row['key'][:12]}  {row['stage']:<10}  {row['bytes'] / 2**20:9.2f} MiB  {row['seconds'] or 0:8.1f} s")
-    click.echo(f"{len(rows)} entries, {sum(row['bytes'] for row in rows) / 2**20:.1f} MiB in {cache_folder(cache)}")
+        _print(f"{row['key'][:12]}  {row['stage']:<10}  {row['bytes'] / 2**20:9.2f} MiB  {row['seconds'] or 0:8.1f} s")
+    _print(f"{len(rows)} entries, {sum(row['bytes'] for row in rows) / 2**20:.1f} MiB in {cache_folder(cache)}")
 
 
 @cache.command("verify")
@@ -243,8 +248,8 @@ def cache_verify(cache: Path | None) -> int:
     damaged = {key: names for key in keys if (names := store.damaged_files(key))}
     for key, names in damaged.items():
         store.remove(key)
-        click.echo(f"{key[:12]}: damaged and removed: {', '.join(names)}")
-    click.echo(f"{len(keys)} entries read, {len(damaged)} damaged")
+        _print(f"{key[:12]}: damaged and removed: {', '.join(names)}")
+    _print(f"{len(keys)} entries read, {len(damaged)} damaged")
     return 5 if damaged else 0
 
 
@@ -257,7 +262,7 @@ def cache_prune(cache: Path | None, max_gib: float | None, older_than_days: floa
     if max_gib is None and older_than_days is None:
         raise UsageError("cache prune: nothing to prune by; give --max-gib or --older-than-days")
     removed, freed = _open_cache(cache).prune(max_gib, older_than_days)
-    click.echo(f"removed {removed} entries, {freed / 2**20:.1f} MiB")
+    _print(f"removed {removed} entries, {freed / 2**20:.1f} MiB")
 
 
 @main.command()
@@ -269,7 +274,7 @@ def doctor(*, deep: bool, as_json: bool) -> int:
     from edgekd.store.cache import cache_folder
 
     findings = diagnosis.check(cache_folder(None), deep=deep)
-    click.echo(diagnosis.as_json(findings) if as_json else diagnosis.as_text(findings), nl=False)
+    _print(diagnosis.as_json(findings) if as_json else diagnosis.as_text(findings), nl=False)
     return diagnosis.exit_code(findings)
 
 
@@ -281,9 +286,26 @@ def _open_cache(folder: Path | None) -> Any:
     return store
 
 
+def _print(text: str, *, nl: bool = True) -> None:
+    """Print to standard output; a reader that has closed it does not change the exit code."""
+    try:
+        click.echo(text, nl=nl)
+    except BrokenPipeError:
+        _discard_output()
+
+
+def _discard_output() -> None:
+    """Send what is still in the buffer of standard output, and all later output, to nowhere."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _print_error(error: EdgekdError) -> None:
     from edgekd.kd.training import distributed
 
     prefix = f"rank {distributed.rank()}: " if distributed.rank() else ""
-    for line in str(error).splitlines() or [type(error).__name__]:
+    lines = str(error).splitlines() or [type(error).__name__]
+    if len(lines) > MAX_PROBLEMS:
+        lines[MAX_PROBLEMS:] = [f"and {len(lines) - MAX_PROBLEMS} more problems"]
+    for line in lines:
         click.echo(f"edgekd: {prefix}{line}", err=True)
