@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
+STDERR = 2
 
 
 def main() -> None:
     """Run the command line and exit."""
+    _open_standard_streams()
     try:
         from edgekd import cli
 
@@ -25,6 +28,16 @@ def main() -> None:
         sys.stderr.write("edgekd: internal error; please report it with the lines above\n")
         code = INTERNAL_ERROR
     sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Open standard streams that are closed: else the next file would get their number, and all that is printed with it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        os.set_inheritable(number, True)  # noqa: FBT003  (the name says it)
+    os.close(number)
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream or os.fdopen(number, mode) for stream, number, mode in ((sys.stdin, 0, "r"), (sys.stdout, 1, "w"), (sys.stderr, STDERR, "w"))
+    )
 
 
 if __name__ == "__main__":

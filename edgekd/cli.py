@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgekd import __version__
-from edgekd.errors import EdgekdError, StorageError, UsageError
+from edgekd.domain.rules import MAX_THREADS
+from edgekd.errors import EdgekdError, StorageError, UsageError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 EXIT_ORDER = (5, 3, 1, 4)  # of several targets, the first that is present
 MAX_PROBLEMS = 20  # of one message
+MAX_LETTERS = 1000  # of one problem
 UNTIL = ("inspect", "teach", "soft_targets", "distill", "export", "quantize", "evaluate")
 
 recipe_option = click.option(
@@ -60,8 +64,10 @@ def run(arguments: Sequence[str]) -> int:
         return StorageError.exit_code
     except OSError as error:  # most likely the disk that the output goes to is full
         _discard_output()
-        _print_error(StorageError(f"{error.filename or 'the output'}: cannot be read or written: {error.strerror or type(error).__name__}"))
-        return StorageError.exit_code
+        problem = f"{error.filename or 'the output'}: cannot be read or written: {error.strerror or type(error).__name__}"
+        reported = UsageError(problem) if error.errno == errno.ENAMETOOLONG else StorageError(problem)
+        _print_error(reported)
+        return reported.exit_code
     return code if isinstance(code, int) else 0
 
 
@@ -177,7 +183,7 @@ def schema(document: str) -> None:
 @main.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--target", "-t", default="host", show_default=True, metavar="NAME|FILE", help="The profile with the protocol and threads.")
-@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Measure at these thread counts instead of the profile's.")
+@click.option("--threads", type=click.IntRange(1, MAX_THREADS), multiple=True, help="Thread counts, instead of the profile's.")
 @json_option
 def measure(models: tuple[Path, ...], target: str, threads: tuple[int, ...], *, as_json: bool) -> None:
     """Measure model files (.tflite, .onnx) on this machine, interleaved; the first is the reference."""
@@ -307,5 +313,6 @@ def _print_error(error: EdgekdError) -> None:
     lines = str(error).splitlines() or [type(error).__name__]
     if len(lines) > MAX_PROBLEMS:
         lines[MAX_PROBLEMS:] = [f"and {len(lines) - MAX_PROBLEMS} more problems"]
-    for line in lines:
-        click.echo(f"edgekd: {prefix}{line}", err=True)
+    with suppress(OSError):  # nobody reads it
+        for line in lines:
+            click.echo(f"edgekd: {prefix}{printable(line, MAX_LETTERS)}", err=True)

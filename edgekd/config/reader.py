@@ -212,6 +212,8 @@ def read_toml(path: Path, what: str, advice: str) -> dict[str, Any]:
     """
     shown = display_path(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe may never end
+            raise RecipeError(f"{shown}: is not a regular file; expected a {what}, a TOML file")
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except FileNotFoundError:
         raise RecipeError(f"{shown}: no such {what}; {advice}") from None

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from edgekd.domain.budget import Budget
 from edgekd.domain.losses import Loss
-from edgekd.domain.rules import Between, Name, NonEmpty, OneOf, Positive
+from edgekd.domain.rules import Between, Name, NonEmpty, OneOf, Positive, Threads
 from edgekd.domain.scheme import SCHEMES
 
 DTYPES = ("float32", "int32", "int64")
@@ -94,7 +94,7 @@ class TrainingOptions:
     precision: Annotated[str, OneOf("a precision", PRECISIONS)] = "auto"
     accelerator: Annotated[str, OneOf("an accelerator", ACCELERATORS)] = "auto"
     seed: Annotated[int, Between(0)] = 0
-    threads: Annotated[int, Between(1)] | None = None
+    threads: Annotated[int, Threads] | None = None
 
 
 @dataclass(frozen=True, slots=True)

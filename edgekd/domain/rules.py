@@ -20,6 +20,8 @@ class Between:
 
 
 Positive = Between(0, above=True)
+MAX_THREADS = 1024  # of one process; more than any CPU has, and few enough to start
+Threads = Between(1, MAX_THREADS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from edgekd.domain.rules import Between, Name, NonEmpty, OneOf, OrNative
+from edgekd.domain.rules import Between, Name, NonEmpty, OneOf, OrNative, Threads
 from edgekd.domain.scheme import SCHEMES
 
 DEVICE_KINDS = ("adb", "local", "qemu", "ssh")
@@ -61,7 +61,7 @@ class RuntimeEntry:
 
     name: Annotated[str, NonEmpty()]
     package: Annotated[str, NonEmpty()]
-    threads: Annotated[tuple[Annotated[int, Between(1), OrNative()], ...], NonEmpty()]
+    threads: Annotated[tuple[Annotated[int, Threads, OrNative()], ...], NonEmpty()]
     version: str | None = None
     delegate: str | None = None
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -193,8 +193,9 @@ def reporter() -> Iterator[Reporter]:
 
 class _LineReporter:
     def log(self, text: str) -> None:
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+        with suppress(OSError):  # nobody reads it, or its disk is full: the build goes on
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
 
     @contextmanager
     def step(self, name: str) -> Iterator[Progress]:

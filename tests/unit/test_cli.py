@@ -54,3 +54,26 @@ def test_a_message_has_at_most_twenty_problems(tmp_path):
     lines = process.stderr.splitlines()
     assert lines[0] == "edgekd: edgekd.toml: budget.key0: unknown key; " + lines[0].partition("unknown key; ")[2]
     assert lines[20:] == ["edgekd: and 980 more problems"]
+
+
+def test_a_message_has_at_most_a_thousand_letters_and_no_control_character(tmp_path):
+    stripes.write(tmp_path, recipe=stripes.RECIPE + f'"{"k" * 10**5}\\u001b[31m" = 1\n')
+    process = stripes.build(tmp_path)
+    stripes.check_message(process, {2})
+    assert len(process.stderr) < 1100
+
+
+def test_a_path_that_is_too_long_is_a_mistake_of_the_user(tmp_path):
+    process = subprocess.run([*EDGEKD, "report", "a" * 5000], cwd=tmp_path, capture_output=True, text=True, check=False)
+    stripes.check_message(process, {2})
+    assert process.stderr.endswith("...\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_not_change_the_exit_code(closed, tmp_path):
+    folder = stripes.write(tmp_path / "stripes")
+    shell = ["bash", "-c", f'"$@" {closed}', "bash", *stripes.command("--until", "inspect")]
+    process = subprocess.run(shell, cwd=folder, stderr=subprocess.PIPE, text=True, check=False)
+    assert process.returncode == 4, process.stderr
+    assert process.stderr == "" or "Traceback" not in process.stderr
+    assert (folder / "build" / "until-inspect" / "summary.json").is_file()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 
 import jsonschema
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgekd import config
-from edgekd.config import schema
+from edgekd.config import reader, schema
 from edgekd.errors import RecipeError
 from tests.unit.config.documents import FACTS, NATIVE, RECIPE, TARGET, write_toml
 
@@ -66,3 +67,9 @@ def test_any_document_is_read_or_refused(tmp_path, name, document, load, data):
     else:
         assert json.dumps(dataclasses.asdict(result), allow_nan=False)
         SCHEMAS[name].validate(changed)
+
+
+def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path):
+    os.mkfifo(tmp_path / "edgekd.toml")
+    with pytest.raises(RecipeError, match="is not a regular file; expected a recipe, a TOML file"):
+        reader.read_toml(tmp_path / "edgekd.toml", "recipe", "")
