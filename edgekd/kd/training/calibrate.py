@@ -22,63 +22,25 @@ if TYPE_CHECKING:
 LOWEST, HIGHEST = 0.02, 50.0
 BATCH = 256
 MIN_SAMPLES = 30  # fewer are too few to fit probabilities
-FOLDING_TOLERANCE = 1e-4  # relative; rounding of float32 weights changes logits by 1e-6
-AT_BOUND = 1.01  # a bounded search ends this close to a bound, as a factor
 
 
 def calibrate(
     module: nn.Module, weights: dict[str, Tensor], validation: Samples, entry: EntryPoint, threads: int
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Return weights calibrated on the validation split, or the same weights if that is not possible, and notes on what was done."""
+) -> tuple[dict[str, Tensor], str]:
+    """Return weights calibrated on the validation split, or the same weights if that is not possible, and a note on what was done."""
     import torch
 
     modules.load_weights(module, weights, str(entry))
     module.eval()
-    rows = torch.split(torch.arange(len(validation)), BATCH)
-
-    def run() -> Tensor:
-        with torch.inference_mode():
-            return torch.cat([usercode.call_user_code(module, entry, *validation.pick(batch).inputs) for batch in rows])
-
-    with deterministic(threads):
-        logits = run()
-        temperature = fit_temperature(logits, validation.labels)
-        if temperature is None:
-            return weights, ["the logits are not calibrated: too few samples of the validation split have a class"]
-        notes = _range_notes(temperature)
-        if not fold_temperature(module, validation.pick(rows[0]).inputs, temperature):
-            return weights, [*notes, "the logits are not calibrated: no linear layer of its own computes them"]
-        if problem := folding_problem(logits, run(), temperature):
-            return weights, [
-                *notes,
-                f"the logits are not calibrated: dividing the last layer {problem}; undone",
-            ]
-    folded = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-    return folded, [*notes, f"a temperature of {temperature:.3g}, fitted on validation, is folded into the last layer"]
-
-
-def _range_notes(temperature: float) -> list[str]:
-    """Return a note if the fit ended at a bound of its range."""
-    if LOWEST * AT_BOUND < temperature < HIGHEST / AT_BOUND:
-        return []
-    reason = "the logits do not predict the labels" if temperature > 1 else "the logits separate the classes of every validation sample"
-    return [f"the temperature fitted on validation, {temperature:.3g}, is at the end of its range [{LOWEST:g}, {HIGHEST:g}]: {reason}"]
-
-
-def folding_problem(before: Tensor, after: Tensor, temperature: float) -> str | None:
-    """Return how logits after folding differ from those before, divided by the temperature; None if they do not.
-
-    A layer may be normalized (spectral norm, cosine), its output may be changed in place or read elsewhere: dividing its weights
-    then has another effect. Shapes: before and after are (n, C).
-    """
-    expected, actual = before.double() / temperature, after.double()
-    # of each logit, and of a typical one for those near 0; not of the largest, which may be a mask of -1e4
-    typical = float(expected.abs().median())
-    is_close = (actual - expected).abs() <= FOLDING_TOLERANCE * (expected.abs() + typical)
-    if bool(is_close.all()):
-        return None
-    changed = float((actual.argmax(1) != expected.argmax(1)).double().mean())
-    return f"changes {1 - float(is_close.double().mean()):.1%} of the logits in another way, and {changed:.1%} of the predictions"
+    with deterministic(threads), torch.inference_mode():
+        batches = torch.split(torch.arange(len(validation)), BATCH)
+        logits = torch.cat([usercode.call_user_code(module, entry, *validation.pick(rows).inputs) for rows in batches])
+    temperature = fit_temperature(logits, validation.labels)
+    if temperature is None:
+        return weights, "the logits are not calibrated: too few samples of the validation split have a class"
+    if not fold_temperature(module, validation.pick(batches[0]).inputs, temperature):
+        return weights, "the logits are not calibrated: no linear layer of its own computes them"
+    return dict(module.state_dict()), f"a temperature of {temperature:.3g}, fitted on validation, is folded into the last layer"
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
@@ -106,10 +68,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
 
 
 def fold_temperature(module: nn.Module, inputs: Sequence[Tensor], temperature: float) -> bool:
-    """Divide the weights of the layer that computes the logits by a temperature; return False if there is none that can be divided.
+    """Divide the weights of the layer that computes the logits by a temperature; return False, without a change, if there is none.
 
-    It is the linear layer or convolution whose output equals that of the module for ``inputs``, one batch. The caller has to check
-    the result with :func:`folding_problem`: the layer may be tied to another, or be read elsewhere.
+    It is the linear layer or convolution whose output equals that of the module for ``inputs``, one batch.
     """
     import torch
     from torch import nn
@@ -132,27 +93,20 @@ def fold_temperature(module: nn.Module, inputs: Sequence[Tensor], temperature: f
         ),
         None,
     )
-    if last is None:
+    if last is None or _is_shared(module, last):
         return False
     with torch.no_grad():
         for parameter in last.parameters(recurse=False):
             parameter.div_(temperature)
-        return _divide_parametrized(last, temperature)
-
-
-def _divide_parametrized(layer: nn.Module, temperature: float) -> bool:
-    """Divide the tensors that a parametrization computes (weight norm); return False if one cannot be assigned.
-
-    Source:
-        torch.nn.utils.parametrize: an assignment calls ``right_inverse`` of the parametrization.
-    """
-    from torch.nn.utils import parametrize
-
-    if not parametrize.is_parametrized(layer):
-        return True
-    try:
-        for name in layer.parametrizations:
-            setattr(layer, name, getattr(layer, name) / temperature)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):  # it has no inverse, or not for this value
-        return False
     return True
+
+
+def _is_shared(module: nn.Module, layer: nn.Module) -> bool:
+    """Return whether another layer uses the same weights (tied to an embedding, say)."""
+    pointers = {parameter.data_ptr() for parameter in layer.parameters(recurse=False)}
+    return any(
+        parameter.data_ptr() in pointers
+        for other in module.modules()
+        if other is not layer
+        for parameter in other.parameters(recurse=False)
+    )
