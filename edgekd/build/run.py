@@ -127,7 +127,7 @@ def _warn_before_training(plan: Plan, reporter: Reporter) -> Callable[[Step[Any]
         nonlocal has_warned
         if step.stage in pipeline.DISTRIBUTED and not has_warned:
             has_warned = True
-            for line in collect.budget_warnings(plan, completed):
+            for line in provable.budget_warnings(plan, completed):
                 reporter.log(f"warning: {line}")
 
     return before_step

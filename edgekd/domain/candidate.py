@@ -38,7 +38,7 @@ class Accuracy:
     """What is known about a candidate's accuracy (fractions). ``unfit``: why it does not hold for the target, or None."""
 
     value: float
-    interval: Interval
+    interval: Interval | None
     drop: Difference
     classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unfit: str | None = None

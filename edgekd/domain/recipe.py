@@ -248,7 +248,8 @@ class Evaluate:
     """How outputs are scored.
 
     Attributes:
-        metric: "top1", or a function ``metric(outputs, labels) -> float`` of the whole set, judged by a bootstrap.
+        metric: "top1", or a function ``metric(outputs, labels) -> float`` of the whole set, higher for better
+            outputs and at most 1; its interval is from its values without one group at a time.
         score: Function ``score(outputs, labels) -> array (n,)`` that scores each sample from 0 to 1.
     """
 

@@ -31,10 +31,13 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """First less second: value and interval as fractions, exact p where each sample is right or wrong."""
+    """First less second: value and interval as fractions, p where each sample is right or wrong.
+
+    ``interval`` and ``p`` are None where the samples do not tell: they are all of one group, for example.
+    """
 
     value: float
-    interval: Interval
+    interval: Interval | None
     p: float | None
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd.domain.measurement import TEACHER
 from edgekd.domain.units import fraction_to_pp
 from edgekd.domain.verdict import Outcome
-from edgekd.report import cost
+from edgekd.report import cost, provable
 from edgekd.report.target_run import read_json, teacher_measurement
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.candidate import Accuracy, Candidate, Choice, Option
     from edgekd.domain.measurement import Measurement
-    from edgekd.plan import Plan
     from edgekd.ports import CompletedStep
     from edgekd.report.target_run import TargetRun, TargetScores
 
@@ -102,26 +101,6 @@ def measurement_rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]
     return rows
 
 
-def budget_warnings(plan: Plan, completed: Mapping[str, CompletedStep]) -> list[str]:
-    """Return a warning for each target whose accuracy budget is tighter than the evaluation set can prove."""
-    from edgekd.stats.intervals import provable_drop
-
-    inspected = _inspected(completed)
-    samples, groups = inspected["splits"]["evaluation"]["samples"], inspected["groups"]
-    best, usual = fraction_to_pp(provable_drop(samples)[0]), fraction_to_pp(provable_drop(groups)[1])
-    evaluation_set = f"{samples} evaluation samples" if groups == samples else f"{samples} evaluation samples in {groups} groups"
-    warnings = []
-    for target in plan.targets:
-        limit = plan.recipe.overrides_for(target.name).budget.max_accuracy_drop_pp
-        if limit is not None and limit < usual:
-            prediction = "no student can PASS" if limit < best else "the verdict may be INCONCLUSIVE"
-            warnings.append(
-                f"{target.name}: with {evaluation_set}, a drop of less than {usual:.2f} pp cannot be proved if 5 % of predictions differ "
-                f"({best:.2f} pp if none does); the budget is max_accuracy_drop_pp = {limit:g}: {prediction}"
-            )
-    return warnings
-
-
 def _inspected(completed: Mapping[str, CompletedStep]) -> Any:
     """Return the metrics of the inspect step, a mapping of its own."""
     return completed["inspect"].entry.metrics
@@ -194,9 +173,10 @@ def _teacher_speedup(measurement: Measurement | None, measurements: Sequence[Mea
 
 def _speedup(reference: Measurement, measurement: Measurement) -> dict[str, Any]:
     from edgekd.stats.intervals import ratio_of_medians
+    from edgekd.stats.scores import interval_row
 
     value, interval = ratio_of_medians(reference.blocks_ns, measurement.blocks_ns)
-    return {"x": value, "interval": [interval.low, interval.high]}
+    return {"x": value, "interval": interval_row(interval)}
 
 
 def _seconds(target_run: TargetRun, measurements: Sequence[Measurement]) -> dict[str, float]:
@@ -264,10 +244,24 @@ def _notes(target_run: TargetRun, measurements: Iterable[Measurement], costs: Ma
         for name, completed in target_run.completed.items()
         if name.startswith("export/teacher/") and completed.why_not is not None
     ]
-    notes += budget_warnings(target_run.plan, target_run.completed) if len(target_run.plan.targets) == 1 else []
-    notes += filter(None, [_capacity_note(target_run), _sizes_note(target_run), cost.break_even_note(target_run, costs)])
+    notes += provable.budget_warnings(target_run.plan, target_run.completed) if len(target_run.plan.targets) == 1 else []
+    notes += filter(
+        None, [_undefined_note(target_run), _capacity_note(target_run), _sizes_note(target_run), cost.break_even_note(target_run, costs)]
+    )
     notes += sorted({note for measurement in measurements for note in measurement.notes})
     return notes
+
+
+def _undefined_note(target_run: TargetRun) -> str | None:
+    """Return a note that a metric has no interval, because it is undefined without some part of the evaluation set, or None."""
+    metrics: list[Any] = [item.entry.metrics for name, item in target_run.completed.items() if name.startswith("evaluate/")]
+    worst: Any = max(metrics, key=lambda item: item.get("undefined", 0), default={})
+    if not worst.get("undefined"):
+        return None
+    return (
+        f"the metric is undefined without {worst['undefined']} of {worst['parts']} parts of the evaluation set, as without all samples of "
+        "a class, so it has no interval"
+    )
 
 
 def _capacity_note(target_run: TargetRun) -> str | None:

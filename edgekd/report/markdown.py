@@ -140,7 +140,7 @@ def _classes(document: Mapping[str, Any]) -> str:
             str(row["samples"]),
             f"{100 * row['teacher']:.1f}",
             f"{100 * row['accuracy']:.1f}",
-            f"{100 * row['drop']:+.1f} {text.interval([100 * end for end in row['interval']])}",
+            f"{100 * row['drop']:+.1f} {text.interval(row['interval'] and [100 * end for end in row['interval']])}",
         )
         for name, row in worst
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from edgekd.errors import RecipeError, StageError
 from edgekd.harness import runner
 from edgekd.plan import quantized_candidates, runtimes_of
 from edgekd.ports import Context, StageResult, Step
+from edgekd.stats import jackknife
+from edgekd.usercode import metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,11 +35,11 @@ CODE: tuple[str, ...] = (
     "kd/reproducible",
     "kd/teachers",
     "stats/intervals",
+    "stats/jackknife",
+    "stats/paired",
     "usercode",
 )
 BATCH = 256  # of models in PyTorch; model files run one sample at a time
-RESAMPLES = 1000
-SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,8 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[EvaluateParams
     metric = None if isinstance(recipe.evaluate.metric, str) else str(recipe.evaluate.metric)
     score = None if recipe.evaluate.score is None else str(recipe.evaluate.score)
     samples = {f"inputs.{i}": f"inspect:evaluation.inputs.{i}.npy" for i in range(inputs_count)}
-    samples |= {name: f"inspect:evaluation.{name}.npy" for name in ("labels", "groups")} | {"metric": "inspect:metric.code.json"}
+    samples |= {name: f"inspect:evaluation.{name}.npy" for name in ("labels", "groups")}
+    samples |= {"metric": "inspect:metric.code.json", "parts": "inspect:metric.parts.json"}
 
     def in_torch(name: str, model: EntryPoint | None, weights: str, code: str) -> Step[EvaluateParams]:
         params = EvaluateParams(metric, score, facts["instruction_set"], facts["cores"], model=None if model is None else str(model))
@@ -86,7 +90,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[EvaluateParams
 
 
 def run(step: Step[EvaluateParams], inputs: Mapping[str, Artifact], context: Context) -> StageResult:
-    """Write ``outputs.npy``, ``scores.npy`` (or ``resampled.npy`` for a whole-set metric) and ``summary.json``.
+    """Write ``outputs.npy``, ``scores.npy`` (or ``jackknife.npy``, a metric of the whole set without each part) and ``summary.json``.
 
     Raises:
         StageError: if an output is not finite.
@@ -106,8 +110,10 @@ def run(step: Step[EvaluateParams], inputs: Mapping[str, Artifact], context: Con
     np.save(context.out / "outputs.npy", outputs)
     summary: dict[str, Any] = {"samples": len(labels), "groups": len(np.unique(groups)), "instruction_set": params.instruction_set}
     if params.metric is not None:
-        resampled, summary["accuracy"] = _score_set(params.metric, context, outputs, labels, groups)
-        np.save(context.out / "resampled.npy", resampled)
+        limit = json.loads(inputs["parts"].path.read_text())["parts"]
+        without_part, more = _score_set(params.metric, context, outputs, labels, jackknife.assign_parts(groups, limit))
+        np.save(context.out / "jackknife.npy", without_part)
+        summary |= more
     else:
         scores = _score_samples(params.score, context, outputs, labels)
         np.save(context.out / "scores.npy", scores)
@@ -115,7 +121,7 @@ def run(step: Step[EvaluateParams], inputs: Mapping[str, Artifact], context: Con
         classes = np.unique(labels) if labels.ndim == 1 else ()  # samples with several labels have no single class
         summary["classes"] = {str(c): {"samples": int((labels == c).sum()), "accuracy": float(scores[labels == c].mean())} for c in classes}
     (context.out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
-    return StageResult({"accuracy": summary["accuracy"]})
+    return StageResult({name: summary[name] for name in ("accuracy", "undefined", "parts") if name in summary})
 
 
 def _run_in_torch(params: EvaluateParams, path: Path, context: Context, arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -174,34 +180,26 @@ def _score_samples(score: str | None, context: Context, outputs: np.ndarray, lab
         correct: np.ndarray = (outputs.argmax(1) == labels).astype(np.float64)
         return correct
     function, entry = _load_function(score, context)
-    scores = np.asarray(usercode.call_user_code(function, entry, outputs, labels), dtype=np.float64)
-    if scores.shape != labels.shape[:1] or not np.isfinite(scores).all() or scores.min() < 0 or scores.max() > 1:
-        raise RecipeError(f"{entry}: returned scores of shape {list(scores.shape)}; expected {len(labels)} finite numbers from 0 to 1")
-    return scores
+    return metrics.score_samples(function, entry, outputs, labels)
 
 
-def _score_set(metric: str, context: Context, outputs: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return a whole-set metric on resamples of the groups, and on the set itself."""
+def _score_set(
+    metric: str, context: Context, outputs: np.ndarray, labels: np.ndarray, parts: np.ndarray
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Return a metric without each part, nan where it is undefined, and with all of them, for the summary."""
     import numpy as np
 
-    from edgekd.stats.intervals import bootstrap_groups
-
     function, entry = _load_function(metric, context)
-
-    def value_on(rows: np.ndarray | slice) -> float:
-        value = usercode.call_user_code(function, entry, outputs[rows], labels[rows])
-        if not np.isfinite(value):
-            raise RecipeError(f"{entry}: returned {value} on a resample of the evaluation set; expected a finite number")
-        return float(value)
-
-    order = np.argsort(groups, kind="stable")
-    rows_by_group = np.split(order, np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])
-    resamples = bootstrap_groups(groups, RESAMPLES, SEED)
-    values = []
-    for number, resample in enumerate(resamples):
-        values.append(value_on(np.concatenate([rows_by_group[group] for group in resample])))
-        context.progress(number / len(resamples), f"{len(resamples)} resamples")
-    return np.array(values), value_on(slice(None))
+    accuracy = metrics.score_set(function, entry, outputs, labels)
+    count = int(parts.max()) + 1
+    values = np.full(count, np.nan)
+    for part in range(count if count > 1 else 0):
+        rows = parts != part  # the order of the samples stays
+        with contextlib.suppress(RecipeError):  # as for the area under a curve without a positive
+            values[part] = metrics.score_set(function, entry, outputs[rows], labels[rows])
+        context.progress(part / count, f"{count} parts")
+    undefined = int(np.isnan(values).sum())
+    return values, {"accuracy": accuracy, "support": jackknife.support(labels, parts), "undefined": undefined, "parts": count}
 
 
 def _load_function(name: str, context: Context) -> tuple[Callable[..., Any], EntryPoint]:

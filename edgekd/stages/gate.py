@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgekd.domain.target import Limits
 
 QUANTILES = {"max_latency_p50_ms": 0.50, "max_latency_p95_ms": 0.95, "max_latency_p99_ms": 0.99}
+NEEDS_GROUPS = "an interval needs samples of several groups, and a metric that is defined without any one of them"
 _SEVERITY = {Outcome.PASS: 0, Outcome.INCONCLUSIVE: 1, Outcome.FAIL: 2}
 
 
@@ -60,11 +61,12 @@ def accuracy_checks(budget: Budget, accuracy: Accuracy) -> list[Check]:
     checks = []
     if budget.max_accuracy_drop_pp is not None:
         value, interval = 100 * accuracy.drop.value, _scale(accuracy.drop.interval, 100)
-        advice = "more evaluation samples would narrow the interval"
+        advice = NEEDS_GROUPS if interval is None else "more evaluation samples would narrow the interval"
         checks.append(at_most("max_accuracy_drop_pp", value, interval, budget.max_accuracy_drop_pp, "pp", "accuracy drop", advice))
     if budget.min_accuracy_pct is not None:
         value, interval = 100 * accuracy.value, _scale(accuracy.interval, 100)
-        checks.append(at_least("min_accuracy_pct", value, interval, budget.min_accuracy_pct, "%", "accuracy"))
+        needs = NEEDS_GROUPS if interval is None else None
+        checks.append(at_least("min_accuracy_pct", value, interval, budget.min_accuracy_pct, "%", "accuracy", needs))
     if budget.max_class_drop_pp is not None:
         checks.append(_check_classes(budget.max_class_drop_pp, accuracy))
     if accuracy.unfit is not None:
@@ -113,7 +115,7 @@ def _check_classes(limit: float, accuracy: Accuracy) -> Check:
         at_most(
             "max_class_drop_pp",
             100 * row["drop"],
-            Interval(100 * row["interval"][0], 100 * row["interval"][1]),
+            None if row["interval"] is None else Interval(100 * row["interval"][0], 100 * row["interval"][1]),
             limit,
             "pp",
             f"drop in class {label}",
@@ -165,5 +167,5 @@ def _check_parity(parity: Mapping[str, Any]) -> Check:
     return Check("parity", Outcome.FAIL, tolerance, "abs", error, reason=reason)
 
 
-def _scale(interval: Interval, factor: float) -> Interval:
-    return Interval(factor * interval.low, factor * interval.high, interval.level)
+def _scale(interval: Interval | None, factor: float) -> Interval | None:
+    return None if interval is None else Interval(factor * interval.low, factor * interval.high, interval.level)

@@ -86,7 +86,7 @@ def _fastest(pool: Sequence[Option], why_not: dict[str, str]) -> Choice:
 
 def _is_as_fast(measurement: Measurement, fastest: Measurement) -> bool:
     interval = intervals.ratio_of_medians(measurement.blocks_ns, fastest.blocks_ns)[1]
-    return measurement.runtime == fastest.runtime and interval.low <= 1.0
+    return measurement.runtime == fastest.runtime and (interval is None or interval.low <= 1.0)
 
 
 def _median_ns(measurement: Measurement) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.recipe import DISTILLED
-from edgekd.stats import intervals, scores
+from edgekd.stats import intervals, jackknife, scores, seeds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,12 +46,12 @@ def judge_distillation(
     distilled, no_teacher = (_mean([item.accuracy for item in methods[method]]) for method in (DISTILLED, "no_teacher"))
     gap = teacher.accuracy - no_teacher
     return {
-        "outcome": HELPS if deciding.low > 0 else HURTS if deciding.high < 0 else NO_EFFECT,
+        "outcome": NO_EFFECT if deciding is None else HELPS if deciding.low > 0 else HURTS if deciding.high < 0 else NO_EFFECT,
         "seeds": len(methods[DISTILLED]),
         "baseline": strongest_baseline,
         "methods": [_method_row(method, by_seed, labels if calibrated else None) for method, by_seed in methods.items()],
         "gains": [
-            {"baseline": method, "pp": 100 * value, "interval_pp": [100 * interval.low, 100 * interval.high]}
+            {"baseline": method, "pp": 100 * value, "interval_pp": scores.interval_row(interval, 100)}
             for method, (value, interval) in gains.items()
         ],
         "gap_closed": (distilled - no_teacher) / gap if gap > 0 else None,
@@ -92,24 +92,24 @@ def _method_row(method: str, by_seed: Sequence[ModelScores], labels: np.ndarray 
     }
 
 
-def _gain(distilled: Sequence[ModelScores], baseline: Sequence[ModelScores], groups: np.ndarray) -> tuple[float, Interval]:
+def _gain(distilled: Sequence[ModelScores], baseline: Sequence[ModelScores], groups: np.ndarray) -> tuple[float, Interval | None]:
     """Return the mean difference of two methods, paired by seed and by sample, and its interval over both."""
     import numpy as np
 
     pairs = list(zip(distilled, baseline, strict=True))
     if all(item.scores is not None for item in (*distilled, *baseline)):
-        return intervals.difference_over_seeds(np.stack([first.scores - second.scores for first, second in pairs]), groups)  # type: ignore[operator]  # none is None
+        return seeds.difference_over_seeds(np.stack([first.scores - second.scores for first, second in pairs]), groups)  # type: ignore[operator]  # none is None
     by_seed = np.array([first.accuracy - second.accuracy for first, second in pairs])
-    resampled = np.stack([first.resampled - second.resampled for first, second in pairs])  # type: ignore[operator]  # a whole-set metric has them
-    interval = intervals.interval_over_seeds(by_seed, float(resampled.mean(0).var(ddof=1)), 0.0, len(np.unique(groups)))
-    return float(by_seed.mean()), interval
+    without_part = ([item.jackknife for item in method if item.jackknife is not None] for method in (distilled, baseline))
+    return float(by_seed.mean()), seeds.metric_difference_over_seeds(by_seed, jackknife.mean_difference(*without_part), groups)
 
 
 def _teacher_flags(teacher: ModelScores, distilled: float, no_teacher: float, groups: np.ndarray) -> list[str]:
     if teacher.accuracy <= no_teacher:
         accuracies = f"{100 * teacher.accuracy:.2f} % and {100 * no_teacher:.2f} %"
         return [f"the teacher is no better than a student that is trained on labels only ({accuracies}): a better teacher is needed"]
-    if distilled >= scores.accuracy_interval(teacher, groups).low:
+    interval = scores.accuracy_interval(teacher, groups)
+    if interval is not None and distilled >= interval.low:
         accuracies = f"{100 * distilled:.2f} % of {100 * teacher.accuracy:.2f} %"
         return [f"the student has reached its teacher ({accuracies}): a better student needs a better teacher"]
     return []
@@ -132,8 +132,8 @@ def _shared_error_flags(
         if teacher_accuracy >= accuracy:
             continue
         differences = (distilled - no_teacher)[:, rows]
-        change, interval = intervals.difference_over_seeds(differences, groups[rows], 1 - (1 - intervals.LEVEL) / len(classes))
-        if interval.high < 0:
+        change, interval = seeds.difference_over_seeds(differences, groups[rows], 1 - (1 - intervals.LEVEL) / len(classes))
+        if interval is not None and interval.high < 0:
             flags.append(
                 f"the student shares its teacher's errors in class {label}: accuracy of the teacher {100 * teacher_accuracy:.1f} %, "
                 f"of the student without a teacher {100 * accuracy:.1f} %, of the distilled student {100 * (accuracy + change):.1f} %"

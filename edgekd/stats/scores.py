@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.verdict import Difference, Interval
-from edgekd.stats import intervals
+from edgekd.stats import intervals, jackknife, paired
+from edgekd.stats.jackknife import Jackknife
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModelScores:
-    """The evaluation of one model: ``scores`` (n,) of each sample, or ``resampled`` (B,), a whole-set metric on each resample."""
+    """The evaluation of one model: ``scores`` (n,) of each sample, or a metric of the whole set without each part of it."""
 
     accuracy: float
     outputs: np.ndarray
     scores: np.ndarray | None
-    resampled: np.ndarray | None
+    jackknife: Jackknife | None
     instruction_set: str
 
 
@@ -39,19 +40,25 @@ def read_scores(artifacts: Mapping[str, Artifact]) -> ModelScores:
         return np.load(artifacts[name].path, allow_pickle=False) if name in artifacts else None
 
     outputs = np.load(artifacts["outputs.npy"].path, allow_pickle=False)
-    return ModelScores(summary["accuracy"], outputs, array("scores.npy"), array("resampled.npy"), summary["instruction_set"])
+    without_part = array("jackknife.npy")
+    parts = None if without_part is None else Jackknife(without_part, summary["support"])
+    return ModelScores(summary["accuracy"], outputs, array("scores.npy"), parts, summary["instruction_set"])
 
 
-def accuracy_interval(scored: ModelScores, groups: np.ndarray) -> Interval:
-    """Return the interval of an accuracy."""
+def accuracy_interval(scored: ModelScores, groups: np.ndarray) -> Interval | None:
+    """Return the interval of an accuracy; None if one group, or a metric that is undefined without some part, says nothing."""
     import numpy as np
 
     if scored.scores is None:
-        resampled = _resampled(scored)
-        return intervals.resampled_difference_interval(resampled, np.zeros_like(resampled))
-    if np.isin(scored.scores, (0, 1)).all() and len(np.unique(groups)) == len(groups):
-        return intervals.proportion_interval(int(scored.scores.sum()), len(scored.scores))
-    return intervals.paired_difference_interval(scored.scores, np.zeros_like(scored.scores), groups)
+        return jackknife.metric_interval(scored.accuracy, _jackknife(scored), groups)
+    scores, is_binary = scored.scores, bool(np.isin(scored.scores, (0, 1)).all())
+    if is_binary and len(np.unique(groups)) == len(groups):
+        return intervals.proportion_interval(int(scores.sum()), len(scores))
+    if is_binary and scores.mean() > 0.5:  # noqa: PLR2004  (errors are rarer, and rare events are what an interval is made for)
+        interval = paired.difference_interval(1 - scores, groups)
+        return None if interval is None else Interval(1 - interval.high, min(1 - interval.low, 1.0), interval.level)
+    interval = paired.difference_interval(scores, groups)
+    return None if interval is None else Interval(max(interval.low, 0.0), interval.high, interval.level)
 
 
 def difference(first: ModelScores, second: ModelScores, groups: np.ndarray) -> Difference:
@@ -60,11 +67,13 @@ def difference(first: ModelScores, second: ModelScores, groups: np.ndarray) -> D
 
     value = first.accuracy - second.accuracy
     if first.scores is None or second.scores is None:
-        return Difference(value, intervals.resampled_difference_interval(_resampled(first), _resampled(second)), None)
-    p = None
-    if np.isin(first.scores, (0, 1)).all() and np.isin(second.scores, (0, 1)).all():
-        p = intervals.mcnemar_p(int((first.scores > second.scores).sum()), int((first.scores < second.scores).sum()))
-    return Difference(value, intervals.paired_difference_interval(first.scores, second.scores, groups), p)
+        without_part = [_jackknife(item) for item in (first, second)]
+        both = Jackknife(without_part[0].values - without_part[1].values, without_part[0].support)
+        return Difference(value, jackknife.metric_interval(value, both, groups), None)
+    differences = first.scores - second.scores
+    are_binary = bool(np.isin((first.scores, second.scores), (0, 1)).all())
+    p = paired.difference_p(differences, groups) if are_binary else None
+    return Difference(value, paired.difference_interval(differences, groups), p)
 
 
 def class_drops(teacher: ModelScores, scored: ModelScores, labels: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, Any]]:
@@ -77,13 +86,13 @@ def class_drops(teacher: ModelScores, scored: ModelScores, labels: np.ndarray, g
     for label in np.unique(labels):
         rows = labels == label
         teacher_scores, model_scores = teacher.scores[rows], scored.scores[rows]
-        interval = intervals.paired_difference_interval(teacher_scores, model_scores, groups[rows])
+        interval = paired.difference_interval(teacher_scores - model_scores, groups[rows])
         drops[str(label)] = {
             "samples": int(rows.sum()),
             "teacher": float(teacher_scores.mean()),
             "accuracy": float(model_scores.mean()),
             "drop": float(teacher_scores.mean() - model_scores.mean()),
-            "interval": [interval.low, interval.high],
+            "interval": interval_row(interval),
         }
     return drops
 
@@ -126,15 +135,15 @@ def shared_errors(teacher: ModelScores, scored: ModelScores, labels: np.ndarray)
 
 def difference_row(item: Difference) -> dict[str, Any]:
     """Return a difference in percentage points, for a report."""
-    return {"pp": 100 * item.value, "interval_pp": [100 * item.interval.low, 100 * item.interval.high], "p": item.p}
+    return {"pp": 100 * item.value, "interval_pp": interval_row(item.interval, 100), "p": item.p}
 
 
-def interval_row(interval: Interval) -> list[float]:
-    """Return an interval as a pair."""
-    return [interval.low, interval.high]
+def interval_row(interval: Interval | None, factor: float = 1) -> list[float] | None:
+    """Return an interval as a pair; None if there is none."""
+    return None if interval is None else [factor * interval.low, factor * interval.high]
 
 
-def _resampled(scored: ModelScores) -> np.ndarray:
-    if scored.resampled is None:
-        raise ValueError("the model has no metric on resamples")
-    return scored.resampled
+def _jackknife(scored: ModelScores) -> Jackknife:
+    if scored.jackknife is None:
+        raise ValueError("the model has no metric without each part")
+    return scored.jackknife

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of teacher, student, metric and augmentation on a few samples, before any long work starts."""
+"""Checks of teacher, student and augmentation on a few samples, before any long work starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _BATCH = 2  # samples that networks are checked on
 _FRESH_NOISE = 0.05  # the most that is added to parameters that are all the same
-_METRIC_SAMPLES = 64  # samples that a metric is checked on
 _LOGITS_AXES = 2
 _TOLERANCE = 1e-2  # of the largest output, for a sample alone and in a batch; rounding stays far below
 
@@ -128,27 +127,6 @@ def check_taps(check: CheckContext) -> str | None:
     )
 
 
-def check_metric(check: CheckContext, outputs: np.ndarray, labels: np.ndarray) -> None:
-    """Run the user's score function and metric on a student's outputs.
-
-    Raises:
-        RecipeError: if one returns something else than scores.
-    """
-    import numpy as np
-
-    if check.params.score is not None:
-        entry = EntryPoint.parse(check.params.score)
-        scores, array = _call_metric(check, entry, "score", outputs, labels)
-        if array.shape != labels.shape[:1] or array.dtype.kind not in "biuf" or not _is_share(array.astype(np.float64)):
-            raise RecipeError(f"{entry}: returned {_describe(scores)} for {len(labels)} samples; expected {len(labels)} scores from 0 to 1")
-    if check.params.metric is not None:
-        entry = EntryPoint.parse(check.params.metric)
-        value, array = _call_metric(check, entry, "metric", outputs, labels)
-        if array.ndim != 0 or array.dtype.kind not in "biuf" or not np.isfinite(array.astype(np.float64)) or array > 1:
-            expected = "expected one finite number for the whole set, at most 1 (0.93, not 93)"
-            raise RecipeError(f"{entry}: returned {_describe(value)}; {expected}")
-
-
 def check_augmentation(check: CheckContext, augmentation: str) -> None:
     """Run an augmentation on two training samples, twice with the same seed.
 
@@ -177,27 +155,6 @@ def check_augmentation(check: CheckContext, augmentation: str) -> None:
 
     if not all(torch.equal(*pair) for pair in zip(augment(), augment(), strict=True)):
         raise RecipeError(f"{entry}: returns different batches for the same batch and seed; draw only from the generator that it gets")
-
-
-def metric_rows(labels: np.ndarray) -> list[int]:
-    """Return the samples that a metric is checked on: some of each class, as many metrics fail without; otherwise the first ones."""
-    import numpy as np
-
-    if labels.dtype != np.int64 or labels.ndim != 1:
-        return list(range(min(_METRIC_SAMPLES, len(labels))))
-    order = np.argsort(labels, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(labels[order]) > 0])
-    rows_by_class = np.split(order, starts[1:])
-    per_class = max(1, _METRIC_SAMPLES // len(rows_by_class))
-    return sorted(int(row) for rows in rows_by_class for row in rows[:per_class])
-
-
-def _call_metric(check: CheckContext, entry: EntryPoint, name: str, outputs: np.ndarray, labels: np.ndarray) -> tuple[Any, np.ndarray]:
-    """Return what the user's function returned, as it is and as an array."""
-    import numpy as np
-
-    value = usercode.call_user_code(usercode.load_function(check.recipe_dir, entry), entry, outputs.copy(), labels.copy())
-    return value, usercode.call_user_code(np.asarray, entry, value, what=f"what {name} returned")
 
 
 def _check_network(check: CheckContext, entry: EntryPoint, role: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -320,12 +277,6 @@ def _output_shape(logits: np.ndarray, name: str) -> list[int]:
     if not np.isfinite(logits).all():
         raise RecipeError(f"{name}: returns outputs that are not finite (NaN or infinite); check the weights and the scale of the inputs")
     return [int(logits.shape[1])]
-
-
-def _is_share(values: np.ndarray) -> bool:
-    import numpy as np
-
-    return bool(np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1)
 
 
 def _describe(value: object) -> str:

@@ -14,7 +14,7 @@ from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError
 from edgekd.kd.output_spec import OutputSpec, label_problem
 from edgekd.ports import Record, StageResult
-from edgekd.stages.inspect import checks, splits
+from edgekd.stages.inspect import checks, metric, splits
 from edgekd.store.digests import file_digest
 from edgekd.usercode.watch import Watcher, code_dependencies, merge_records
 
@@ -65,6 +65,7 @@ class Inspection:
         self._compare_outputs()
         if params.tapped_losses:
             self._run_phase("taps", params.student, self._check_taps)
+        self._write("metric.parts.json", {"parts": metric.PARTS})
         self._run_phase("metric", params.score or params.metric, self._check_metric)
         for name, entry in (("augment", params.augment), ("views", params.views)):
             self._run_phase(name, entry, partial(checks.check_augmentation, self.check, str(entry)))
@@ -106,7 +107,7 @@ class Inspection:
             raise RecipeError(f"{entry}: {problem}; return some, or leave pseudo_labels out")
         overlaps = splits.count_overlaps(stored, self.params.max_overlap, entry)
         self.labels = {name: split.labels for name, split in stored.items()}
-        self.metric_rows = checks.metric_rows(self.labels["evaluation"])
+        self.metric_rows = metric.metric_rows(self.labels["evaluation"])
         self.summary["splits"] = {
             name: {"samples": len(split.digests), "classes": splits.class_counts(split.labels), "overlap": overlaps[name]}
             for name, split in stored.items()
@@ -155,7 +156,10 @@ class Inspection:
             self.notes.append(f"warning: {warning}")
 
     def _check_metric(self) -> None:
-        checks.check_metric(self.check, self.student_outputs, self.labels["evaluation"][self.metric_rows])
+        rows, labels = self.metric_rows, self.labels["evaluation"]
+        parts, notes = metric.check_metric(self.check, self.student_outputs, labels[rows], labels)
+        self._write("metric.parts.json", {"parts": parts})
+        self.notes += notes
 
     def _compare_outputs(self) -> None:
         """Compare the number of outputs of all networks with each other and with the labels."""

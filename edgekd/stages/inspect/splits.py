@@ -151,10 +151,13 @@ def write_groups(data: Any, count: int, settings: ReadSettings) -> int:
     if groups is None:
         ids = np.arange(count)
     else:
-        if not hasattr(groups, "__len__") or len(groups) != count:
-            problem = f"has {len(groups)} items" if hasattr(groups, "__len__") else f"is {type(groups).__name__}"
-            raise RecipeError(f"{where} {problem}; expected one name or number for each of the {count} samples")
-        names = np.asarray(groups)
+        names = usercode.call_user_code(np.asarray, settings.entry, groups, what="the attribute 'groups' of evaluation")
+        if names.ndim == 1 and names.dtype.kind == "O" and all(isinstance(name, str) for name in names):  # as a column of pandas has them
+            names = names.astype(str)
+        if names.ndim == 0:
+            raise RecipeError(f"{where} is {type(groups).__name__}; expected one name or number for each of the {count} samples")
+        if len(names) != count:
+            raise RecipeError(f"{where} has {len(names)} items; expected one name or number for each of the {count} samples")
         if names.ndim != 1 or names.dtype.kind not in "iuSU":
             problem = f"holds {names.dtype.name} of shape {list(names.shape)}"
             raise RecipeError(f"{where} {problem}; expected one name or whole number per sample")

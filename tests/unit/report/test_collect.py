@@ -8,34 +8,14 @@ from edgekd.domain.recipe import Quantize, TargetOverrides
 from edgekd.report import collect
 
 
-def _warnings(limit, samples, groups):
-    metrics = {"splits": {"evaluation": {"samples": samples}}, "groups": groups}
-    recipe = SimpleNamespace(overrides_for=lambda _: TargetOverrides(Budget(max_accuracy_drop_pp=limit), Quantize()))
-    plan = SimpleNamespace(targets=(SimpleNamespace(name="board"),), recipe=recipe)
-    return collect.budget_warnings(plan, {"inspect": SimpleNamespace(entry=SimpleNamespace(metrics=metrics))})
+def test_a_metric_that_is_undefined_without_some_samples_is_noted():
+    def note(*undefined):
+        metrics = {f"evaluate/{number}": {"accuracy": 0.5, "undefined": count, "parts": 100} for number, count in enumerate(undefined)}
+        completed = {name: SimpleNamespace(entry=SimpleNamespace(metrics=metric)) for name, metric in metrics.items()}
+        return collect._undefined_note(SimpleNamespace(completed=completed))
 
-
-def test_a_budget_that_the_evaluation_set_can_prove_gets_no_warning():
-    assert _warnings(2.5, 450, 450) == []
-    assert _warnings(None, 10, 10) == []
-
-
-def test_a_budget_below_what_can_usually_be_proved_may_be_inconclusive():
-    (line,) = _warnings(1.5, 450, 450)
-    assert line.startswith("board: with 450 evaluation samples, a drop of less than 2.07 pp cannot be proved")
-    assert line.endswith("the budget is max_accuracy_drop_pp = 1.5: the verdict may be INCONCLUSIVE")
-
-
-def test_a_budget_below_what_can_be_proved_cannot_pass():
-    (line,) = _warnings(0.5, 450, 450)
-    assert line.endswith("no student can PASS")
-
-
-def test_groups_prove_less_than_their_samples_but_only_samples_rule_out_a_pass():
-    (line,) = _warnings(5.0, 720, 6)
-    assert line.startswith("board: with 720 evaluation samples in 6 groups, a drop of less than 17.89 pp cannot be proved")
-    assert line.endswith("the verdict may be INCONCLUSIVE")
-    assert _warnings(0.1, 720, 6)[0].endswith("no student can PASS")
+    assert note(0, 0) is note() is None
+    assert note(0, 2, 1).startswith("the metric is undefined without 2 of 100 parts of the evaluation set")
 
 
 def _capacity_note(train, validation, teacher, augment=None):

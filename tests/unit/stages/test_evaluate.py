@@ -36,9 +36,18 @@ def percent(outputs, labels):
 def accuracy(outputs, labels):
     return (outputs.argmax(1) == labels).mean()
 
-def undefined_on_resamples(outputs, labels):
-    return 0.5 if len(set(labels)) == 40 else float("nan")
+def undefined_without_sample_0(outputs, labels):
+    return 0.5 if abs(outputs[:, 0] - FIRST).min() < 1e-6 else float("nan")
+
+def raises_without_sample_0(outputs, labels):
+    return 0.5 if abs(outputs[:, 0] - FIRST).min() < 1e-6 else None
+
+def spoils(outputs, labels):
+    value = (outputs.argmax(1) == labels).mean()
+    labels[:], outputs[:] = 0, 0
+    return value
 """
+CODE += "\nFIRST = %r\n"
 SPECS = (TensorSpec("x", (1, 4)),)
 SAMPLES = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
 WEIGHT = np.eye(4, dtype=np.float32)[:3]
@@ -77,10 +86,11 @@ TARGET = Target(
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "evaluate_user.py").write_text(CODE)
+    (tmp_path / "evaluate_user.py").write_text(CODE % float(SAMPLES[0, 0]))
     np.save(tmp_path / "inputs.0", SAMPLES)
     np.save(tmp_path / "labels", LABELS)
     np.save(tmp_path / "groups", np.arange(40) % 20)
+    (tmp_path / "parts.npy").write_text('{"parts": 100}')
     yield tmp_path
     usercode.forget_modules()
 
@@ -100,7 +110,7 @@ def find_step(name, changed=None):
 def run(folder, step, model):
     for name in ("out", "work"):
         (folder / name).mkdir()
-    inputs = {name: Artifact(folder / f"{name}.npy", "", 0) for name in ("inputs.0", "labels", "groups")}
+    inputs = {name: Artifact(folder / f"{name}.npy", "", 0) for name in ("inputs.0", "labels", "groups", "parts")}
     context = Context(folder, folder / "out", folder / "work", lambda *_: None)
     result = evaluate.run(step, {"model": Artifact(model, "", 0), **inputs}, context)
     return result, json.loads((folder / "out" / "summary.json").read_text())
@@ -149,26 +159,39 @@ def test_a_user_score_replaces_top1(folder):
     assert summary["accuracy"] == 0.5
 
 
-def test_a_user_metric_is_resampled(folder):
-    _, summary = run(folder, find_step("evaluate/student", recipe(evaluate=Evaluate(metric=entry("accuracy")))), weights(folder))
-    resampled = np.load(folder / "out" / "resampled.npy")
+def test_a_user_metric_is_computed_without_each_group(folder):
+    result, summary = run(folder, find_step("evaluate/student", recipe(evaluate=Evaluate(metric=entry("accuracy")))), weights(folder))
+    is_correct = SAMPLES[:, :3].argmax(1) == LABELS
+    without_group = np.load(folder / "out" / "jackknife.npy")
     assert summary["accuracy"] == 0.75
     assert "classes" not in summary
-    assert len(resampled) == evaluate.RESAMPLES
-    assert resampled.mean() == pytest.approx(0.75, abs=0.01)
+    assert without_group == pytest.approx([is_correct[np.arange(40) % 20 != group].mean() for group in range(20)])
+    assert (summary["parts"], summary["undefined"], summary["support"]) == (20, 0, 20)
+    assert result.metrics == {"accuracy": 0.75, "undefined": 0, "parts": 20}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"score": entry("percent")}, "percent: returned scores of shape [40]; expected 40 finite numbers from 0 to 1"),
-        ({"metric": entry("undefined_on_resamples")}, "returned nan on a resample of the evaluation set; expected a finite number"),
-    ],
-)
-def test_invalid_scores_are_refused(folder, changes, message):
-    with pytest.raises(RecipeError) as caught:
-        run(folder, find_step("evaluate/student", recipe(evaluate=Evaluate(**changes))), weights(folder))
-    assert message in str(caught.value)
+def test_a_slow_metric_is_computed_without_fewer_parts(folder):
+    (folder / "parts.npy").write_text('{"parts": 5}')
+    run(folder, find_step("evaluate/student", recipe(evaluate=Evaluate(metric=entry("accuracy")))), weights(folder))
+    assert len(np.load(folder / "out" / "jackknife.npy")) == 5
+
+
+@pytest.mark.parametrize("metric", ["undefined_without_sample_0", "raises_without_sample_0"])
+def test_a_metric_that_is_undefined_without_a_group_is_counted(folder, metric):
+    result, _ = run(folder, find_step("evaluate/student", recipe(evaluate=Evaluate(metric=entry(metric)))), weights(folder))
+    assert np.flatnonzero(np.isnan(np.load(folder / "out" / "jackknife.npy"))).tolist() == [0]
+    assert result.metrics == {"accuracy": 0.5, "undefined": 1, "parts": 20}
+
+
+def test_a_metric_cannot_change_outputs_and_labels(folder):
+    _, summary = run(folder, find_step("evaluate/student", recipe(evaluate=Evaluate(metric=entry("spoils")))), weights(folder))
+    assert summary["accuracy"] == 0.75
+    assert np.load(folder / "out" / "jackknife.npy").mean() == pytest.approx(0.75)
+
+
+def test_invalid_scores_are_refused(folder):
+    with pytest.raises(RecipeError, match=r"percent: returned ndarray of shape \[40\] for 40 samples; expected 40 scores from 0 to 1"):
+        run(folder, find_step("evaluate/student", recipe(evaluate=Evaluate(score=entry("percent")))), weights(folder))
 
 
 def test_outputs_that_are_not_finite_are_refused(folder):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of teacher, student, metric and augmentation: what is stored, and the messages about invalid ones."""
+"""Checks of teacher, student and augmentation: what is stored, and the messages about invalid ones."""
 
 from __future__ import annotations
 
@@ -253,68 +253,6 @@ def test_a_payload_in_a_whole_model_never_runs(suffix, check, tmp_path):
     _payload_torch(tmp_path / f"m.{suffix}", Payload(ran))
     assert f"m.{suffix}" in _refusal(lambda: _teacher(check, model=None, file=f"m.{suffix}"))
     assert not ran.exists()
-
-
-OUTPUTS, LABELS = np.eye(3, dtype=np.float32)[np.arange(9) % 3], np.arange(9) % 3
-SCORES = "models.py:score: returned {} for 9 samples; expected 9 scores from 0 to 1"
-WHOLE = "models.py:metric: returned {}; expected one finite number for the whole set, at most 1 (0.93, not 93)"
-VALID_SCORES = ["(outputs.argmax(1) == labels)", "(outputs.argmax(1) == labels).astype(float)", "[0.5] * len(labels)", "torch.ones(9)"]
-VALID_METRICS = ["0.5", "1", "outputs.max()", "torch.tensor(0.25)", "float((outputs.argmax(1) == labels).mean())", "-0.2"]
-BAD_SCORES = {
-    "one": ("0.5", SCORES.format("float 0.5")),
-    "none": ("None", SCORES.format("NoneType None")),
-    "too few": ("labels[1:] * 0", SCORES.format("ndarray of shape [8]")),
-    "a column": ("labels[:, None] * 0", SCORES.format("ndarray of shape [9, 1]")),
-    "percent": ("labels * 100", SCORES.format("ndarray of shape [9]")),
-    "negative": ("labels - 1.0", SCORES.format("ndarray of shape [9]")),
-    "nan": ("labels * float('nan')", SCORES.format("ndarray of shape [9]")),
-    "text": ("['a'] * 9", SCORES.format("list ['a', 'a', 'a', 'a', 'a', 'a', 'a', 'a',")),
-    "raised": ("1 / 0", "models.py:4: score() raised ZeroDivisionError: division by zero"),
-    "ragged": ("[[1], [1, 2]]", None),
-}
-BAD_METRICS = {
-    "an array": ("labels", WHOLE.format("ndarray of shape [9]")),
-    "none": ("None", WHOLE.format("NoneType None")),
-    "percent": ("93.0", WHOLE.format("float 93.0")),
-    "nan": ("float('nan')", WHOLE.format("float nan")),
-    "text": ("'0.9'", WHOLE.format("str 0.9")),
-    "raised": ("1 / 0", "models.py:4: metric() raised ZeroDivisionError: division by zero"),
-}
-
-
-def _metric(check, kind, expression):
-    checks.check_metric(check(f"def {kind}(outputs, labels):\n    return {expression}\n", **{kind: f"models.py:{kind}"}), OUTPUTS, LABELS)
-
-
-@pytest.mark.parametrize("expression", VALID_SCORES)
-def test_valid_score(expression, check):
-    _metric(check, "score", expression)
-
-
-@pytest.mark.parametrize("expression", VALID_METRICS)
-def test_valid_metric(expression, check):
-    _metric(check, "metric", expression)
-
-
-@pytest.mark.parametrize("name", BAD_SCORES)
-def test_invalid_score(name, check):
-    expression, message = BAD_SCORES[name]
-    refusal = _refusal(_metric, check, "score", expression)
-    assert refusal == message or (message is None and "what score returned raised ValueError" in refusal)
-
-
-@pytest.mark.parametrize("name", BAD_METRICS)
-def test_invalid_metric(name, check):
-    expression, message = BAD_METRICS[name]
-    assert _refusal(_metric, check, "metric", expression) == message
-
-
-def test_a_metric_is_checked_on_samples_of_each_class():
-    labels = np.repeat(np.arange(5), [1000, 1, 2, 500, 30])
-    rows = checks.metric_rows(labels)
-    assert np.bincount(labels[rows]).tolist() == [12, 1, 2, 12, 12]
-    assert checks.metric_rows(np.arange(200)) == list(range(200))
-    assert checks.metric_rows(np.zeros((100, 2))) == list(range(64))
 
 
 BATCH = "models.py:augment: returned {}; expected a batch of the same shapes and types as its input (float32 [2, 4])"

@@ -131,11 +131,23 @@ def test_groups_are_stored_as_numbers(tmp_path):
     data.groups = torch.tensor([7, 3] * 10)
     assert splits.write_groups(data, 20, read_settings) == 2
     assert np.load(tmp_path / "evaluation.groups.npy").tolist() == [1, 0] * 10
+    data.groups = np.array(["bob", "a", "ann", "a"] * 5, dtype=object)  # as a column of pandas is
+    assert splits.write_groups(data, 20, read_settings) == 3
+    data.groups = [-1, -7] * 10
+    assert splits.write_groups(data, 20, read_settings) == 2
+    assert np.load(tmp_path / "evaluation.groups.npy").tolist() == [1, 0] * 10
 
 
 @pytest.mark.parametrize(
     ("groups", "message"),
-    [([1, 2], "has 2 items"), (3, "is int"), ([0.5] * 20, "holds float64 of shape [20]"), ([[1, 2]] * 20, "holds int64 of shape [20, 2]")],
+    [
+        ([1, 2], "has 2 items"),
+        (3, "is int"),
+        (torch.tensor(3), "is Tensor"),
+        ([None] * 20, "holds object of shape [20]"),
+        ([0.5] * 20, "holds float64 of shape [20]"),
+        ([[1, 2]] * 20, "holds int64 of shape [20, 2]"),
+    ],
 )
 def test_invalid_groups(groups, message, tmp_path):
     data = dataset(40, 60)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from edgekd.stats import distillation
+from edgekd.stats.jackknife import Jackknife
 from edgekd.stats.scores import ModelScores
 
 LABELS = np.arange(400) % 4
@@ -102,18 +103,29 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
     assert distillation.negative_log_likelihood(outputs, np.zeros(100, dtype=int)) == pytest.approx(-np.log(0.7), rel=1e-5)
 
 
-def test_a_whole_set_metric_is_judged_by_its_resamples():
-    def resampled(accuracy, seed):
-        noise = np.random.default_rng(0).normal(0, 0.01, 500) + np.random.default_rng(seed).normal(0, 0.002, 500)
-        return ModelScores(accuracy, np.zeros((400, 1)), None, accuracy + noise, "x86-64-v3")
+def test_a_metric_of_the_whole_set_is_judged_by_the_jackknife():
+    def scored(accuracy, seed):
+        noise = np.random.default_rng(0).normal(0, 0.001, 50) + np.random.default_rng(seed).normal(0, 0.0002, 50)
+        return ModelScores(accuracy, np.zeros((400, 1)), None, Jackknife(accuracy + noise, 50), "x86-64-v3")
 
-    def outcome(gain):
+    def outcome(gain, *, undefined=False):
         methods = {
-            name: [resampled(0.8 + offset + 0.001 * seed, 10 * number + seed) for seed in range(4)]
+            name: [scored(0.8 + offset + 0.001 * seed, 10 * number + seed) for seed in range(4)]
             for number, (name, offset) in enumerate([("distilled", gain), ("no_teacher", 0.0), ("label_smoothing", -0.01)])
         }
+        if undefined:
+            methods["distilled"][0].jackknife.values[3] = np.nan
         validation = {"distilled": [0.8], "no_teacher": [0.8], "label_smoothing": [0.7]}
-        return distillation.judge_distillation(methods, validation, resampled(0.9, 77), LABELS, np.arange(400), calibrated=False)["outcome"]
+        groups = np.arange(400) % 50
+        return distillation.judge_distillation(methods, validation, scored(0.9, 77), LABELS, groups, calibrated=False)["outcome"]
 
     assert outcome(0.03) == "HELPS"
     assert outcome(0.0) == "NO EFFECT"
+    assert outcome(0.03, undefined=True) == "NO EFFECT"
+
+
+def test_one_speaker_shows_no_effect():
+    methods = {name: [_scored(share, seed) for seed in range(3)] for name, share in (("distilled", 0.95), ("no_teacher", 0.6))}
+    validation = {name: [item.accuracy for item in by_seed] for name, by_seed in methods.items()}
+    result = distillation.judge_distillation(methods, validation, _scored(0.97, 99), LABELS, np.zeros(400), calibrated=True)
+    assert (result["outcome"], result["gains"][0]["interval_pp"]) == ("NO EFFECT", None)
