@@ -18,7 +18,7 @@ from edgekd.errors import RecipeError, did_you_mean
 from edgekd.harness import runner
 from edgekd.kd.training import distributed
 from edgekd.plan import Plan, resolve
-from edgekd.report import collect, document
+from edgekd.report import collect, document, provable
 from edgekd.report.target_run import TargetRun
 from edgekd.stages import measure, package
 from edgekd.store.cache import Cache
