@@ -7,6 +7,7 @@ EdgekdError                     5
 |-- UnavailableError            3   a named device cannot be reached; a runtime or a tool is missing
 |-- StageError                  5   a stage failed
     |-- StorageError            5   the cache or the output folder cannot be written or read
+    |-- OutOfMemoryError        5   a step needs more memory than there is
     |-- ProcessDiedError        5   the process of a step ended before its result
 
 A message has five parts: what failed, where, the actual value (with its unit), what is allowed, the next command.
@@ -54,25 +55,34 @@ class UnavailableError(EdgekdError):
 
 
 class StageError(EdgekdError):
-    """A stage failed."""
+    """A stage failed. ``temporary``: memory or time ran out, so the same step may succeed in another build."""
+
+    temporary = False
 
 
 class StorageError(StageError):
     """The cache or the output folder cannot be written or read."""
 
 
+class OutOfMemoryError(StageError):
+    """A step needs more memory than there is."""
+
+    temporary = True
+
+
 class ProcessDiedError(StageError):
-    """The process of a step ended before its result: native code, the user's code, or a lack of memory ended it.
+    """The process of a step ended before its result: native code, the user's code, a lack of memory or a time limit ended it.
 
     Args:
         name: The step.
         reason: How it ended, in one line without the step's name.
         in_user_code: Whether the user's code was running.
+        temporary: Whether the same step may end normally in another build.
     """
 
-    def __init__(self, name: str, reason: str, *, in_user_code: bool) -> None:
+    def __init__(self, name: str, reason: str, *, in_user_code: bool, temporary: bool = False) -> None:
         super().__init__(f"{name}: {reason}")
-        self.reason, self.in_user_code = reason, in_user_code
+        self.reason, self.in_user_code, self.temporary = reason, in_user_code, temporary
 
 
 def printable(text: str, limit: int = 500) -> str:

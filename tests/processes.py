@@ -28,5 +28,5 @@ def run_step(step: Step, context: Context) -> StageResult:
 class ThisProcess:
     """A worker that calls functions in this process."""
 
-    def call(self, name, function, *arguments, progress):
+    def call(self, name, function, *arguments, progress, max_silence_s=None):
         return function(*arguments, progress=progress)

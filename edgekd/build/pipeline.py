@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.build import keys, refusals
-from edgekd.errors import ProcessDiedError, RecipeError, StageError, UnavailableError
+from edgekd.errors import ProcessDiedError, RecipeError, StageError, StorageError, UnavailableError
 from edgekd.kd.training import distributed
 from edgekd.plan import check_left_out, is_dry_run
 from edgekd.ports import CompletedStep, Context
@@ -91,7 +91,9 @@ def call_stage(worker: Worker, step: Step[Any], inputs: Mapping[str, Artifact], 
     """
     folders = context.recipe_dir, context.out, context.work
     try:
-        result: StageResult = worker.call(step.id, run_stage, step, inputs, *folders, progress=context.progress)
+        result: StageResult = worker.call(
+            step.id, run_stage, step, inputs, *folders, progress=context.progress, max_silence_s=refusals.max_silence_s(step)
+        )
     except ProcessDiedError as error:
         if step.stage == inspect.NAME and error.in_user_code:  # it runs the user's code to find such mistakes
             raise RecipeError(error.reason) from error
@@ -157,7 +159,7 @@ def _run_step(step: Step[Any], completed: Mapping[str, CompletedStep], build: Bu
 
 def _execute(step: Step[Any], completed: Mapping[str, CompletedStep], build: BuildContext, material: Mapping[str, Any]) -> CacheEntry:
     cache, base = build.cache, digest(material)
-    started = time.monotonic()
+    started, is_final = time.monotonic(), True
     try:
         out, work = cache.new_output_folder(base), cache.work(base)
         with build.reporter.step(step.id) as progress, locks.machine_shared():
@@ -171,16 +173,20 @@ def _execute(step: Step[Any], completed: Mapping[str, CompletedStep], build: Bui
             try:
                 result = call_stage(worker, step, inputs, Context(build.recipe_dir, out, work, progress))
             except StageError as error:
-                if not refusals.may_be_left_out(step, error):
+                if not refusals.is_of_a_runtime(step) or isinstance(error, StorageError):
                     raise
-                result = refusals.refusal(step, error, out)
+                result, is_final = refusals.refusal(step, error, out), not error.temporary
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
             raise
         raise storage_error(f"{step.id} cannot write", cache.root, error) from error
     seconds = time.monotonic() - started
     key = base if result.record is None else cache.add_record(base, result.record)
-    entry = cache.put(out, key, material, result, seconds)
+    if is_final:
+        entry = cache.put(out, key, material, result, seconds)
+    else:
+        entry = refusals.unstored(key, material, result)
+        shutil.rmtree(out, ignore_errors=True)
     reason = result.metrics.get("why_not")
     build.reporter.log(f"{step.id}: done in {seconds:.1f} s" if reason is None else f"warning: {step.id} is left out: {reason}")
     for note in result.notes:

@@ -12,6 +12,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from socket import socketpair
@@ -47,7 +48,7 @@ class Worker:
         self._channel: Connection | None = None
         self._printed = b""
 
-    def call(self, name: str, function: Callable[..., Any], *arguments: Any, progress: Progress) -> Any:
+    def call(self, name: str, function: Callable[..., Any], *arguments: Any, progress: Progress, max_silence_s: float | None = None) -> Any:
         """Return ``function(*arguments, progress=progress)``, computed in another process.
 
         The function is one of a module; it, its arguments and its result are pickled. What it prints is shown only if the process dies.
@@ -57,6 +58,7 @@ class Worker:
             function: What to call.
             arguments: Its positional arguments.
             progress: Called in this process.
+            max_silence_s: The process is ended if it reports no progress for so long; None for no limit.
 
         Raises:
             EdgekdError: what the function raised.
@@ -70,7 +72,7 @@ class Worker:
         try:
             channel.send_bytes(pickle.dumps((function, arguments, _environment())))
             while True:
-                kind, *content = self._receive(helper, channel)
+                kind, *content = self._receive(helper, channel, max_silence_s)
                 if kind == "progress":
                     progress(*content)
                 elif kind == "ended":
@@ -79,6 +81,10 @@ class Worker:
                     result = (kind, *content)
                     if self._persistent:
                         break
+        except TimeoutError:
+            self.close()
+            reason = f"the process was ended: it reported nothing for {max_silence_s:g} s"
+            raise ProcessDiedError(name, reason, in_user_code=False, temporary=True) from None
         except (OSError, EOFError, pickle.UnpicklingError):
             self.close()
             content = [helper.returncode, None]
@@ -125,11 +131,18 @@ class Worker:
             os.set_blocking(helper.stdout.fileno(), False)
         return helper, self._channel
 
-    def _receive(self, helper: subprocess.Popen[bytes], channel: Connection) -> Any:
-        """Return the next message; meanwhile read what the processes print."""
+    def _receive(self, helper: subprocess.Popen[bytes], channel: Connection, max_seconds: float | None) -> Any:
+        """Return the next message; meanwhile read what the processes print.
+
+        Raises:
+            TimeoutError: if none comes in time.
+        """
         sources: list[Any] = [channel, helper.stdout]
+        started = time.monotonic()
         while True:
-            ready: list[Any] = wait(sources)
+            ready: list[Any] = wait(sources, None if max_seconds is None else max(0.0, started + max_seconds - time.monotonic()))
+            if not ready and max_seconds is not None:
+                raise TimeoutError
             if helper.stdout in ready and not self._read_output(helper):
                 sources.remove(helper.stdout)
             if channel in ready:
@@ -186,7 +199,7 @@ def _death(name: str, exit_code: int, running: str | None, printed: bytes, recip
         reason = f"{running}: {reason} while this ran"
     if lines[:fault]:
         reason += f"; its last output: {printable(' | '.join(lines[:fault][-_LAST_LINES:]))}"
-    return ProcessDiedError(name, reason, in_user_code=running is not None)
+    return ProcessDiedError(name, reason, in_user_code=running is not None, temporary=exit_code == -signal.SIGKILL)
 
 
 def _location(line: str, recipe_dir: Path) -> str | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import usercode
-from edgekd.errors import EdgekdError, StageError
+from edgekd.errors import EdgekdError, OutOfMemoryError
 
 _PRELOADED = ("numpy", "torch", "torch._inductor")  # most steps need them; torch loads the last one to be deterministic
 _PR_SET_PDEATHSIG = 1
@@ -104,7 +104,7 @@ def _describe(error: BaseException) -> tuple[Any, ...]:
     if problem is not None:
         return "error", "RecipeError", (problem,)
     if isinstance(error, MemoryError):
-        return "error", StageError.__name__, ("there is not enough memory",)
+        return "error", OutOfMemoryError.__name__, ("there is not enough memory",)
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, OSError):
         return "os_error", (error.errno, error.strerror, error.filename), trace

@@ -31,6 +31,8 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
 
         try:
             litert_torch.convert(model, samples).export(str(path))
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError) as error:
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise StageError(f"litert-torch refuses the model: {lines[0] if lines else last_line()}") from error

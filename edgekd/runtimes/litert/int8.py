@@ -70,7 +70,9 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
     with capture_output():
         try:
             _write_quantized(source, path, params, calibration)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError) as error:
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
             text = (str(error).splitlines() or [type(error).__name__])[0]
             raise StageError(f"AI Edge Quantizer refuses {scheme}: {text}") from error
         session = runner.open_session("litert", path, 1)

@@ -45,7 +45,9 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
         quantized = Path(folder) / "quantized.onnx"
         try:
             _write_quantized(source, quantized, params, calibration)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError) as error:
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
             text = (str(error).splitlines() or [type(error).__name__])[0]
             raise StageError(f"onnxruntime's quantizer refuses {params['scheme']}: {text}") from error
         model = onnx.load(str(quantized))

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgekd.build import keys, pipeline
+from edgekd.build import keys, pipeline, refusals
 from edgekd.domain.candidate import Candidate
 from edgekd.domain.recipe import Quantize
-from edgekd.errors import RecipeError, StageError, StorageError, UnavailableError
+from edgekd.errors import OutOfMemoryError, RecipeError, StageError, StorageError, UnavailableError
 from edgekd.plan import Plan, left_out
 from edgekd.ports import Record, StageResult, Step
 from edgekd.store.cache import Cache
@@ -265,3 +265,30 @@ def test_a_runtime_that_the_recipe_names_cannot_be_left_out(build, refusing):
         RecipeError, match="quantize.runtimes: 'litert' cannot be had: export/student/litert: no such op; change the model, "
     ):
         pipeline.run(_plan_with_candidates("litert", "onnxruntime", requested=("litert", "onnxruntime")), build)
+
+
+def test_a_step_that_ran_out_of_memory_is_left_out_and_tried_again(build, ran, monkeypatch):
+    refused = {"litert"}
+
+    def second(step, inputs, context):
+        ran.append(step.id)
+        (context.out / "text").write_text("")
+        if step.params.runtime in refused:
+            raise OutOfMemoryError("there is not enough memory")
+        return StageResult()
+
+    monkeypatch.setattr(pipeline.STAGES["second"], "run", second)
+    plan = _plan_with_candidates("litert", "onnxruntime")
+    completed = pipeline.run(plan, build)
+    assert left_out(plan.candidates["board"], completed) == {"export/student/litert": "there is not enough memory"}
+    refused.clear()
+    ran.clear()
+    again = pipeline.run(plan, build)
+    assert ran == ["export/student/litert", "evaluate/export/student/litert"]
+    assert again["export/student/litert"].entry.key != completed["export/student/litert"].entry.key
+
+
+def test_only_steps_of_runtimes_have_a_time_limit():
+    steps = [Step("distill", "distill", Params()), Step("export/dry_run/litert", "export", Params(runtime="litert"))]
+    assert [refusals.max_silence_s(step) for step in steps] == [None, 600.0]
+    assert refusals.max_silence_s(Step("export/student/litert", "export", Params(runtime="litert"))) == 3600.0

@@ -178,7 +178,7 @@ def test_errors_arrive_as_they_are(worker, kind, arguments):
 
 def test_exceptions_are_the_user_s_edgekd_s_or_the_machine_s():
     assert worker_process._describe(RecipeError("a", "b")) == ("error", "RecipeError", ("a", "b"))
-    assert worker_process._describe(MemoryError()) == ("error", "StageError", ("there is not enough memory",))
+    assert worker_process._describe(MemoryError()) == ("error", "OutOfMemoryError", ("there is not enough memory",))
     assert worker_process._describe(OSError(28, "No space left", "x"))[:2] == ("os_error", (28, "No space left", "x"))
     assert worker_process._describe(KeyError("x"))[0] == "bug"
     try:
@@ -251,3 +251,14 @@ def test_the_process_ends_with_the_build(tmp_path, environment, sent):
 def test_text_of_others_is_shown_on_one_line_without_control_characters():
     assert printable("a\x1b]0;title\x07b\r\n\tc \u202e") == "a ]0;title b c"
     assert printable("x" * 600) == "x" * 500 + " ..."
+
+
+def test_a_process_that_reports_nothing_for_too_long_is_ended():
+    with (
+        closing(Worker(Path())) as worker,
+        pytest.raises(ProcessDiedError, match="step: .* ended: it reported nothing for 0.5 s") as caught,
+    ):
+        worker.call("step", wait, os.devnull, progress=None, max_silence_s=0.5)
+    assert caught.value.temporary
+    with closing(Worker(Path())) as worker:
+        assert worker.call("step", double, 2, progress=lambda *_: None, max_silence_s=100.0) == 4
