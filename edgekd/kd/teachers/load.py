@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
 from edgekd.domain.recipe import EntryPoint
-from edgekd.errors import RecipeError, expected_one_of
+from edgekd.errors import RecipeError, expected_one_of, printable
 from edgekd.kd import modules
 from edgekd.kd.teachers import safety, stored
+from edgekd.kd.teachers.onnx_file import read_onnx
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,10 +123,12 @@ def teacher_from_onnx(path: Path) -> Predict:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # beside torch's threads
     options.use_deterministic_compute = True
     options.log_severity_level = 3
+    content = read_onnx(path)
+    load_errors = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented, errors.InvalidArgument)
     try:
-        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    except (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented, errors.InvalidArgument) as error:
-        raise RecipeError(f"{path.name}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except (*load_errors, errors.RuntimeException, errors.NoSuchFile, errors.EPFail, RuntimeError, ValueError) as error:
+        raise RecipeError(f"{path.name}: ONNX Runtime cannot load it: {printable(str(error))}") from error
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(outputs) != 1:
         names = ", ".join(item.name for item in outputs)
@@ -137,8 +140,8 @@ def teacher_from_onnx(path: Path) -> Predict:
         feed = {item.name: np.ascontiguousarray(value) for item, value in zip(inputs, batch, strict=True)}
         try:
             output = session.run(None, feed)[0]
-        except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
-            raise RecipeError(f"{path.name}: ONNX Runtime failed: {str(error).splitlines()[0]}") from error
+        except (*load_errors, errors.RuntimeException, RuntimeError, ValueError) as error:
+            raise RecipeError(f"{path.name}: ONNX Runtime failed: {printable(str(error))}") from error
         return _check_logits(output, len(batch[0]), path.name)
 
     batch_size = inputs[0].shape[0] if inputs and inputs[0].shape else None
