@@ -50,6 +50,7 @@ CODE: tuple[str, ...] = (
 )
 SPLITS = ("train", "validation", "unlabelled")
 BATCH_SIZE = 128
+_QUALITY_NUMBERS = 2**25  # outputs on validation samples that the teacher is judged by
 CHUNK = 16 * BATCH_SIZE  # samples; a kill loses at most the work of one chunk
 
 
@@ -124,6 +125,7 @@ def run(step: Step[SoftTargetParams], inputs: Mapping[str, Artifact], context: C
             soft_targets[split] = storage.open_expected(path, header, recompute[split])
     labels = _class_labels(inputs)
     notes += _shift_warnings(soft_targets, labels) if params.output.is_single_softmax else []
+    notes += _quality_warnings(step, soft_targets["validation"], inputs)
     metrics = {"samples": progress.total, "classes": classes, "validation_accuracy": _accuracy(soft_targets["validation"], labels)}
     return StageResult(metrics, tuple(notes))
 
@@ -231,6 +233,26 @@ def _accuracy(validation: SoftTargets, labels: np.ndarray | None) -> float | Non
     from edgekd.kd.soft_targets import shift
 
     return None if labels is None else float((shift.top1(validation, 0).classes == labels)[labels >= 0].mean())
+
+
+def _quality_warnings(step: Step[SoftTargetParams], validation: SoftTargets, inputs: Mapping[str, Artifact]) -> list[str]:
+    """Return warnings about a network whose soft targets are hardly worth learning from; ``inspect`` refuses a teacher that exists.
+
+    Raises:
+        RecipeError: if the teacher was trained here and is certainly no better than a constant output.
+    """
+    import numpy as np
+
+    from edgekd.kd.teachers.quality import quality_problems
+
+    path = inputs["teacher"].path
+    labels = np.load(inputs["validation.labels"].path, allow_pickle=False)
+    rows = np.linspace(0, len(labels) - 1, min(len(labels), max(1, _QUALITY_NUMBERS // validation.header.classes))).astype(np.int64)
+    problems = quality_problems(step.params.output, validation.read(0, rows).astype(np.float32), labels[rows])
+    name = f"{step.id.removeprefix('soft_targets/') if '/' in step.id else 'the teacher'} ({step.params.model or path.name})"
+    if worthless := [problem.text for problem in problems if problem.is_worthless and step.inputs["teacher"].startswith("teach:teacher.")]:
+        raise RecipeError(*(f"{name} {text}; train it longer, or with another teacher.train.learning_rate" for text in worthless))
+    return [f"warning: {name} {problem.text}" for problem in problems]
 
 
 def _shift_warnings(soft_targets: Mapping[str, SoftTargets], labels: np.ndarray | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from edgekd import usercode
 from edgekd.domain.losses import Loss
 from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError, did_you_mean
+from edgekd.kd.output_spec import OutputSpec
+from edgekd.stages.inspect.teachers import check_teacher_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,11 +32,15 @@ _TOLERANCE = 1e-2  # of the largest output, for a sample alone and in a batch; r
 
 @dataclass(frozen=True, slots=True)
 class CheckContext:
-    """What all checks need: the parameters of the step, the recipe's folder, and the folder of the stored arrays."""
+    """What all checks need: the parameters of the step, the recipe's folder, and the folder of the stored arrays.
+
+    ``notes`` collects what they warn of.
+    """
 
     params: InspectParams
     recipe_dir: Path
     out: Path
+    notes: list[str] = field(default_factory=list)
 
     def samples(self, rows: Sequence[int], split: str = "evaluation") -> list[np.ndarray]:
         """Return inputs of a split, one array (n, ...) for each input of the student."""
@@ -57,28 +63,28 @@ def check_teacher(check: CheckContext, teacher: TeacherParams, name: str) -> dic
     A teacher that is not trained here is stored under ``name``: as ``NAME.safetensors``, or a whole model under its suffix.
 
     Raises:
-        RecipeError: if it cannot be loaded or run.
+        RecipeError: if it cannot be loaded or run, or is not worth learning from (``stages.inspect.teachers``).
     """
     from edgekd.kd import modules
     from edgekd.kd.teachers.load import load_teacher, teacher_from_module
+    from edgekd.kd.teachers.weights import load_user_weights
 
-    batch, key = check.batch(), "teacher" if name == "teacher" else "distill.teachers"
+    if teacher.trained_here:
+        return _check_network(check, EntryPoint.parse(teacher.name), "teacher")[1]
+    key, parameters = "teacher" if name == "teacher" else "distill.teachers", None
     if teacher.file is not None:
         path = _model_file(check.recipe_dir, teacher.file, f"{key}.file")
-        logits = load_teacher(check.recipe_dir, None, path)(batch)
+        predict = load_teacher(check.recipe_dir, None, path)
         shutil.copyfile(path, check.out / f"{name}.{teacher.file.rpartition('.')[2]}")
-        return {"parameters": None, "outputs": _output_shape(logits, teacher.file)}
-    entry = EntryPoint.parse(teacher.name)
-    if teacher.trained_here:
-        module = _build(check, entry)
-        parameters = modules.parameter_count(module)
-        _check_gradient(module, entry, batch, "teacher")
     else:
+        entry = EntryPoint.parse(teacher.name)
+        module = _build(check, entry)
         weights = _model_file(check.recipe_dir, str(teacher.weights), f"{key}.weights")
-        module = modules.load_frozen_module(check.recipe_dir, entry, weights)
-        parameters = modules.parameter_count(module)
+        check.notes.extend(load_user_weights(module, weights, entry))
+        parameters, predict = modules.parameter_count(module), teacher_from_module(module, entry)
         modules.save_weights(module, check.out / f"{name}.safetensors")
-    return {"parameters": parameters, "outputs": _output_shape(teacher_from_module(module, entry)(batch), str(entry))}
+    outputs = check_teacher_outputs(check, predict, teacher.name, may_refuse=not name.startswith("checkpoint."))
+    return {"parameters": parameters, "outputs": [int(outputs.shape[1])]}
 
 
 def check_student(check: CheckContext, rows: Sequence[int]) -> tuple[dict[str, Any], np.ndarray]:
@@ -162,11 +168,12 @@ def _check_network(check: CheckContext, entry: EntryPoint, role: str) -> tuple[n
     import numpy as np
 
     from edgekd.kd import modules
+    from edgekd.kd.teachers.quality import probability_problem
 
     batch = check.batch()
     module = _build(check, entry).eval()
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise RecipeError(f"{entry}: the {role} has no trainable parameter")
+    if (problem := modules.trainable_problem(module, _build(check, entry), role)) is not None:
+        raise RecipeError(f"{entry}: {problem}")
     logits = _logits(module, entry, batch)
     outputs = _output_shape(logits, str(entry))
     if not np.array_equal(logits, _logits(module, entry, batch)):
@@ -180,6 +187,11 @@ def _check_network(check: CheckContext, entry: EntryPoint, role: str) -> tuple[n
             f"{entry}: the {role} returns different outputs for a sample alone and in a batch of two; expected the same "
             "(an operation over axis 0, which is the batch?)"
         )
+    doubt = probability_problem(OutputSpec(check.params.task, check.params.heads), logits, trained=False)
+    if doubt is not None and doubt.is_worthless and role != "student":
+        raise RecipeError(f"{entry}: the {role} {doubt.text}")
+    if doubt is not None:
+        check.notes.append(f"warning: the {role} {entry} {doubt.text}")
     _check_gradient(module, entry, batch, role)
     return module, {"parameters": modules.parameter_count(module), "outputs": outputs}
 

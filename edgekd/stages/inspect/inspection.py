@@ -39,7 +39,7 @@ class Inspection:
         self.check = checks.CheckContext(self.params, self.recipe_dir, self.out)
         self.watcher = Watcher(self.recipe_dir, (self.out, context.work.absolute()))
         self.records: list[Record] = []
-        self.notes: list[str] = []
+        self.notes = self.check.notes
         self.summary: dict[str, Any] = {"inputs": [{**asdict(spec), "shape": list(spec.shape)} for spec in self.params.inputs]}
         self.labels: dict[str, Any] = {}
         self.metric_rows: list[int] = []

@@ -47,9 +47,9 @@ def check(tmp_path):
     """Return a function that writes models.py and makes the context of the checks."""
     (tmp_path / "out").mkdir()
     generator = torch.Generator().manual_seed(0)
-    for split in ("train", "evaluation"):
+    for split in ("train", "validation", "evaluation"):
         np.save(tmp_path / "out" / f"{split}.inputs.0.npy", torch.randn(20, 4, generator=generator).numpy())
-    np.save(tmp_path / "out" / "evaluation.labels.npy", np.arange(20) % 3)
+        np.save(tmp_path / "out" / f"{split}.labels.npy", np.arange(20) % 3)
     yield lambda code="", **params: _check_context(tmp_path, code, params)
     usercode.forget_modules()
 
@@ -86,7 +86,10 @@ def test_a_student_with_dropout_and_batch_norm_passes(check):
 
 BAD_STUDENTS = {
     "is a number": ("def net():\n    return 3\n", "models.py:net: returned int; it must return a torch.nn.Module"),
-    "is a class": ("def net():\n    return nn.ReLU\n", "models.py:net: returned type; it must return a torch.nn.Module"),
+    "is a class": (
+        "def net():\n    return nn.ReLU\n",
+        "models.py:net: returned the class ReLU; it must return a torch.nn.Module: return ReLU(...)",
+    ),
     "learns nothing": ("def net():\n    return nn.Identity()\n", "models.py:net: the student has no trainable parameter"),
     "is frozen": (
         "def net():\n    return nn.Linear(4, 3).requires_grad_(False)\n",
@@ -213,7 +216,7 @@ def test_absent_weights_and_models_are_reported_with_a_suggestion(check, tmp_pat
     assert message.startswith("teacher.weights: teachr.safetensors: no such file in ")
     assert message.endswith(" (did you mean 'teacher.safetensors'?)")
     assert _refusal(lambda: _teacher(check, file="gone/x.onnx")).startswith("teacher.file: gone/x.onnx: no such file in ")
-    assert "teacher.safetensors: is not a readable safetensors file" in _refusal(lambda: _teacher(check, weights="teacher.safetensors"))
+    assert "teacher.safetensors: is empty; save the weights again" in _refusal(lambda: _teacher(check, weights="teacher.safetensors"))
 
 
 class Payload:

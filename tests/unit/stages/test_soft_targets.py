@@ -12,7 +12,7 @@ import torch
 
 from edgekd.domain.artifact import Artifact
 from edgekd.domain.losses import Loss
-from edgekd.domain.recipe import Data, Distill, EntryPoint, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.recipe import Data, Distill, EntryPoint, Recipe, Student, Teacher, TensorSpec, Training
 from edgekd.errors import RecipeError
 from edgekd.kd import data, modules, views
 from edgekd.kd.soft_targets import storage
@@ -71,10 +71,15 @@ def artifacts(folder, counts=COUNTS):
             path = folder / f"{split}.inputs.{index}.npy"
             np.save(path, generator.standard_normal((count, width)).astype(np.float32))
             inputs[f"{split}.inputs.{index}"] = Artifact(path, "", 0)
-    np.save(folder / "validation.labels.npy", np.arange(counts["validation"]) % 3)
-    inputs["validation.labels"] = Artifact(folder / "validation.labels.npy", "", 0)
     torch.manual_seed(1)
-    modules.save_weights(modules.build_module(folder, ENTRY), folder / "teacher.safetensors")
+    module = modules.build_module(folder, ENTRY).eval()
+    modules.save_weights(module, folder / "teacher.safetensors")
+    with torch.no_grad():
+        predicted = module(*[torch.from_numpy(np.load(inputs[f"validation.inputs.{index}"].path)) for index in (0, 1)]).argmax(1)
+    module.batches.clear()
+    labels = np.where(np.arange(len(predicted)) % 5 == 0, (predicted + 1) % 3, predicted)  # the teacher is right on four of five
+    np.save(folder / "validation.labels.npy", labels)
+    inputs["validation.labels"] = Artifact(folder / "validation.labels.npy", "", 0)
     inputs["teacher"] = Artifact(folder / "teacher.safetensors", "", 0)
     return inputs
 
@@ -127,8 +132,8 @@ def test_the_teacher_runs_once_on_every_sample_and_its_raw_logits_are_stored(fol
             expected = module(*[torch.from_numpy(np.load(inputs[f"{split}.inputs.{index}"].path)) for index in (0, 1)])
         np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-3, atol=1e-4)
     [logits] = stored_logits(folder / "out" / "validation.soft_targets.safetensors")
-    accuracy = (logits.argmax(1) == np.arange(40) % 3).mean()
-    assert result.metrics == {"samples": 5040, "classes": 3, "validation_accuracy": pytest.approx(accuracy)}
+    assert result.metrics == {"samples": 5040, "classes": 3, "validation_accuracy": pytest.approx(0.8)}
+    assert result.notes == ()
     assert result.notes == ()
     assert reports[-1] == (1.0, "validation: 40 of 40 samples")
     assert [share for share, _ in reports] == sorted(share for share, _ in reports)
@@ -148,7 +153,7 @@ def test_unlabelled_samples_of_another_domain_give_a_warning(folder):
     for index in (0, 1):
         path = inputs[f"validation.inputs.{index}"].path
         np.save(path, 20 * np.load(path))  # far from the decision boundary: the teacher is confident
-    (note,) = run(folder, inputs)[0].notes
+    note, *_ = run(folder, inputs)[0].notes
     assert note.startswith("warning: the domains differ: the teacher's confidence is ")
 
 
@@ -243,6 +248,27 @@ def test_a_logit_that_is_not_finite_is_reported_with_its_sample(folder, value):
     np.save(path, array)
     with pytest.raises(RecipeError, match=r"teacher: its logit for train\[4321\] is -?(nan|inf) for class \d; expected finite logits"):
         run(folder, inputs)
+
+
+def worthless(folder, count):
+    """Return the inputs of a teacher whose accuracy is that of guessing."""
+    inputs = artifacts(folder, {"train": 40, "validation": count, "unlabelled": 0})
+    np.save(folder / "validation.labels.npy", np.random.default_rng(2).integers(0, 3, count))
+    return inputs
+
+
+@pytest.mark.parametrize("count", [30, 600])
+def test_a_teacher_that_is_no_better_than_a_constant_gives_a_warning(folder, count):
+    (note,) = run(folder, worthless(folder, count))[0].notes
+    assert note.startswith("warning: the teacher (user_teacher.py:teacher) is no better than the commonest class: right on ")
+
+
+def test_a_teacher_that_learned_nothing_here_is_refused_unless_few_samples_say_so(folder):
+    trained = replace(recipe(), teacher=Teacher(ENTRY, train=Training(epochs=1)))
+    (note,) = run(folder, worthless(folder, 12), of_recipe=trained)[0].notes
+    assert note.startswith("warning: the teacher (user_teacher.py:teacher) is no better than the commonest class: right on ")
+    with pytest.raises(RecipeError, match=r"is no better than the commonest class: .*; train it longer, or with another"):
+        run(folder, worthless(folder, 600), of_recipe=trained)
 
 
 def test_the_parameters_can_be_written_as_json():
