@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from edgekd.domain.recipe import Recipe
+    from edgekd.domain.target import Target
     from edgekd.ports import CompletedStep, Reporter, Step
 
 
@@ -62,8 +64,6 @@ def build(request: Request, reporter: Reporter) -> list[Result]:
             worker.call("the rank", pipeline.run_rank, progress=lambda _share, _text: None)
         return []
     plan = load_plan(request.recipe, request.targets)
-    for line in unknown_target_tables(plan):
-        reporter.log(f"warning: {line}")
     _check_outputs(request, plan)
     cache = Cache(request.cache, reporter.log)
     cache.prepare()
@@ -90,7 +90,7 @@ def load_plan(recipe_path: Path, target_names: Sequence[str]) -> Plan:
     """Return the plan of a recipe for targets.
 
     Raises:
-        RecipeError: if the recipe or a profile is wrong, or a target is named twice.
+        RecipeError: if the recipe or a profile is wrong, a target is named twice, or the budget of a target would not be read.
     """
     recipe = config.load_recipe(recipe_path)
     facts = runner.facts()
@@ -99,16 +99,24 @@ def load_plan(recipe_path: Path, target_names: Sequence[str]) -> Plan:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise RecipeError(*(f"target {name}: named twice; each target has one output folder" for name in repeated))
+    if problems := _unknown_target_tables(recipe, recipe_path, targets, target_names):
+        raise RecipeError(*problems)
     return resolve(recipe, targets, pipeline.PIPELINE)
 
 
-def unknown_target_tables(plan: Plan) -> list[str]:
-    """Return a line for each ``[target.NAME]`` table that no known target uses; it may be that of a user's own profile."""
-    known = {*config.target_names(), *(target.name for target in plan.targets)}
+def _unknown_target_tables(recipe: Recipe, path: Path, targets: Sequence[Target], requested: Sequence[str]) -> list[str]:
+    """Return a problem for each ``[target.NAME]`` table that no target uses: its budget would not be read.
+
+    A user's own profile ``NAME.toml``, which is not built now, is looked up beside the recipe, in its folder ``targets``, and beside
+    the profiles that the command line names.
+    """
+    known = {*config.target_names(), *(target.name for target in targets)}
+    folders = {path.parent, path.parent / "targets", *(config.find_target(name).parent for name in requested)}
     return [
-        f"[target.{name}] is ignored: edgekd has no target of that name, and none is built now{did_you_mean(name, known)}"
-        for name in plan.recipe.target
-        if name not in known
+        f"{path.name}: [target.{name}]: there is no target of that name, so its budget would not be read"
+        f"{did_you_mean(name, known)}; expected a name that edgekd targets lists, or a profile {name}.toml beside the recipe"
+        for name in recipe.target
+        if name not in known and not any((folder / f"{name}.toml").is_file() for folder in folders)
     ]
 
 

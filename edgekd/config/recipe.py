@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from edgekd.config import distill_rules
@@ -13,7 +14,10 @@ from edgekd.domain.recipe import EntryPoint, Evaluate, Quantize, Recipe, TargetO
 from edgekd.domain.scheme import needs_calibration
 from edgekd.errors import RecipeError
 
-WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
+_MAX_AXES = 8  # of numpy, ONNX and TFLite, TFLite has the fewest
+_MAX_ELEMENTS = 2**28  # of one sample of an input: 1 GiB of float32
+WEIGHTS = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".th")
+PROGRAMS = (".pt2", ".ts")  # whole models that can do what any program can
 WHOLE_MODELS = (".onnx", ".pt2", ".safetensors", ".ts")
 
 
@@ -65,10 +69,10 @@ def _check_recipe(reader: Reader, folder: Path) -> None:
         if sources not in ({"model", "weights"}, {"model", "train"}, {"file"}):
             listed = " and ".join(sorted(sources)) or "nothing"
             reader.problem(key, f"has {listed}; expected model and weights, or model and train, or file alone")
+        _check_trust(reader, key, teacher)
     names: set[str] = set()
     for key, spec in reader.all_parsed(TensorSpec):
-        if spec.shape[0] != 1:
-            reader.problem(f"{key}.shape", f"starts with {spec.shape[0]}; expected 1, the batch axis of a model on a device")
+        _check_input(reader, key, spec)
         if not spec.name.isprintable():
             reader.problem(f"{key}.name", f"{spec.name!r} has characters that cannot be shown; expected printable ones")
         if spec.name in names:
@@ -88,6 +92,24 @@ def _check_quantize(reader: Reader, key: str, quantize: Quantize) -> None:
         reader.problem(f"{key}.io", "'int8', but none of the schemes is static; expected \"float32\", or static_wi8_ai8 in schemes")
 
 
+def _check_input(reader: Reader, key: str, spec: TensorSpec) -> None:
+    if spec.shape[0] != 1:
+        reader.problem(f"{key}.shape", f"starts with {spec.shape[0]}; expected 1, the batch axis of a model on a device")
+    if len(spec.shape) > _MAX_AXES:
+        reader.problem(f"{key}.shape", f"has {len(spec.shape)} axes; expected at most {_MAX_AXES}")
+    elif (elements := math.prod(spec.shape)) > _MAX_ELEMENTS:
+        reader.problem(f"{key}.shape", f"has {elements} elements; expected at most {_MAX_ELEMENTS}, 1 GiB of float32 per sample")
+
+
+def _check_trust(reader: Reader, key: str, teacher: Teacher) -> None:
+    is_program = teacher.file is not None and Path(teacher.file).suffix in PROGRAMS
+    if is_program and not teacher.trusted:
+        problem = f"{teacher.file!r} is a program, which can read and write files when it runs; expected an ONNX file, or model and weights"
+        reader.problem(f"{key}.file", f"{problem}; if you trust it, set {key}.trusted = true")
+    if teacher.trusted and not is_program:
+        reader.problem(f"{key}.trusted", f"is for a file that is a program ({', '.join(PROGRAMS)}); expected no such key")
+
+
 def _check_files(reader: Reader, folder: Path) -> None:
     for key, entry in reader.all_parsed(EntryPoint):
         _check_file(reader, key, folder, entry.file)
@@ -97,7 +119,10 @@ def _check_files(reader: Reader, folder: Path) -> None:
         for field, name, suffixes in files:
             if name is None:
                 continue
-            if Path(name).suffix not in suffixes:
+            if name.endswith(".index.json"):
+                problem = f"{name!r} is the index of weights in several files; join them: load each, update one dict, and save it"
+                reader.problem(f"{key}.{field}", problem)
+            elif Path(name).suffix not in suffixes:
                 reader.problem(f"{key}.{field}", f"{name!r}; expected a file that ends in {', '.join(suffixes)}")
             else:
                 _check_file(reader, f"{key}.{field}", folder, name)
@@ -105,7 +130,9 @@ def _check_files(reader: Reader, folder: Path) -> None:
 
 def _check_file(reader: Reader, key: str, folder: Path, name: str) -> None:
     try:
-        if not (folder / name).is_file():
+        if (folder / name).is_dir():
+            reader.problem(key, f"{name!r}: is a folder; expected a file in it")
+        elif not (folder / name).is_file():
             reader.problem(key, f"{name!r}: no such file beside the recipe")
     except OSError as error:
         reader.problem(key, f"{name!r}: cannot be read: {error.strerror}")

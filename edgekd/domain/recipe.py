@@ -116,9 +116,11 @@ class Teacher:
 
     Attributes:
         model: Function that returns the module.
-        weights: Weights of the module: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.
+        weights: Weights of the module: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads (``.pt``, ``.pth``,
+            ``.bin``, ``.ckpt``, ...), also with a prefix or in a checkpoint.
         file: A whole model: TorchScript (``.ts``), ``torch.export`` (``.pt2``), ONNX (``.onnx``), or logits that
             ``edgekd.save_teacher_logits`` stored (``.safetensors``).
+        trusted: Allows a ``file`` that is a program, TorchScript or ``torch.export``: it can read and write files when it runs.
         train: Trains the module, instead of ``weights``.
         checkpoints: Earlier weights of the same module, the earliest first; each teaches for an equal share of the epochs.
         weight: Share of this teacher in an ensemble.
@@ -127,6 +129,7 @@ class Teacher:
     model: EntryPoint | None = None
     weights: str | None = None
     file: str | None = None
+    trusted: bool = False
     train: Training | None = None
     checkpoints: tuple[str, ...] = ()
     weight: Annotated[float, Positive] = 1.0

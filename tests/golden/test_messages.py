@@ -116,6 +116,16 @@ RECIPES = {
     "teacher is empty": ('model = "models.py:teacher"\nweights = "teacher.safetensors"\n', ""),
     "teacher with weights and training": ('weights = "teacher.safetensors"', 'weights = "teacher.safetensors"\ntrain = { epochs = 1 }'),
     "whole model of another kind": ('model = "models.py:teacher"\nweights = "teacher.safetensors"', 'file = "teacher.h5"'),
+    "TorchScript that is not trusted": ('model = "models.py:teacher"\nweights = "teacher.safetensors"', 'file = "teacher.ts"'),
+    "torch.export that is not trusted": ('model = "models.py:teacher"\nweights = "teacher.safetensors"', 'file = "teacher.pt2"'),
+    "trusted weights": ('weights = "teacher.safetensors"', 'weights = "teacher.safetensors"\ntrusted = true'),
+    "weights in several files": ('"teacher.safetensors"', '"model.safetensors.index.json"'),
+    "weights are a folder": ('"teacher.safetensors"', '"folder.bin"'),
+    "shape that fills no memory": ("[1, 1, 8, 8]", "[1, 1099511627776, 1099511627776]"),
+    "shape with many axes": ("[1, 1, 8, 8]", "[1, 1, 1, 1, 1, 1, 1, 1, 8]"),
+    "shape with an axis of zero": ("[1, 1, 8, 8]", "[1, 0, 8, 8]"),
+    "shape with a negative axis": ("[1, 1, 8, 8]", "[1, -1, 8, 8]"),
+    "shape is empty": ("[1, 1, 8, 8]", "[]"),
     "a metric without function": ("[budget]", '[evaluate]\nmetric = "models.py"\n[budget]'),
     "a metric that is an array": ("[budget]", '[evaluate]\nmetric = ["top1"]\n[budget]'),
     "a date": ("epochs = 3", "epochs = 2026-01-01"),
@@ -157,8 +167,9 @@ TARGETS = {
 
 
 def _write(folder, text):
-    for name in ("data.py", "models.py", "teacher.safetensors", "teacher.onnx"):
+    for name in ("data.py", "models.py", "teacher.safetensors", "teacher.onnx", "teacher.ts", "teacher.pt2"):
         (folder / name).write_text("")
+    (folder / "folder.bin").mkdir(exist_ok=True)
     path = folder / "it.toml"
     path.write_text(text)
     return path
