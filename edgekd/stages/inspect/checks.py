@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,39 +21,11 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from edgekd.stages.inspect.params import InspectParams, TeacherParams
+    from edgekd.stages.inspect.params import CheckContext, TeacherParams
 
-_BATCH = 2  # samples that networks are checked on
 _FRESH_NOISE = 0.05  # the most that is added to parameters that are all the same
 _LOGITS_AXES = 2
 _TOLERANCE = 1e-2  # of the largest output, for a sample alone and in a batch; rounding stays far below
-
-
-@dataclass(frozen=True, slots=True)
-class CheckContext:
-    """What all checks need: the parameters of the step, the recipe's folder, and the folder of the stored arrays.
-
-    ``notes`` collects what they warn of.
-    """
-
-    params: InspectParams
-    recipe_dir: Path
-    out: Path
-    notes: list[str] = field(default_factory=list)
-
-    def samples(self, rows: Sequence[int], split: str = "evaluation") -> list[np.ndarray]:
-        """Return inputs of a split, one array (n, ...) for each input of the student."""
-        import numpy as np
-
-        paths = [self.out / f"{split}.inputs.{index}.npy" for index in range(len(self.params.inputs))]
-        return [np.array(np.load(path, mmap_mode="r")[list(rows)]) for path in paths]
-
-    def batch(self) -> list[np.ndarray]:
-        """Return a batch of two samples."""
-        import numpy as np
-
-        labels = np.load(self.out / "evaluation.labels.npy", mmap_mode="r")
-        return self.samples([0, min(_BATCH, len(labels)) - 1])
 
 
 def check_teacher(check: CheckContext, teacher: TeacherParams, name: str) -> dict[str, Any]:

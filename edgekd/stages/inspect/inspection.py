@@ -15,6 +15,7 @@ from edgekd.errors import RecipeError
 from edgekd.kd.output_spec import OutputSpec, label_problem
 from edgekd.ports import Record, StageResult
 from edgekd.stages.inspect import checks, metric, splits
+from edgekd.stages.inspect.params import CheckContext, InspectParams, TeacherParams
 from edgekd.store.digests import file_digest
 from edgekd.usercode.watch import Watcher, code_dependencies, merge_records
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from edgekd.ports import Context
-    from edgekd.stages.inspect.params import InspectParams, TeacherParams
 
 _FEW_SAMPLES = 100
 _FEW_OF_A_CLASS = 10
@@ -36,7 +36,7 @@ class Inspection:
         importlib.import_module("torch")  # and numpy with it, before the watch begins: their files are not the user's
         self.params, self.progress = params, context.progress
         self.recipe_dir, self.out = context.recipe_dir.absolute(), context.out.absolute()
-        self.check = checks.CheckContext(self.params, self.recipe_dir, self.out)
+        self.check = CheckContext(self.params, self.recipe_dir, self.out)
         self.watcher = Watcher(self.recipe_dir, (self.out, context.work.absolute()))
         self.records: list[Record] = []
         self.notes = self.check.notes

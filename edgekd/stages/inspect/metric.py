@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from edgekd.stages.inspect.checks import CheckContext
+    from edgekd.stages.inspect.params import CheckContext
 
 PARTS = 100  # the metric of the whole set is computed without each of so many parts, for its interval
 _FEW_PARTS = 20  # if it is slow

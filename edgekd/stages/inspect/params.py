@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters of the step ``inspect``."""
+"""The parameters of the step ``inspect``, and what its checks share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import numpy as np
 
     from edgekd.domain.artifact import Json
     from edgekd.domain.recipe import Teacher, TensorSpec
+
+_BATCH = 2  # samples that networks are checked on
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +78,30 @@ class InspectParams:
         """Return the weights and whole models that the recipe names."""
         names = [name for teacher in (self.teacher, *self.teachers) for name in (teacher.weights, teacher.file) if name is not None]
         return (*names, *self.checkpoints)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckContext:
+    """What all checks need: the parameters of the step, the recipe's folder, and the folder of the stored arrays.
+
+    ``notes`` collects what they warn of.
+    """
+
+    params: InspectParams
+    recipe_dir: Path
+    out: Path
+    notes: list[str] = field(default_factory=list)
+
+    def samples(self, rows: Sequence[int], split: str = "evaluation") -> list[np.ndarray]:
+        """Return inputs of a split, one array (n, ...) for each input of the student."""
+        import numpy as np
+
+        paths = [self.out / f"{split}.inputs.{index}.npy" for index in range(len(self.params.inputs))]
+        return [np.array(np.load(path, mmap_mode="r")[list(rows)]) for path in paths]
+
+    def batch(self) -> list[np.ndarray]:
+        """Return a batch of two samples."""
+        import numpy as np
+
+        labels = np.load(self.out / "evaluation.labels.npy", mmap_mode="r")
+        return self.samples([0, min(_BATCH, len(labels)) - 1])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from edgekd.stages.inspect.checks import CheckContext
+    from edgekd.stages.inspect.params import CheckContext
 
     Predict = Callable[[list[np.ndarray]], np.ndarray]
 

@@ -17,7 +17,7 @@ from edgekd import usercode
 from edgekd.domain.recipe import TensorSpec
 from edgekd.errors import RecipeError
 from edgekd.stages.inspect import checks
-from edgekd.stages.inspect.params import InspectParams, TeacherParams
+from edgekd.stages.inspect.params import CheckContext, InspectParams, TeacherParams
 
 HEAD = "import torch\nfrom torch import nn\n"
 PARAMS = InspectParams(
@@ -56,7 +56,7 @@ def check(tmp_path):
 
 def _check_context(folder, code, params):
     (folder / "models.py").write_text(HEAD + code)
-    return checks.CheckContext(replace(PARAMS, **params), folder, folder / "out")
+    return CheckContext(replace(PARAMS, **params), folder, folder / "out")
 
 
 def _refusal(call, *arguments):

@@ -14,7 +14,7 @@ from edgekd import usercode
 from edgekd.domain.recipe import EntryPoint, TensorSpec
 from edgekd.errors import RecipeError
 from edgekd.stages.inspect import checks
-from edgekd.stages.inspect.params import InspectParams, TeacherParams
+from edgekd.stages.inspect.params import CheckContext, InspectParams, TeacherParams
 
 HEAD = "import torch\nfrom torch import nn\nfrom torch.nn import functional as F\n"
 COUNT = 300
@@ -54,7 +54,7 @@ def check(tmp_path):
 
     def make(code, **params):
         (tmp_path / "models.py").write_text(HEAD + code)
-        return checks.CheckContext(replace(PARAMS, **params), tmp_path, tmp_path / "out")
+        return CheckContext(replace(PARAMS, **params), tmp_path, tmp_path / "out")
 
     yield make
     usercode.forget_modules()
