@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edgekd import config, registry
+from edgekd import __version__, config, registry
+from edgekd.build import keys
 from edgekd.domain.candidate import Accuracy, Option
 from edgekd.domain.measurement import TEACHER
 from edgekd.domain.units import fraction_to_pp
@@ -15,6 +16,7 @@ from edgekd.harness import runner
 from edgekd.report import collect, document, markdown
 from edgekd.report.target_run import read_json, read_scores, teacher_measurement
 from edgekd.stages import gate, measure, package, select
+from edgekd.store import locks
 from edgekd.store.digests import digest, tool_version
 
 if TYPE_CHECKING:
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
     from edgekd.report.target_run import TargetRun, TargetScores
 
 
+# the modules and packages that decide a verdict or write its report: their source is part of the key of a cached verdict
+CODE = (
+    *("build/judge", "config/profiles", "devices", "domain", "harness", "plan", "report", "runtimes"),
+    *("stages/gate", "stages/measure", "stages/package", "stages/select", "stats", "store/documents"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """The result of one target: its report, whether that is a cached verdict, and the exit code."""
@@ -37,18 +46,31 @@ class Result:
 
 
 def judge_target(target_run: TargetRun, reporter: Reporter) -> Result:
-    """Judge one target and write its output folder.
+    """Judge one target and write its output folder, which this process locks meanwhile.
 
     Raises:
         EdgekdError: if measuring or writing fails.
     """
-    machine = runner.facts()
-    why_not_here = config.why_not_this_machine(target_run.target, machine)
-    verdict_key = _verdict_key(target_run, machine)
-    cached = _cached_verdict(target_run, verdict_key, why_not_here)
-    if cached is not None:
-        package.touch(target_run.folder)
-        return _result(target_run, cached, cached=True)
+    folder = target_run.folder
+
+    def on_wait() -> None:
+        reporter.log(f"{folder}: waits until another build has written it")
+
+    with locks.exclusive_folder(folder, on_wait):
+        package.remove_leftovers(folder)
+        machine = runner.facts()
+        why_not_here = config.why_not_this_machine(target_run.target, machine)
+        verdict_key = _verdict_key(target_run, machine)
+        cached = _cached_verdict(target_run, verdict_key, why_not_here, reporter)
+        if cached is not None:
+            package.confirm(folder, markdown.render(cached))
+            return _result(target_run, cached, cached=True)
+        package.check_recipe(folder, target_run.recipe, target_run.plan.recipe.name)  # another build may have written meanwhile
+        return _result(target_run, _judge(target_run, verdict_key, why_not_here, reporter), cached=False)
+
+
+def _judge(target_run: TargetRun, verdict_key: str, why_not_here: str | None, reporter: Reporter) -> Mapping[str, Any]:
+    """Measure and judge the candidates, write the output folder, and return the report."""
     settings, scores = target_run.settings, read_scores(target_run)
     accuracies = {candidate.id: _accuracy(target_run, candidate, scores, why_not_here) for candidate in target_run.candidates}
     outcomes = {name: gate.accuracy_outcome(settings.budget, accuracy) for name, accuracy in accuracies.items()}
@@ -59,7 +81,7 @@ def judge_target(target_run: TargetRun, reporter: Reporter) -> Result:
     report = collect.collect_report(target_run, scores, accuracies, options, choice, measurements)
     report = document.with_verdict({**report, "verdict_key": verdict_key, **_shipped(target_run, choice, verdict)}, verdict)
     _write_output(target_run, choice, report)
-    return _result(target_run, report, cached=False)
+    return report
 
 
 def _result(target_run: TargetRun, report: Mapping[str, Any], *, cached: bool) -> Result:
@@ -70,13 +92,18 @@ def _verdict_key(target_run: TargetRun, machine: Mapping[str, Any]) -> str:
     """Return a digest of everything that a verdict depends on, except the noise of measuring."""
     steps = {name: completed.entry.key for name, completed in target_run.completed.items() if target_run.concerns(name)}
     versions = {entry.package: tool_version(entry.package) for entry in target_run.target.runtimes}
-    return digest([steps, asdict(target_run.settings), asdict(target_run.target), runner.identity(machine), versions])
+    settings = target_run.settings
+    recipe = replace(target_run.plan.recipe, budget=settings.budget, quantize=settings.quantize, target={})
+    recipes = [asdict(recipe), target_run.recipe_file]
+    runtimes = [registry.source_folder("runtimes", entry.name) for entry in target_run.target.runtimes]
+    code = [__version__, keys.source_digest([*(keys.PACKAGE / name for name in CODE), *runtimes])]
+    return digest([steps, recipes, asdict(target_run.target), runner.identity(machine), versions, code])
 
 
-def _cached_verdict(target_run: TargetRun, verdict_key: str, why_not_here: str | None) -> Mapping[str, Any] | None:
+def _cached_verdict(target_run: TargetRun, verdict_key: str, why_not_here: str | None, reporter: Reporter) -> Mapping[str, Any] | None:
     """Return the report of the last build if its verdict is still valid, or None."""
-    report = None if target_run.remeasure else package.read_previous(target_run.folder)
-    if report is None or report.get("verdict_key") != verdict_key:
+    report = None if target_run.remeasure else package.read_previous(target_run.folder, reporter.log)
+    if report is None or report["verdict_key"] != verdict_key:
         return None
     if report["outcome"] == Outcome.INCONCLUSIVE:
         # measuring again may end it; if nothing can be measured here, the same numbers would give the same verdict

@@ -16,7 +16,7 @@ from edgekd.ports import CompletedStep
 from edgekd.store.digests import canonical_json, digest, tool_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from edgekd.domain.artifact import Artifact
     from edgekd.plan import Plan
@@ -82,6 +82,11 @@ def code_digest(stage: Stage, step: Step[Any]) -> str:
     roots = [PACKAGE / name for name in stage.CODE]
     if (runtime := getattr(step.params, "runtime", None)) is not None:
         roots.append(registry.source_folder("runtimes", runtime))
+    return source_digest(roots)
+
+
+def source_digest(roots: Iterable[Path]) -> str:
+    """Return the SHA-256 of the source of modules (paths without suffix) and packages (folders)."""
     return digest([_source_digest(root) for root in roots])
 
 

@@ -7,6 +7,7 @@ import os
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import config, registry
@@ -14,19 +15,19 @@ from edgekd.build import keys, pipeline
 from edgekd.build.judge import Result, judge_target
 from edgekd.build.worker import Worker
 from edgekd.domain.verdict import Outcome
-from edgekd.errors import RecipeError, did_you_mean
+from edgekd.errors import RecipeError, UsageError, did_you_mean
 from edgekd.harness import runner
 from edgekd.kd.training import distributed
 from edgekd.plan import Plan, resolve
 from edgekd.report import collect, document, provable
 from edgekd.report.target_run import TargetRun
 from edgekd.stages import measure, package
+from edgekd.store import locks
 from edgekd.store.cache import Cache
 from edgekd.store.digests import digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from edgekd.domain.recipe import Recipe
     from edgekd.domain.target import Target
@@ -67,7 +68,7 @@ def build(request: Request, reporter: Reporter) -> list[Result]:
     _check_outputs(request, plan)
     cache = Cache(request.cache, reporter.log)
     cache.prepare()
-    before_step = _warn_before_training(plan, reporter)
+    before_step = _check_before_training(request, plan, cache, reporter)
     try:
         with closing(Worker(request.recipe_dir)) as worker, closing(Worker(request.recipe_dir, persistent=True)) as ranks:
             context = pipeline.BuildContext(cache, request.recipe_dir, reporter, before_step, worker, ranks)
@@ -75,12 +76,16 @@ def build(request: Request, reporter: Reporter) -> list[Result]:
         if request.until is not None:
             return [_write_stage_output(request, plan, completed, request.until)]
         input_files = _input_files(request, plan, cache, completed)
+        _check_depfile(request, plan, input_files)
         results = []
         for target in plan.targets:
             folder = request.out / target.name
-            target_run = TargetRun(plan, target, completed, folder, input_files, request.inconclusive_ok, request.remeasure, started)
+            target_run = TargetRun(
+                plan, target, completed, folder, request.recipe, input_files, request.inconclusive_ok, request.remeasure, started
+            )
             results.append(judge_target(target_run, reporter))
-        _write_depfile(request, plan, input_files)
+        if request.depfile is not None:
+            package.write_depfile(request.depfile, *_depfile_rules(request, plan, input_files))
     finally:
         cache.close()
     return results
@@ -121,52 +126,106 @@ def _unknown_target_tables(recipe: Recipe, path: Path, targets: Sequence[Target]
 
 
 def _check_outputs(request: Request, plan: Plan) -> None:
-    for target in plan.targets:
-        package.check_writable(request.out / target.name)
+    """Check the output folders and the names in the depfile that are known, before any step runs.
+
+    Raises:
+        UsageError: if an output cannot be written, is that of another recipe, or has a name that make cannot read.
+    """
+    for folder in _output_folders(request, plan):
+        _check_place(request, folder)
+        package.check_writable(folder)
+        package.check_recipe(folder, request.recipe, plan.recipe.name)
     if request.depfile is not None:
+        if os.path.isdir(request.depfile):  # noqa: PTH112  (Path.is_dir raises for a name that is too long)
+            raise UsageError(f"{request.depfile}: is a folder; expected --depfile with the name of a file")
         package.check_writable(request.depfile.parent)
+        _check_depfile(request, plan, dict.fromkeys([request.recipe.name, *_profile_names(request, plan)], ""))
 
 
-def _warn_before_training(plan: Plan, reporter: Reporter) -> Callable[[Step[Any], Mapping[str, CompletedStep]], None]:
-    """Return a hook that logs the warnings about budgets once, before the first long step."""
-    has_warned = False
+def _output_folders(request: Request, plan: Plan) -> list[Path]:
+    if request.until is not None:
+        return [request.out / f"until-{request.until}"]
+    return [request.out / target.name for target in plan.targets]
+
+
+def _check_place(request: Request, folder: Path) -> None:
+    """Refuse an output folder in which edgekd's files would mix with the recipe, the cache or the system's folders."""
+    place, cache = (Path(os.path.realpath(path)) for path in (folder, request.cache))
+    home = os.path.realpath(os.path.expanduser("~"))  # noqa: PTH111  (Path.home raises where there is none)
+    if place.is_relative_to(cache):
+        problem = f"is in the cache {request.cache}"
+    elif Path(os.path.realpath(request.recipe_dir)).is_relative_to(place):
+        problem = "is the recipe's own folder, or has it inside"
+    elif place.parent == Path(place.anchor) or str(place) == home:
+        problem = "is the root of the file system, a folder in it, or your home folder"
+    else:
+        return
+    raise UsageError(f"{folder}: {problem}; expected a folder for outputs only; name another with --out")
+
+
+def _check_before_training(
+    request: Request, plan: Plan, cache: Cache, reporter: Reporter
+) -> Callable[[Step[Any], Mapping[str, CompletedStep]], None]:
+    """Return a hook that checks names for the depfile and logs the warnings about budgets once, before the first long step."""
+    is_checked = False
 
     def before_step(step: Step[Any], completed: Mapping[str, CompletedStep]) -> None:
-        nonlocal has_warned
-        if step.stage in pipeline.DISTRIBUTED and not has_warned:
-            has_warned = True
+        nonlocal is_checked
+        if step.stage in pipeline.DISTRIBUTED and not is_checked:
+            is_checked = True
+            _check_depfile(request, plan, _input_files(request, plan, cache, completed))
             for line in provable.budget_warnings(plan, completed):
                 reporter.log(f"warning: {line}")
 
     return before_step
 
 
+def _profile_names(request: Request, plan: Plan) -> list[str]:
+    """Return the files of the target profiles, by their paths from the recipe's folder."""
+    profiles = map(config.find_target, request.targets or [target.name for target in plan.targets])
+    return [os.path.relpath(path.absolute(), request.recipe_dir) for path in profiles]
+
+
 def _input_files(request: Request, plan: Plan, cache: Cache, completed: Mapping[str, CompletedStep]) -> dict[str, str | None]:
     """Return the digests of the files that the build read, by their paths from the recipe's folder."""
-    digests = {request.recipe.name: cache.digest_of(request.recipe)}
-    for name in request.targets or [target.name for target in plan.targets]:
-        path = config.find_target(name)
-        digests[os.path.relpath(path.absolute(), request.recipe_dir)] = cache.digest_of(path)
+    names = [request.recipe.name, *_profile_names(request, plan)]
+    digests = {name: cache.digest_of(request.recipe_dir / name) for name in names}
     record = cache.matching_record(digest(completed["inspect"].entry.material), request.recipe_dir) or {}
     return {**digests, **record.get("files", {})}
 
 
-def _write_depfile(request: Request, plan: Plan, input_files: Mapping[str, str | None]) -> None:
-    if request.depfile is not None:
-        stamps = [request.out / target.name / package.STAMP for target in plan.targets]
-        package.write_depfile(
-            request.depfile, stamps, [request.recipe_dir / name for name, sha256 in input_files.items() if sha256 is not None]
-        )
+def _depfile_rules(request: Request, plan: Plan, input_files: Mapping[str, str | None]) -> tuple[list[Path], list[Path]]:
+    """Return the stamps, and the files that they depend on."""
+    stamps = [request.out / target.name / package.STAMP for target in plan.targets]
+    return stamps, [request.recipe_dir / name for name, sha256 in input_files.items() if sha256 is not None]
+
+
+def _check_depfile(request: Request, plan: Plan, input_files: Mapping[str, str | None]) -> None:
+    """Check that all names can be written in a makefile, and that the depfile replaces none of the files.
+
+    Raises:
+        UsageError: if not.
+    """
+    if request.depfile is None:
+        return
+    stamps, prerequisites = _depfile_rules(request, plan, input_files)
+    package.depfile_text(stamps, prerequisites)
+    if os.path.realpath(request.depfile) in map(os.path.realpath, [*stamps, *prerequisites]):
+        raise UsageError(f"{request.depfile}: is a file that the build reads or writes; name another file with --depfile")
 
 
 def _write_stage_output(request: Request, plan: Plan, completed: Mapping[str, CompletedStep], stage: str) -> Result:
     """Copy the files that a stage wrote to the output folder; there is no verdict yet."""
-    folder = request.out / f"until-{stage}"
-    for item in completed.values():
-        if item.step.stage == stage:
-            step_folder = folder.joinpath(*item.step.id.split("/")[1:])
-            for name, artifact in item.entry.artifacts.items():
-                package.copy(artifact.path, step_folder / name)
+    (folder,) = _output_folders(request, plan)
+    files = {
+        "/".join([*item.step.id.split("/")[1:], name]): artifact
+        for item in completed.values()
+        if item.step.stage == stage
+        for name, artifact in item.entry.artifacts.items()
+    }
+    with locks.exclusive_folder(folder):
+        package.check_recipe(folder, request.recipe, plan.recipe.name)
+        package.copy_stage(folder, files, {"recipe": plan.recipe.name, "recipe_file": document.recipe_file(request.recipe, folder)})
     report = {"schema": 1, "recipe": plan.recipe.name, "outcome": Outcome.INCONCLUSIVE.value, "until": stage, "folder": str(folder)}
     return Result(report, cached=False, exit_code=document.exit_code(report, inconclusive_ok=request.inconclusive_ok))
 

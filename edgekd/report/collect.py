@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from edgekd import __version__
 from edgekd.domain.measurement import TEACHER
 from edgekd.domain.units import fraction_to_pp
 from edgekd.domain.verdict import Outcome
 from edgekd.report import cost, provable
+from edgekd.report.plain import plain
 from edgekd.report.target_run import read_json, teacher_measurement
 
 if TYPE_CHECKING:
@@ -43,7 +46,9 @@ def collect_report(
     costs = cost.training_cost(target_run, choice.measurement, measurements)
     completed = target_run.completed
     return {
+        "edgekd": __version__,
         "recipe": target_run.plan.recipe.name,
+        "recipe_file": target_run.recipe_file,
         "target": {"name": target_run.target.name, "title": target_run.target.title},
         "choice": next(row for row in rows if row["id"] == chosen.id)
         | {"threads": choice.threads, "selected_by": choice.selected_by, "speedup": _teacher_speedup(choice.measurement, measurements)},
@@ -77,10 +82,13 @@ def manifest(target_run: TargetRun, report: Mapping[str, Any], model: Artifact) 
     """Return the manifest of the model that ships: digests of the inputs and the output, and versions."""
     manifest: dict[str, Any] = {
         "schema": 1,
+        "edgekd": __version__,
         "recipe": target_run.plan.recipe.name,
+        "recipe_file": target_run.recipe_file,
         "target": target_run.target.name,
         "outcome": report["outcome"],
-        "inputs": {name: sha256 for name, sha256 in target_run.input_files.items() if sha256 is not None},
+        "verdict_key": report["verdict_key"],
+        "inputs": input_digests(target_run.input_files),
         "outputs": {report["shipped"]: {"sha256": model.digest, "bytes": model.size_bytes}},
         "candidate": report["choice"]["id"],
         "steps": {row["step"]: row["key"] for row in report["steps"]},
@@ -89,6 +97,20 @@ def manifest(target_run: TargetRun, report: Mapping[str, Any], model: Artifact) 
     if report["inconclusive_ok"] and report["outcome"] == Outcome.INCONCLUSIVE:
         manifest["inconclusive-ok"] = True
     return manifest
+
+
+def input_digests(files: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the digests of the files that a build read, by names that show no folder of the user.
+
+    ``files`` are by their paths from the recipe's folder. A file outside of it is named by its last part and its digest.
+    """
+    digests = {}
+    for name, sha256 in files.items():
+        if sha256 is not None:
+            parts = PurePath(name).parts
+            is_outside = PurePath(name).is_absolute() or ".." in parts
+            digests[plain(f"{parts[-1]}:{sha256[:16]}" if is_outside else name)] = sha256
+    return digests
 
 
 def measurement_rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import hashlib
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgekd.domain.verdict import Outcome
 from edgekd.errors import UsageError
+from edgekd.report import schema
+from edgekd.report.plain import plain, plain_document
+from edgekd.store import documents
+from edgekd.store.digests import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +22,8 @@ if TYPE_CHECKING:
     from edgekd.domain.verdict import Check, Verdict
 
 SCHEMA = 1
+REPORT = "report.json"
+MANIFEST = "manifest.json"
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
 
@@ -34,31 +42,97 @@ def check_row(check: Check) -> dict[str, Any]:
 
 
 def with_verdict(parts: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
-    """Return the whole report: the parts that the build collected, and the verdict."""
-    return {"schema": SCHEMA, "outcome": verdict.outcome.value, "checks": [check_row(check) for check in verdict.checks], **parts}
+    """Return the whole report, sealed: the parts that the build collected, and the verdict. All text in it is plain."""
+    rows = [check_row(check) for check in verdict.checks]
+    return documents.seal(plain_document({"schema": SCHEMA, "outcome": verdict.outcome.value, "checks": rows, **parts}))
+
+
+def recipe_file(recipe: Path, folder: Path) -> dict[str, str]:
+    """Return how an output folder identifies its recipe: by its file's name; outside the recipe's folder, also by a digest of that.
+
+    The digest has few bits: enough to tell the recipes of one user apart, too few to prove a guess at the folder's name.
+    """
+    recipe_dir = os.path.realpath(recipe.parent)
+    is_below = Path(os.path.realpath(folder)).is_relative_to(recipe_dir)
+    return {"name": plain(recipe.name), "folder": "" if is_below else hashlib.sha256(os.fsencode(recipe_dir)).hexdigest()[:4]}
 
 
 def read(folder: Path) -> dict[str, Any]:
     """Return the report of an earlier build, by its folder or by its file.
 
     Raises:
-        UsageError: if there is no report, if it is incomplete, or if the model that it says ships is missing.
+        UsageError: if there is no report, if it was damaged or changed, or if what it says ships is not beside it, byte for byte.
     """
-    path = folder / "report.json" if folder.is_dir() else folder
+    path = folder / REPORT if os.path.isdir(folder) else folder  # noqa: PTH112  (Path.is_dir raises for a name that is too long)
     try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; expected the folder of a target, as in: edgekd report build/host") from None
-    except ValueError:
-        raise UsageError(f"{path}: is not valid JSON; build again") from None
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        document = documents.parse(documents.read_file(path))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: {reason}; expected the folder of a target, as in: edgekd report build/host") from None
+    if document is None:
+        raise UsageError(f"{path}: is not a JSON object; build again")
+    if type(document.get("schema")) is not int or document["schema"] != SCHEMA:
         raise UsageError(f"{path}: is not a report of schema {SCHEMA}; build again")
-    missing = sorted(set(json.loads(SCHEMA_FILE.read_bytes())["required"]) - set(document))
+    definition = _definition()
+    missing = sorted(set(definition["required"]) - set(document))
     if missing:
         raise UsageError(f"{path}: is not a complete report: {', '.join(missing)} missing; build again")
-    if folder.is_dir() and document["shipped"] is not None and not (folder / str(document["shipped"])).is_file():
-        raise UsageError(f"{path}: says that {document['shipped']} ships, but that file is missing; build again")
+    if not documents.is_sealed(document):
+        raise UsageError(f"{path}: was changed after it was written: its content does not match its own digest; build again")
+    problem = next(schema.problems(document, definition, definition), None)
+    if problem is not None:
+        raise UsageError(f"{path}: is not a report of this version of edgekd: {plain(problem, 200)}; build again")
+    problem = _why_not_shipped(path.parent, document)
+    if problem is not None:
+        raise UsageError(f"{path}: says that {document['shipped'] or 'nothing'} ships, but {problem}; build again")
     return document
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest in a folder, or None if there is none, or if it was damaged or changed."""
+    manifest = documents.read(folder / MANIFEST)
+    if manifest is None or not documents.is_sealed(manifest) or not isinstance(manifest.get("outputs"), dict):
+        return None
+    return manifest
+
+
+def is_file_name(name: object) -> bool:
+    """Return whether a value names a file in a folder, and no file elsewhere."""
+    return isinstance(name, str) and name not in {"", ".", ".."} and not {"/", "\0"} & set(name)
+
+
+def _why_not_shipped(folder: Path, document: Mapping[str, Any]) -> str | None:
+    """Return why a folder does not hold what a report says, or None."""
+    name = document["shipped"]
+    if name is None:
+        return f"the verdict is {Outcome.PASS}" if document["outcome"] == Outcome.PASS else None
+    if document["outcome"] == Outcome.FAIL or not is_file_name(name):
+        return f"the verdict is {document['outcome']}"
+    if not os.path.lexists(folder / name):
+        return "that file is missing"
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"{MANIFEST} is missing, damaged or changed"
+    expected = {"verdict_key": document["verdict_key"], "outcome": document["outcome"]}
+    if any(manifest.get(key) != value for key, value in expected.items()):
+        return f"{MANIFEST} is that of another build"
+    output = manifest["outputs"].get(name)
+    sha256 = output.get("sha256") if isinstance(output, dict) else None
+    if sha256 != document["choice"]["digest"] or not _has_digest(folder / name, sha256):
+        return "its bytes are not those of the model that was judged"
+    return None
+
+
+def _has_digest(path: Path, sha256: str) -> bool:
+    try:
+        return path.is_file() and file_digest(path) == sha256
+    except OSError:
+        return False
+
+
+@functools.cache
+def _definition() -> dict[str, Any]:
+    return cast("dict[str, Any]", documents.parse(SCHEMA_FILE.read_bytes()))
 
 
 def exit_code(document: Mapping[str, Any], *, inconclusive_ok: bool = False) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd import registry
 from edgekd.domain.measurement import TEACHER
 from edgekd.plan import left_out
+from edgekd.report import document
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,10 +36,16 @@ class TargetRun:
     target: Target
     completed: Mapping[str, CompletedStep]
     folder: Path
+    recipe: Path
     input_files: Mapping[str, str | None]
     inconclusive_ok: bool
     remeasure: bool
     started: float
+
+    @property
+    def recipe_file(self) -> dict[str, str]:
+        """Return what identifies the recipe in the output folder."""
+        return document.recipe_file(self.recipe, self.folder)
 
     @property
     def settings(self) -> TargetOverrides:

@@ -14,7 +14,7 @@ import fcntl
 import os
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,19 @@ def exclusive(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator
         StorageError: if the file cannot be opened.
     """
     with _hold(path, fcntl.LOCK_EX, on_wait):
+        yield
+
+
+@contextmanager
+def exclusive_folder(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a folder exclusively, by a lock on the folder itself: no file is left in it. On NFS, which cannot do that, no lock is held.
+
+    Raises:
+        StorageError: if the folder cannot be created or opened.
+    """
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _hold(Path(os.path.realpath(folder)), fcntl.LOCK_EX, on_wait):
         yield
 
 
@@ -107,6 +120,9 @@ def _acquire(path: Path, kind: int, on_wait: Callable[[], None] | None) -> int:
                     on_wait()
                     on_wait = None
                 fcntl.flock(descriptor, kind)
+            except OSError:
+                if not path.is_dir():
+                    raise
             if _is_current(descriptor, path):
                 return descriptor
         except BaseException:
@@ -127,6 +143,10 @@ def _open(path: Path) -> int:
     while True:
         try:
             descriptor = os.open(path, flags)  # without O_CREAT, which a sticky folder refuses for another user's file
+        except IsADirectoryError:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            _descriptors.add(descriptor)
+            return descriptor
         except FileNotFoundError:
             try:
                 descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, _MODE)

@@ -15,7 +15,8 @@ import pytest
 
 from edgekd.domain.verdict import Check, Interval, Outcome, Verdict
 from edgekd.report import document, markdown, text
-from edgekd.stages import package
+from edgekd.store import documents
+from tests import outputs
 
 FOLDER = Path(__file__).parent
 SCHEMA = json.loads(document.SCHEMA_FILE.read_text())
@@ -74,7 +75,7 @@ def _candidate(scheme, size_bytes, why_not, latency):
         "scheme": scheme,
         "rung": "ptq",
         "size_bytes": size_bytes,
-        "digest": "ab" * 32,
+        "digest": outputs.DIGEST,
         "float_ops": 1,
         "accuracy": 0.925 - drop / 100,
         "interval": [0.91, 0.93],
@@ -125,7 +126,9 @@ def _parts(*, measured):
         for n in (1, 2, 3)
     ]
     return {
+        "edgekd": "1.2.3",
         "recipe": "keywords",
+        "recipe_file": {"name": "edgekd.toml", "folder": ""},
         "target": {"name": "board", "title": "Some Board, 64-bit OS"},
         "choice": rows[1] | {"threads": 1, "selected_by": selected_by, "speedup": rows[1]["latency"][0]["speedup"] if measured else None},
         "candidates": rows,
@@ -199,7 +202,7 @@ def _is_golden(name, text):
 
 
 def test_the_json_is_the_golden_file(outcome):
-    _is_golden(f"report_{outcome}.json", package.as_json(_document(outcome)).decode())
+    _is_golden(f"report_{outcome}.json", documents.as_json(_document(outcome)).decode())
 
 
 def test_the_markdown_is_the_golden_file(outcome):
@@ -234,7 +237,7 @@ def test_the_schema_refuses_unknown_and_missing_keys(outcome):
 
 def test_a_report_read_back_renders_the_same(outcome, tmp_path):
     report = _document(outcome)
-    (tmp_path / "report.json").write_bytes(package.as_json(report))
+    outputs.write_output(tmp_path, report)
     read_report = document.read(tmp_path / "report.json")
     assert markdown.render(read_report) == markdown.render(report)
     assert text.render_verdict(read_report, cached=False) == text.render_verdict(report, cached=False)

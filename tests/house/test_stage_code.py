@@ -9,7 +9,7 @@ import grimp
 import pytest
 
 from edgekd import registry
-from edgekd.build import keys, pipeline
+from edgekd.build import judge, keys, pipeline
 from edgekd.ports import Step
 
 # imported by stages, but without effect on their bytes; each with the reason
@@ -37,10 +37,30 @@ def graph():
     return grimp.build_graph("edgekd", exclude_type_checking_imports=True)
 
 
+# imported to judge a verdict, but without effect on it; each with the reason
+WITHOUT_EFFECT_ON_VERDICTS = {
+    "": "the version is in the key",
+    "errors": "messages",
+    "ports": "types",
+    "registry": "finds runtimes and devices, whose own code is part of the key",
+    "build.keys": "keys of steps, which are in the key",
+    "build.refusals": "results of steps, whose keys are in the key",
+    "config": "reads recipe and profile, whose values are in the key",
+    "config.distill_rules": "checks of recipes",
+    "config.reader": "reads values, which are in the key",
+    "config.recipe": "reads values, which are in the key",
+    "store.digests": "SHA-256 and atomic writes",
+    "store.locks": "locks",
+}
+
+
 def _imported_by(graph, stage):
     """Return the modules that a stage imports, transitively, but not through those without effect."""
-    name = f"edgekd.stages.{stage.NAME}"
     ignored = WITHOUT_EFFECT.keys() | ({"harness.runner"} if stage.NAME in FACTS_ONLY else set())
+    return _imports(graph, f"edgekd.stages.{stage.NAME}", ignored)
+
+
+def _imports(graph, name, ignored):
     todo, modules = {name, *graph.find_descendants(name)}, set()
     while todo:
         module = todo.pop()
@@ -64,6 +84,13 @@ def test_all_modules_that_a_stage_imports_are_part_of_its_keys(graph, stage):
 @pytest.mark.parametrize("stage", pipeline.PIPELINE, ids=lambda stage: stage.NAME)
 def test_a_stage_names_only_code_that_exists(stage):
     assert [name for name in stage.CODE if not (keys.PACKAGE / name).is_dir() and not (keys.PACKAGE / f"{name}.py").is_file()] == []
+
+
+def test_all_modules_that_judge_are_part_of_the_keys_of_verdicts(graph):
+    modules = _imports(graph, "edgekd.build.judge", WITHOUT_EFFECT_ON_VERDICTS) - {"edgekd"}
+    assert {"build.judge", "stages.gate", "stages.select", "stats.intervals", "report.collect"} <= modules
+    assert sorted(module for module in modules if not _is_part_of(module, judge.CODE)) == []
+    assert [name for name in judge.CODE if not (keys.PACKAGE / name).is_dir() and not (keys.PACKAGE / f"{name}.py").is_file()] == []
 
 
 class _Params:

@@ -9,71 +9,184 @@ from pathlib import Path
 
 import pytest
 
+from edgekd.domain.artifact import Artifact
 from edgekd.errors import UsageError
+from edgekd.report import document
 from edgekd.stages import package
 from edgekd.store.digests import file_digest
+from edgekd.store.documents import seal
+from tests import outputs
 
-REPORT = {"schema": 1, "outcome": "PASS", "shipped": "toy.tflite"}
-
-
-@pytest.fixture
-def model(tmp_path):
-    path = tmp_path / "model.tflite"
-    path.write_bytes(b"model")
-    return path
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
-def _ship(folder, model, name="toy.tflite", text="# toy"):
-    manifest = {"outputs": {name: {"sha256": file_digest(model)}}}
-    folder.mkdir(exist_ok=True)
-    package.ship(folder, model, name, manifest, {**REPORT, "shipped": name}, text)
+@pytest.fixture(scope="module")
+def report():
+    return json.loads((GOLDEN / "report_pass.json").read_text())
 
 
-def test_a_shipped_folder_holds_what_the_manifest_says(tmp_path, model):
+def test_a_shipped_folder_holds_what_the_manifest_says(tmp_path, report):
     out = tmp_path / "out"
-    _ship(out, model)
+    outputs.ship(out, report)
     assert sorted(path.name for path in out.iterdir()) == ["edgekd.stamp", "manifest.json", "report.json", "report.md", "toy.tflite"]
     assert package.read_previous(out)["shipped"] == "toy.tflite"
 
 
-def test_an_output_is_rewritten_only_when_its_bytes_change_but_the_stamp_always(tmp_path, model):
+def test_an_output_is_rewritten_only_when_its_bytes_change_but_the_stamp_always(tmp_path, report):
     out = tmp_path / "out"
-    _ship(out, model)
+    outputs.ship(out, report)
     for path in out.iterdir():
         os.utime(path, (1, 1))
-    _ship(out, model)
+    outputs.ship(out, report)
     rewritten = {path.name for path in out.iterdir() if path.stat().st_mtime > 1}
     assert rewritten == {"edgekd.stamp"}
-    model.write_bytes(b"other")
-    _ship(out, model)
+    outputs.ship(out, report, b"other")
     assert (out / "toy.tflite").read_bytes() == b"other"
 
 
-def test_withholding_removes_what_an_earlier_build_shipped(tmp_path, model):
+def test_withholding_removes_what_an_earlier_build_shipped(tmp_path, report):
     out = tmp_path / "out"
-    _ship(out, model)
-    package.withhold(out, {"schema": 1, "outcome": "FAIL", "shipped": None}, "# failed")
+    outputs.ship(out, report)
+    outputs.withhold(out, report)
     assert sorted(path.name for path in out.iterdir()) == ["report.json", "report.md"]
     assert package.read_previous(out)["outcome"] == "FAIL"
 
 
-def test_a_model_in_another_format_replaces_the_last_one(tmp_path, model):
+def test_a_model_in_another_format_replaces_the_last_one(tmp_path, report):
     out = tmp_path / "out"
-    _ship(out, model)
-    _ship(out, model, "toy.onnx")
+    outputs.ship(out, report)
+    outputs.ship(out, report, name="toy.onnx")
     assert not (out / "toy.tflite").exists()
 
 
-@pytest.mark.parametrize("name", ["toy.tflite", "manifest.json", "report.json", "edgekd.stamp"])
-def test_a_folder_that_was_changed_is_not_trusted(tmp_path, model, name):
+@pytest.mark.parametrize("action", [outputs.ship, outputs.withhold])
+@pytest.mark.parametrize("manifest", ["sound", "damaged", "missing", "edited"])
+def test_files_of_others_are_never_removed(tmp_path, report, action, manifest):
     out = tmp_path / "out"
-    _ship(out, model)
+    outputs.ship(out, report)
+    for name in ("mine.onnx", "mine.tflite", "notes.txt", ".toy.tflite.x", ".mine.onnx.12"):
+        (out / name).write_bytes(b"mine")
+    path = out / "manifest.json"
+    if manifest == "damaged":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif manifest == "missing":
+        path.unlink()
+    elif manifest == "edited":
+        path.write_text(path.read_text().replace("toy.tflite", "mine.onnx"))
+    package.remove_leftovers(out)
+    action(out, report)
+    assert {(out / name).read_bytes() for name in ("mine.onnx", "mine.tflite", "notes.txt", ".toy.tflite.x", ".mine.onnx.12")} == {b"mine"}
+    assert package.read_previous(out) is not None  # a file of others is no reason to build again
+
+
+def test_temporary_files_of_killed_builds_are_removed(tmp_path, report):
+    out = tmp_path / "out"
+    outputs.ship(out, report)
+    before = sorted(out.iterdir())
+    for name in (".report.json.123", ".manifest.json.4", ".toy.tflite.99", ".edgekd.stamp.1", ".report.md.7"):
+        (out / name).write_bytes(b"half")
+    package.remove_leftovers(out)
+    assert sorted(out.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["toy.tflite", "manifest.json", "report.json", "edgekd.stamp"])
+def test_a_folder_that_was_changed_is_not_trusted(tmp_path, report, name):
+    out = tmp_path / "out"
+    outputs.ship(out, report)
     (out / name).unlink()
     assert package.read_previous(out) is None
-    _ship(out, model)
+    outputs.ship(out, report)
     if name.endswith(("tflite", "json")):
         (out / name).write_bytes(b"\xff{")
         assert package.read_previous(out) is None
+
+
+def test_a_cached_verdict_restores_the_summary(tmp_path, report):
+    out = tmp_path / "out"
+    outputs.ship(out, report)
+    summary = (out / "report.md").read_text()
+    (out / "report.md").write_text(summary.replace("PASS", "FAIL"))
+    package.confirm(out, summary)
+    assert (out / "report.md").read_text() == summary
+
+
+def test_why_a_report_is_not_trusted_is_reported(tmp_path, report):
+    out = tmp_path / "out"
+    outputs.withhold(out, report)
+    path, lines = out / "report.json", []
+    path.write_text(path.read_text().replace('"FAIL"', '"PASS"'))
+    assert package.read_previous(out, lines.append) is None
+    (line,) = lines
+    assert line == (
+        f"warning: {path}: was changed after it was written: its content does not match its own digest; this target is judged again"
+    )
+
+
+def test_the_folder_of_another_recipe_is_refused(tmp_path, report):
+    out = tmp_path / "build" / "host"
+    recipes = [tmp_path / name for name in ("edgekd.toml", "b.toml")]
+    for recipe in recipes:
+        recipe.write_text("")
+    package.check_recipe(out, recipes[0], "keywords")  # nothing there yet
+    outputs.ship(out, report)
+    package.check_recipe(out, recipes[0], "keywords")
+    package.check_recipe(out, recipes[0], "renamed")
+    with pytest.raises(UsageError, match=r"holds the output of another recipe, 'edgekd.toml' \(recipe 'keywords'\); name another"):
+        package.check_recipe(out, recipes[1], "keywords")
+    (out / "report.json").unlink()  # the manifest says it too
+    with pytest.raises(UsageError, match="holds the output of another recipe"):
+        package.check_recipe(out, recipes[1], "keywords")
+    recipes[0].rename(tmp_path / "c.toml")
+    package.check_recipe(out, tmp_path / "c.toml", "keywords")  # the recipe's file was renamed
+
+
+def test_recipes_of_other_folders_are_told_apart_in_a_common_output_folder(tmp_path, report):
+    recipes = [tmp_path / name / "edgekd.toml" for name in ("a", "b")]
+    for recipe in recipes:
+        recipe.parent.mkdir()
+        recipe.write_text("")
+    out = tmp_path / "out" / "host"
+    owner = document.recipe_file(recipes[0], out)
+    assert set(owner) == {"name", "folder"}
+    assert len(owner["folder"]) == 4  # no folder of the user
+    outputs.ship(out, {**report, "recipe_file": owner})
+    package.check_recipe(out, recipes[0], "renamed")
+    package.check_recipe(out, recipes[1], "keywords")  # the same recipe in another checkout
+    with pytest.raises(UsageError, match="holds the output of another recipe"):
+        package.check_recipe(out, recipes[1], "other")
+
+
+@pytest.mark.parametrize("name", ["toy.onnx", "toy.tflite"])
+def test_a_model_of_others_is_not_overwritten(tmp_path, report, name):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(UsageError, match="is no output of edgekd, and would be replaced; rename it, or name another output with --out"):
+        package.check_recipe(tmp_path, tmp_path / "edgekd.toml", "toy")
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.md", "manifest.json", "edgekd.stamp", "toy.onnx"])
+def test_a_folder_in_the_place_of_an_output_is_refused_before_the_build(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match="is a folder, in the place of an output"):
+        package.check_recipe(tmp_path, tmp_path / "edgekd.toml", "toy")
+
+
+def test_the_files_of_a_stage_replace_those_of_the_last_build_and_no_others(tmp_path):
+    def artifact(name):
+        path = tmp_path / name
+        path.write_bytes(name.encode())
+        return Artifact(path, file_digest(path), len(name))
+
+    out = tmp_path / "until-export"
+    recipe = {"recipe": "toy", "recipe_file": {"name": "edgekd.toml", "folder": ""}}
+    package.copy_stage(out, {"litert/model.tflite": artifact("a"), "onnx/model.onnx": artifact("b")}, recipe)
+    (out / "litert" / "mine").write_bytes(b"mine")
+    package.copy_stage(out, {"litert/model.tflite": artifact("c")}, recipe)
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
+        "litert/mine",
+        "litert/model.tflite",
+        "manifest.json",
+    ]
+    assert (out / "litert" / "model.tflite").read_bytes() == b"c"
 
 
 @pytest.mark.parametrize("what", ["a file", "below a file"])
@@ -194,6 +307,9 @@ def _assert_consistent(out):
     if (out / "edgekd.stamp").exists():
         assert len(models) == 1
         assert package.read_previous(out) is not None
+    with suppress(UsageError):
+        shipped = document.read(out)["shipped"]
+        assert [path.name for path in models] == ([shipped] if shipped else [])
 
 
 EARLIER_BUILDS = {"nothing": None, "a pass": "toy.tflite", "another format": "toy.onnx", "a failure": ""}
@@ -201,24 +317,23 @@ EARLIER_BUILDS = {"nothing": None, "a pass": "toy.tflite", "another format": "to
 
 @pytest.mark.parametrize("earlier", EARLIER_BUILDS)
 @pytest.mark.parametrize("action", ["ship", "ship the same", "withhold"])
-def test_whenever_it_is_killed_every_model_in_the_folder_is_described_by_the_manifest(tmp_path, monkeypatch, earlier, action):
-    old, new = tmp_path / "old", tmp_path / "new"
-    old.write_bytes(b"old model")
-    new.write_bytes(b"old model" if action == "ship the same" else b"new model")
+def test_whenever_it_is_killed_every_model_in_the_folder_is_described_by_the_manifest(tmp_path, monkeypatch, report, earlier, action):
+    old, new = b"old model", b"old model" if action == "ship the same" else b"new model"
+    later = {**report, "verdict_key": "later"}
     for moment in range(20):
         out = tmp_path / f"out{moment}"
-        out.mkdir()
         if EARLIER_BUILDS[earlier]:
-            _ship(out, old, EARLIER_BUILDS[earlier])
+            outputs.ship(out, report, old, EARLIER_BUILDS[earlier])
         elif earlier == "a failure":
-            package.withhold(out, {"schema": 1, "outcome": "FAIL", "shipped": None}, "# failed")
+            outputs.withhold(out, report)
+        out.mkdir(exist_ok=True)
         with _killed_after(moment, monkeypatch) as finished:
             if action == "withhold":
-                package.withhold(out, {"schema": 1, "outcome": "INCONCLUSIVE", "shipped": None}, "# later")
+                outputs.withhold(out, later, "INCONCLUSIVE")
             else:
-                _ship(out, new, text="# later")
+                outputs.ship(out, later, new)
         _assert_consistent(out)
-        _ship(out, new)
+        outputs.ship(out, later, new)
         assert package.read_previous(out)["shipped"] == "toy.tflite"
         if finished:
             break
@@ -226,34 +341,22 @@ def test_whenever_it_is_killed_every_model_in_the_folder_is_described_by_the_man
 
 
 @pytest.mark.parametrize("manifest", [{}, [], {"outputs": {}}, {"outputs": {"toy.tflite": 3}}, {"outputs": {"other": {"sha256": "x"}}}])
-def test_a_manifest_that_does_not_name_the_model_is_not_trusted(tmp_path, model, manifest):
+def test_a_manifest_that_does_not_name_the_model_is_not_trusted(tmp_path, report, manifest):
     out = tmp_path / "out"
-    _ship(out, model)
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    assert package.read_previous(out) is None
+    outputs.ship(out, report)
+    for content in (manifest, manifest and seal(manifest)):
+        (out / "manifest.json").write_text(json.dumps(content))
+        assert package.read_previous(out) is None
 
 
-def test_a_second_model_in_the_folder_is_not_trusted(tmp_path, model):
+def test_a_report_that_is_not_valid_json_changes_nothing(tmp_path, report):
     out = tmp_path / "out"
-    _ship(out, model)
-    (out / "other.onnx").write_bytes(b"from elsewhere")
-    assert package.read_previous(out) is None
-
-
-def test_a_report_that_is_not_valid_json_changes_nothing(tmp_path, model):
-    out = tmp_path / "out"
-    _ship(out, model)
+    outputs.ship(out, report)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for change in (
         lambda report: package.withhold(out, report, "#"),
-        lambda report: package.ship(out, model, "toy.tflite", {}, report, "#"),
+        lambda report: package.ship(out, out / "toy.tflite", "toy.tflite", {}, report, "#"),
     ):
         with pytest.raises(ValueError, match="JSON"):
             change({"schema": 1, "x": float("inf")})
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
-def test_reports_are_json_without_nan():
-    assert json.loads(package.as_json({"a": [1, None]})) == {"a": [1, None]}
-    with pytest.raises(ValueError, match="JSON"):
-        package.as_json({"a": float("nan")})

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cached verdicts: what they depend on, and when they are believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from edgekd.build import judge, keys, run
+from edgekd.domain.budget import Budget
+from edgekd.harness import runner
+from edgekd.report.target_run import TargetRun
+from tests import outputs, toy
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+class Reporter:
+    def __init__(self):
+        self.lines = []
+
+    def log(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def target_run(tmp_path):
+    for name, text in (("edgekd.toml", toy.RECIPE), ("data.py", toy.DATA), ("models.py", toy.MODELS)):
+        (tmp_path / name).write_text(text)
+    plan = run.load_plan(tmp_path / "edgekd.toml", ["host"])
+    folder = tmp_path / "build" / "host"
+    return TargetRun(plan, plan.targets[0], {}, folder, tmp_path / "edgekd.toml", {}, inconclusive_ok=False, remeasure=False, started=0.0)
+
+
+def _key(target_run):
+    return judge._verdict_key(target_run, runner.facts())
+
+
+def _with_recipe(target_run, **changes):
+    recipe = dataclasses.replace(target_run.plan.recipe, **changes)
+    return dataclasses.replace(target_run, plan=dataclasses.replace(target_run.plan, recipe=recipe))
+
+
+def test_the_key_of_a_verdict_has_the_recipe_and_the_target(target_run):
+    key = _key(target_run)
+    assert _key(target_run) == key
+    assert _key(_with_recipe(target_run, name="renamed")) != key
+    assert _key(_with_recipe(target_run, budget=Budget(max_size_kib=1))) != key
+    assert _key(dataclasses.replace(target_run, recipe=target_run.recipe.with_name("other.toml"))) != key
+    assert _key(dataclasses.replace(target_run, target=dataclasses.replace(target_run.target, title="other"))) != key
+
+
+def test_the_key_of_a_verdict_has_the_version_and_the_code_that_judges(target_run, monkeypatch, tmp_path):
+    key = _key(target_run)
+    monkeypatch.setattr(judge, "__version__", "0.0.1")
+    assert _key(target_run) != key
+    monkeypatch.undo()
+    monkeypatch.setattr(keys, "source_digest", lambda roots: str(sorted(roots)))
+    assert str(keys.PACKAGE / "stages" / "gate") in str(sorted(keys.PACKAGE / name for name in judge.CODE))
+    assert _key(target_run) != key
+
+
+def _cached(target_run, key="key", why_not_here=None):
+    reporter = Reporter()
+    return judge._cached_verdict(target_run, key, why_not_here, reporter), reporter.lines
+
+
+@pytest.fixture
+def report():
+    report = json.loads((GOLDEN / "report_pass.json").read_text())
+    return outputs.with_changes(report, verdict_key="key")
+
+
+def test_a_verdict_is_cached_while_its_key_and_its_files_are_unchanged(target_run, report):
+    assert _cached(target_run) == (None, [])
+    outputs.write_output(target_run.folder, report)
+    assert _cached(target_run) == (report, [])
+    assert _cached(target_run, "other") == (None, [])
+    assert _cached(dataclasses.replace(target_run, remeasure=True)) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("report.json", "report.json: is not a JSON object"),
+        ("manifest.json", "manifest.json is missing, damaged or changed"),
+        ("keywords.tflite", "its bytes are not those of the model that was judged"),
+    ],
+)
+def test_a_damaged_file_is_reported_and_the_target_is_judged_again(target_run, report, name, problem):
+    outputs.write_output(target_run.folder, report)
+    (target_run.folder / name).write_bytes(b"\xff")
+    verdict, lines = _cached(target_run)
+    assert verdict is None
+    assert problem in lines[0]
+    assert lines[0].endswith("; this target is judged again")
+
+
+def test_a_failure_that_was_edited_to_pass_is_not_believed(target_run, report):
+    outputs.write_output(target_run.folder, outputs.with_changes(report, outcome="FAIL", shipped=None))
+    path = target_run.folder / "report.json"
+    assert _cached(target_run)[0]["outcome"] == "FAIL"
+    path.write_text(path.read_text().replace('"FAIL"', '"PASS"'))
+    verdict, lines = _cached(target_run)
+    assert verdict is None
+    assert "does not match its own digest" in lines[0]
+
+
+def test_an_inconclusive_verdict_is_cached_only_if_nothing_can_be_measured_here(target_run, report):
+    outputs.write_output(target_run.folder, outputs.with_changes(report, outcome="INCONCLUSIVE", shipped=None))
+    assert _cached(target_run)[0] is None
+    assert _cached(target_run, why_not_here="another machine")[0]["outcome"] == "INCONCLUSIVE"
+    allowed = dataclasses.replace(target_run, inconclusive_ok=True)
+    assert _cached(allowed, why_not_here="another machine")[0] is None
