@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edgekd import __version__, config, registry
+from edgekd import config, registry
 from edgekd.build import keys
 from edgekd.domain.candidate import Accuracy, Option
 from edgekd.domain.measurement import TEACHER
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # the modules and packages that decide a verdict or write its report: their source is part of the key of a cached verdict
 CODE = (
-    *("build/judge", "config/profiles", "devices", "domain", "harness", "plan", "report", "runtimes"),
+    *("__init__", "build/judge", "config/profiles", "devices", "domain", "harness", "plan", "report", "runtimes"),
     *("stages/gate", "stages/measure", "stages/package", "stages/select", "stats", "store/documents"),
 )
 
@@ -96,7 +96,7 @@ def _verdict_key(target_run: TargetRun, machine: Mapping[str, Any]) -> str:
     recipe = replace(target_run.plan.recipe, budget=settings.budget, quantize=settings.quantize, target={})
     recipes = [asdict(recipe), target_run.recipe_file]
     runtimes = [registry.source_folder("runtimes", entry.name) for entry in target_run.target.runtimes]
-    code = [__version__, keys.source_digest([*(keys.PACKAGE / name for name in CODE), *runtimes])]
+    code = [document.version(), keys.source_digest([*(keys.PACKAGE / name for name in CODE), *runtimes])]
     return digest([steps, recipes, asdict(target_run.target), runner.identity(machine), versions, code])
 
 

@@ -8,11 +8,10 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from edgekd import __version__
 from edgekd.domain.measurement import TEACHER
 from edgekd.domain.units import fraction_to_pp
 from edgekd.domain.verdict import Outcome
-from edgekd.report import cost, provable
+from edgekd.report import cost, document, provable
 from edgekd.report.plain import plain
 from edgekd.report.target_run import read_json, teacher_measurement
 
@@ -46,7 +45,7 @@ def collect_report(
     costs = cost.training_cost(target_run, choice.measurement, measurements)
     completed = target_run.completed
     return {
-        "edgekd": __version__,
+        "edgekd": document.version(),
         "recipe": target_run.plan.recipe.name,
         "recipe_file": target_run.recipe_file,
         "target": {"name": target_run.target.name, "title": target_run.target.title},
@@ -82,7 +81,7 @@ def manifest(target_run: TargetRun, report: Mapping[str, Any], model: Artifact) 
     """Return the manifest of the model that ships: digests of the inputs and the output, and versions."""
     manifest: dict[str, Any] = {
         "schema": 1,
-        "edgekd": __version__,
+        "edgekd": document.version(),
         "recipe": target_run.plan.recipe.name,
         "recipe_file": target_run.recipe_file,
         "target": target_run.target.name,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +26,11 @@ SCHEMA = 1
 REPORT = "report.json"
 MANIFEST = "manifest.json"
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
+
+
+def version() -> str:
+    """Return edgekd's version; an import of the package itself would be one of a higher layer."""
+    return str(import_module("edgekd").__version__)
 
 
 def check_row(check: Check) -> dict[str, Any]:

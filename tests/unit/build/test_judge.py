@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import edgekd
 from edgekd.build import judge, keys, run
 from edgekd.domain.budget import Budget
 from edgekd.harness import runner
@@ -55,7 +56,7 @@ def test_the_key_of_a_verdict_has_the_recipe_and_the_target(target_run):
 
 def test_the_key_of_a_verdict_has_the_version_and_the_code_that_judges(target_run, monkeypatch, tmp_path):
     key = _key(target_run)
-    monkeypatch.setattr(judge, "__version__", "0.0.1")
+    monkeypatch.setattr(edgekd, "__version__", "0.0.1")
     assert _key(target_run) != key
     monkeypatch.undo()
     monkeypatch.setattr(keys, "source_digest", lambda roots: str(sorted(roots)))
