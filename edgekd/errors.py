@@ -18,6 +18,7 @@ and 130 an interrupt (``__main__``).
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -89,6 +90,16 @@ def printable(text: str, limit: int = 500) -> str:
     """Return text of others (an exception, a name, what a process printed) on one line, cut, and without control characters."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 4 * limit]).split())
     return line if len(line) <= limit else f"{line[:limit]} ..."
+
+
+def describe_unexpected(error: BaseException) -> str:
+    """Return the type, the text and the line of edgekd of an exception that nothing expects: ``TypeError: ... (at kd/data.py:173)``."""
+    import traceback
+
+    package = Path(__file__).parent
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(package)]
+    place = f" (at {Path(frames[-1].filename).relative_to(package)}:{frames[-1].lineno})" if frames else ""
+    return f"{printable(f'{type(error).__name__}: {error}')}{place}"
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

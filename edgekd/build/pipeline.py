@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd import usercode
 from edgekd.build import keys, refusals
-from edgekd.errors import ProcessDiedError, RecipeError, StageError, StorageError, UnavailableError
+from edgekd.errors import EdgekdError, ProcessDiedError, RecipeError, StageError, StorageError, UnavailableError, describe_unexpected
 from edgekd.kd.training import distributed
 from edgekd.plan import check_left_out, is_dry_run
 from edgekd.ports import CompletedStep, Context
@@ -105,11 +106,18 @@ def run_stage(step: Step[Any], inputs: Mapping[str, Artifact], recipe_dir: Path,
     """Run a step in this process, with the other ranks if its stage is shared.
 
     Raises:
-        EdgekdError: what the stage raised.
+        EdgekdError: what the stage raised; a StageError for what nothing expects, most likely of a module or tensor of the user.
     """
     if _is_shared(step):
         distributed.broadcast((step, inputs, recipe_dir, work))
-    return STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, work, progress))
+    try:
+        return STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, work, progress))
+    except (EdgekdError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if usercode.describe_user_error(error) is not None:  # raised by the user's code; the worker names its line
+            raise
+        raise StageError(f"{step.id}: {describe_unexpected(error)}; check what the recipe's functions return, or report this") from error
 
 
 def end_ranks(progress: Progress) -> None:

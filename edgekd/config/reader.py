@@ -196,7 +196,7 @@ def _describe_range(rule: Between) -> str:
         return f"{rule.low:g}"
     if rule.high is None:
         return f"more than {rule.low:g}" if rule.above else f"at least {rule.low:g}"
-    return f"a number from {rule.low:g} to {rule.high:g}"
+    return f"more than {rule.low:g}, at most {rule.high:g}" if rule.above else f"a number from {rule.low:g} to {rule.high:g}"
 
 
 def read_toml(path: Path, what: str, advice: str) -> dict[str, Any]:

@@ -71,20 +71,20 @@ class Loss:
     """
 
     kind: Annotated[str, OneOf("a loss", LOSSES)]
-    weight: Annotated[float, Between(0, above=True)] | Literal["auto"] = 1.0
+    weight: Annotated[float, Between(0, 1e6, above=True)] | Literal["auto"] = 1.0
     epochs: tuple[Annotated[int, Between(1)], ...] | None = None
     taps: tuple[Tap, ...] = ()
     teacher: Annotated[str, OneOf("a teacher", TEACHERS)] = FROZEN
-    temperature: Annotated[float, Between(0, above=True)] | Literal["auto"] | None = None
+    temperature: Annotated[float, Between(0.01, 1000)] | Literal["auto"] | None = None
     standardize: bool | Literal["auto"] | None = None
     label_smoothing: Annotated[float, Between(0, 1)] | Literal["auto"] | None = None
-    target_weight: Annotated[float, Between(0)] | None = None
-    rest_weight: Annotated[float, Between(0)] | None = None
-    inter_weight: Annotated[float, Between(0)] | None = None
-    intra_weight: Annotated[float, Between(0)] | None = None
+    target_weight: Annotated[float, Between(0, 1e6)] | None = None
+    rest_weight: Annotated[float, Between(0, 1e6)] | None = None
+    inter_weight: Annotated[float, Between(0, 1e6)] | None = None
+    intra_weight: Annotated[float, Between(0, 1e6)] | None = None
     over: Annotated[str, OneOf("an axis", ("channels", "heads"))] | None = None
-    distance_weight: Annotated[float, Between(0)] | None = None
-    angle_weight: Annotated[float, Between(0)] | None = None
+    distance_weight: Annotated[float, Between(0, 1e6)] | None = None
+    angle_weight: Annotated[float, Between(0, 1e6)] | None = None
 
     @property
     def explicit_options(self) -> dict[str, float | bool | str]:

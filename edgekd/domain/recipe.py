@@ -85,15 +85,15 @@ class TrainingOptions:
         threads: CPU threads, by default all cores; another number gives other bits.
     """
 
-    epochs: Annotated[int, Between(1)]
+    epochs: Annotated[int, Between(1, 100_000)]
     batch_size: Annotated[int, Between(1)] = 128
     optimizer: Annotated[str, OneOf("an optimizer", OPTIMIZERS)] = "adamw"
-    learning_rate: Annotated[float, Positive] = 0.003
-    weight_decay: Annotated[float, Between(0)] = 0.01
+    learning_rate: Annotated[float, Between(0, 1000, above=True)] = 0.003
+    weight_decay: Annotated[float, Between(0, 1000)] = 0.01
     augment: EntryPoint | None = None
     precision: Annotated[str, OneOf("a precision", PRECISIONS)] = "auto"
     accelerator: Annotated[str, OneOf("an accelerator", ACCELERATORS)] = "auto"
-    seed: Annotated[int, Between(0)] = 0
+    seed: Annotated[int, Between(0, 2**32 - 1)] = 0
     threads: Annotated[int, Threads] | None = None
 
 
@@ -218,7 +218,7 @@ class Distill(TrainingOptions):
     """
 
     losses: Annotated[tuple[Loss, ...], NonEmpty()] = (Loss("kl", 0.9), Loss("ce", 0.1))
-    views: Annotated[int, Between(1)] | None = None
+    views: Annotated[int, Between(1, 10_000)] | None = None
     teachers: tuple[Teacher, ...] = ()
     teacher_weighting: Annotated[str, OneOf("a teacher weighting", ("fixed", "confidence"))] = "fixed"
     assistants: tuple[Assistant, ...] = ()

@@ -228,6 +228,9 @@ def _in_recipe_dir() -> contextlib.AbstractContextManager[None]:
 def _location(error: BaseException) -> str | None:
     """Return ``file:line`` of the deepest frame in the user's files, relative to the recipe's folder; None if there is none."""
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__) if is_user_file(frame.filename)]
+    frames = [
+        (file, line) for file, line in frames if Path(file).is_absolute()
+    ]  # the compiled code of a library names its source otherwise
     if isinstance(error, SyntaxError) and error.filename and is_user_file(error.filename):
         frames.append((error.filename, error.lineno))
     if not frames:

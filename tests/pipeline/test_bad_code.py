@@ -106,6 +106,17 @@ DATA_CASES = {
     ),
 }
 MODEL_CASES = {
+    "student returns a sparse tensor": (
+        STUDENT,
+        "class S(nn.Linear):\n    def forward(self, x): return super().forward(x).to_sparse()\ndef student():\n    return S(4, 3)\n",
+        "models.py:student: what it returns cannot be used: TypeError: can't convert Sparse",
+    ),
+    "student returns a nested tensor": (
+        STUDENT,
+        "class S(nn.Linear):\n    def forward(self, x): return torch.nested.nested_tensor([x[0]])\ndef student():\n    return S(4, 3)\n",
+        "models.py:student: what it returns cannot be used: RuntimeError: ",
+    ),
+    "student has no outputs": (STUDENT, "def student():\n    return nn.Linear(4, 0)\n", "models.py:student"),
     "teacher returns no module": (TEACHER, "def teacher():\n    return 3\n", "returned int; .*torch.nn.Module"),
     "student raises": (STUDENT, "def student():\n    raise KeyError('width')\n", r"student\(\) raised KeyError"),
     "student takes another input": (STUDENT, "def student():\n    return nn.Linear(5, 3)\n", "raised RuntimeError"),

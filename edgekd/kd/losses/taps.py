@@ -203,6 +203,8 @@ def _tap_problem(record: _Record, role: str, path: str) -> str | None:
     if record.calls != 1:
         calls = "is not called in a forward pass" if record.calls == 0 else f"is called {record.calls} times in one forward pass"
         return f"{where}: the module {calls}; name one that is called once"
+    if ":" in path and isinstance(record.output, torch.Tensor):
+        return f"{where}: the module returns one tensor; expected '{_parse_path(path)[0]}', without a number"
     tensor = _select_output(record.output, path)
     if not isinstance(tensor, torch.Tensor):
         is_several = isinstance(record.output, tuple | list)

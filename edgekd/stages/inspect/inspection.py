@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import importlib
 import json
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
 from edgekd.domain.recipe import EntryPoint
-from edgekd.errors import RecipeError
+from edgekd.errors import EdgekdError, RecipeError, describe_unexpected
 from edgekd.kd.output_spec import OutputSpec, label_problem
 from edgekd.ports import Record, StageResult
 from edgekd.stages.inspect import checks, metric, splits
@@ -20,7 +21,7 @@ from edgekd.store.digests import file_digest
 from edgekd.usercode.watch import Watcher, code_dependencies, merge_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from edgekd.ports import Context
 
@@ -79,7 +80,7 @@ class Inspection:
         if entry is None:
             self._write(f"{name}.code.json", {})
             return
-        with usercode.running(entry), self.watcher.phase() as reads:
+        with usercode.running(entry), self.watcher.phase() as reads, _refuse_unusable(entry):
             work()
         record = self.watcher.record(reads)
         self.records.append(record)
@@ -197,3 +198,16 @@ class Inspection:
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         (self.out / name).write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _refuse_unusable(entry: str) -> Iterator[None]:
+    """Turn what fails on an object of the user into a refusal: there are more odd tensors and modules than checks."""
+    try:
+        yield
+    except (EdgekdError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if usercode.describe_user_error(error) is not None:  # raised by the user's code, with its line
+            raise
+        raise RecipeError(f"{entry}: what it returns cannot be used: {describe_unexpected(error)}") from error

@@ -292,3 +292,12 @@ def test_only_steps_of_runtimes_have_a_time_limit():
     steps = [Step("distill", "distill", Params()), Step("export/dry_run/litert", "export", Params(runtime="litert"))]
     assert [refusals.max_silence_s(step) for step in steps] == [None, 600.0]
     assert refusals.max_silence_s(Step("export/student/litert", "export", Params(runtime="litert"))) == 3600.0
+
+
+def test_an_error_that_nothing_expects_is_a_failure_of_its_step(monkeypatch, tmp_path):
+    monkeypatch.setitem(pipeline.STAGES, "distill", SimpleNamespace(NAME="distill", run={}.pop))
+    step = Step("distill", "distill", None, {})
+    with pytest.raises(
+        StageError, match=r"^distill: TypeError: pop expected .* \(at build/pipeline\.py:\d+\); check what .* or report this$"
+    ):
+        pipeline.run_stage(step, {}, tmp_path, tmp_path, tmp_path, lambda share, text: None)

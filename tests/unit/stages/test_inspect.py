@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from edgekd import config
 from edgekd.domain.losses import Loss, Tap
 from edgekd.domain.recipe import Assistant, Data, Distill, EntryPoint, Recipe, Student, Teacher, TensorSpec
+from edgekd.errors import RecipeError
 from edgekd.ports import Context
 from edgekd.stages import inspect
 from edgekd.store.digests import listing_digest
@@ -264,10 +265,11 @@ def test_a_full_disk_is_reported_as_an_os_error(tmp_path, monkeypatch):
         run_step(step, Context(folder, tmp_path / "recipe-out", tmp_path / "recipe-work", lambda share, text: None))
 
 
-def test_a_bug_in_edgekd_is_not_blamed_on_the_user(tmp_path, monkeypatch):
+def test_an_error_that_nothing_expects_names_the_line_of_edgekd_too(tmp_path, monkeypatch):
     monkeypatch.setenv("TOY_FILE", "undeclared.npy")
     folder = _write_recipe(tmp_path / "recipe")
     step = inspect.steps(config.load_recipe(folder / "edgekd.toml"), [])[0]
     broken = dataclasses.replace(step, params=dataclasses.replace(step.params, inputs=(TensorSpec("x", (1, 4), "no such type"),)))
-    with pytest.raises(RuntimeError, match=r"(?s)in its process:.*TypeError"):
+    expected = r"data\.py:splits: what it returns cannot be used: TypeError: .*'no such type'.* \(at stages/inspect/arrays\.py:\d+\)"
+    with pytest.raises(RecipeError, match=expected):
         run_step(broken, Context(folder, tmp_path, tmp_path, lambda share, text: None))

@@ -205,6 +205,10 @@ def test_a_module_with_several_outputs_or_integers_is_refused():
     tokens = torch.randint(0, 20, (5, 7))
     with pytest.raises(RecipeError, match=r"the module returns 2 outputs; expected one tensor; name one by its number: 'wrapped:0'"):
         taps.attach_taps(*networks(Attending(8, 2), Attending(8, 2)), [make_loss("hidden", ("wrapped", "embed"))], [tokens], 0)
+    with pytest.raises(
+        RecipeError, match=r"tap 'embed:3' of the student: the module returns one tensor; expected 'embed', without a number"
+    ):
+        taps.attach_taps(*networks(Attending(8, 2), Attending(8, 2)), [make_loss("hidden", ("embed:3", "embed"))], [tokens], 0)
     integer_networks = [nn.Sequential(nn.Conv2d(1, 2, 3), ArgMax()) for _ in range(2)]
     with pytest.raises(RecipeError, match="the module returns int64; expected floating point numbers"):
         taps.attach_taps(*networks(*integer_networks), [make_loss("hint", ("1", "0"))], [images()], 0)
