@@ -109,17 +109,13 @@ def run(step: Step[EvaluateParams], inputs: Mapping[str, Artifact], context: Con
         raise StageError(f"{step.id}: the output for sample {not_finite[0]} is not finite ({len(not_finite)} of {len(outputs)} samples)")
     np.save(context.out / "outputs.npy", outputs)
     summary: dict[str, Any] = {"samples": len(labels), "groups": len(np.unique(groups)), "instruction_set": params.instruction_set}
-    if params.metric is not None:
-        limit = json.loads(inputs["parts"].path.read_text())["parts"]
-        without_part, more = _score_set(params.metric, context, outputs, labels, jackknife.assign_parts(groups, limit))
-        np.save(context.out / "jackknife.npy", without_part)
-        summary |= more
-    else:
-        scores = _score_samples(params.score, context, outputs, labels)
-        np.save(context.out / "scores.npy", scores)
-        summary["accuracy"] = float(scores.mean())
-        classes = np.unique(labels) if labels.ndim == 1 else ()  # samples with several labels have no single class
-        summary["classes"] = {str(c): {"samples": int((labels == c).sum()), "accuracy": float(scores[labels == c].mean())} for c in classes}
+    limit = json.loads(inputs["parts"].path.read_text())["parts"]
+    try:
+        summary |= _score(params, context, outputs, labels, jackknife.assign_parts(groups, limit))
+    except RecipeError as error:
+        if params.runtime is None:
+            raise
+        raise StageError(f"{step.id}: {error}") from error  # sound on the student's outputs, so it is about this file
     (context.out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
     return StageResult({name: summary[name] for name in ("accuracy", "undefined", "parts") if name in summary})
 
@@ -171,6 +167,21 @@ def _quantize_input(array: np.ndarray, tensor: Mapping[str, Any]) -> np.ndarray:
     integers = np.clip(np.round(array / tensor["scale"]) + tensor["zero_point"], limits.min, limits.max)
     quantized_array: np.ndarray = integers.astype(tensor["dtype"])
     return quantized_array
+
+
+def _score(params: EvaluateParams, context: Context, outputs: np.ndarray, labels: np.ndarray, parts: np.ndarray) -> dict[str, Any]:
+    """Write ``scores.npy`` or ``jackknife.npy``, and return what belongs to the summary."""
+    import numpy as np
+
+    if params.metric is not None:
+        without_part, summary = _score_set(params.metric, context, outputs, labels, parts)
+        np.save(context.out / "jackknife.npy", without_part)
+        return summary
+    scores = _score_samples(params.score, context, outputs, labels)
+    np.save(context.out / "scores.npy", scores)
+    classes = np.unique(labels) if labels.ndim == 1 else ()  # samples with several labels have no single class
+    by_class = {str(c): {"samples": int((labels == c).sum()), "accuracy": float(scores[labels == c].mean())} for c in classes}
+    return {"accuracy": float(scores.mean()), "classes": by_class}
 
 
 def _score_samples(score: str | None, context: Context, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -154,6 +154,8 @@ def _check_memory(name: str, limit: float, evidence: Evidence) -> Check:
 
 
 def _check_exact(name: str, value: float, limit: float, unit: str, what: str) -> Check:
+    if not math.isfinite(value):
+        return Check(name, Outcome.INCONCLUSIVE, limit, unit, reason=f"{what} is unknown")
     if value <= limit:
         return Check(name, Outcome.PASS, limit, unit, value)
     return Check(name, Outcome.FAIL, limit, unit, value, reason=f"{what} {value:.4g} {unit} exceeds {limit:g} {unit}")

@@ -22,6 +22,8 @@ PARTS = 100  # the metric of the whole set is computed without each of so many p
 _FEW_PARTS = 20  # if it is slow
 _MAX_SECONDS = 60.0  # of a metric for one model
 _SAMPLES = 64  # that a metric is checked on, beside all labels
+_CONSTANTS = 16  # classes that a metric is checked on alone
+_SURE = 10.0  # a logit
 _SAME = 1e-6  # values that differ by less are the same
 
 
@@ -52,7 +54,8 @@ def check_metric(check: CheckContext, outputs: np.ndarray, labels: np.ndarray, a
         raise RecipeError(f"{entry}: returned {values} for the same outputs; expected the same (a generator with a fixed seed)")
     generator, width = np.random.default_rng(0), outputs.shape[1]
     try:
-        call(function, entry, np.tile(outputs[:1], (len(labels), 1)), labels)
+        for constant in (outputs[0], *_SURE * np.eye(width, dtype=np.float32)[:_CONSTANTS]):  # as of a student that learned nothing
+            call(function, entry, np.tile(constant, (len(labels), 1)), labels)
         started = time.monotonic()
         call(function, entry, generator.standard_normal((len(all_labels), width), dtype=np.float32), all_labels)
         seconds = time.monotonic() - started
@@ -86,7 +89,7 @@ def _check_direction(check: CheckContext, labels: np.ndarray, width: int, value_
     is_class_id = labels.dtype == np.int64 and labels.ndim == 1 and check.params.task == "multiclass" and not check.params.heads
     if not is_class_id or width == 1 or labels.min() < 0 or labels.max() >= width:
         return []
-    sure = np.float32(10) * np.eye(width, dtype=np.float32)
+    sure = _SURE * np.eye(width, dtype=np.float32)
     perfect, wrong = value_of(sure[labels]), value_of(sure[(labels + 1) % width])
     if perfect < wrong - _SAME:
         values = f"{perfect:.4g} for perfect predictions and {wrong:.4g} for wrong ones"

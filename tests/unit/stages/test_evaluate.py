@@ -194,6 +194,14 @@ def test_invalid_scores_are_refused(folder):
         run(folder, find_step("evaluate/student", recipe(evaluate=Evaluate(score=entry("percent")))), weights(folder))
 
 
+def test_a_metric_that_is_undefined_for_a_model_file_is_about_that_file(folder):
+    registry.runtime("onnxruntime").export(linear(), SPECS, folder / "model.onnx")
+    changed = recipe(evaluate=Evaluate(metric=entry("undefined_without_sample_0")))
+    (folder / "evaluate_user.py").write_text(CODE % 99.0)
+    with pytest.raises(StageError, match="evaluate/export/student/onnxruntime: .*returned float nan; expected one finite number"):
+        run(folder, find_step("evaluate/export/student/onnxruntime", changed), folder / "model.onnx")
+
+
 def test_outputs_that_are_not_finite_are_refused(folder):
     with pytest.raises(StageError, match=r"evaluate/student: the output for sample 0 is not finite \(40 of 40 samples\)"):
         run(folder, find_step("evaluate/student"), weights(folder, np.full_like(WEIGHT, np.inf)))

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +58,30 @@ def test_accuracy_drop_is_judged_by_the_far_end(interval, outcome):
     )
     assert check.outcome is outcome
     assert (check.reason is None) == (outcome is Outcome.PASS)
+
+
+@pytest.mark.parametrize(
+    ("value", "interval"), [(0.0, None), (math.nan, Interval(0, 0)), (0.0, Interval(math.nan, 0)), (0.0, Interval(-math.inf, 0))]
+)
+def test_a_missing_number_of_accuracy_is_inconclusive(value, interval):
+    unknown = Accuracy(value, interval, Difference(value, interval, None), {"3": {"drop": value, "interval": None}})
+    verdict = judge(Budget(max_accuracy_drop_pp=99, min_accuracy_pct=0, max_class_drop_pp=99), accuracy=unknown)
+    for name in ("max_accuracy_drop_pp", "min_accuracy_pct", "max_class_drop_pp"):
+        assert find_check(verdict, name).outcome is Outcome.INCONCLUSIVE, name
+    assert find_check(verdict, "max_accuracy_drop_pp").reason == "accuracy drop has no interval"
+    if interval is None:
+        assert find_check(verdict, "min_accuracy_pct").advice == gate.NEEDS_GROUPS
+
+
+@pytest.mark.parametrize("size", [math.nan, math.inf])
+def test_a_missing_size_is_inconclusive(size):
+    assert find_check(judge(size_bytes=size), "limit.storage_mib").outcome is Outcome.INCONCLUSIVE
+
+
+def test_one_round_gives_no_speedup():
+    once = [replace(measurement(ns), blocks_ns=((ns, ns + 1),)) for ns in (1_000_000, 5_000_000)]
+    check = find_check(judge(Budget(min_speedup_x=2), measurement=once[0], teacher=once[1]), "min_speedup_x")
+    assert (check.outcome, check.reason) == (Outcome.INCONCLUSIVE, "speed-up has no interval")
 
 
 @pytest.mark.parametrize(("floor", "outcome"), [(90.9, Outcome.PASS), (92.0, Outcome.INCONCLUSIVE), (93.1, Outcome.FAIL)])

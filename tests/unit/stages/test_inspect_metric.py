@@ -99,6 +99,7 @@ def test_a_function_that_changes_its_arrays_gets_copies(refusal):
     [
         ("float(np.corrcoef(outputs[:, 0] - outputs[0, 0], labels)[0, 1])", "returned float nan"),
         ("1 / outputs.std(0).sum() * 0 if outputs.std(0).sum() else 1 / 0", "raised ZeroDivisionError"),
+        ("float((labels == 2)[outputs.argmax(1) == 2].sum()) / int((outputs.argmax(1) == 2).sum())", "raised ZeroDivisionError"),
         ("0.5 if outputs.max() == 1 else float('inf')", "returned float inf"),
     ],
 )

@@ -59,8 +59,8 @@ def test_no_spread_still_has_a_width(values):
 
 @pytest.mark.parametrize(
     ("values", "support"),
-    [([0.9], 1), ([0.9, 0.8, math.nan], 3), ([0.9, math.inf, 0.8], 3), ([0.9, 0.7, 0.8], 1)],
-    ids=["one part", "undefined without a part", "infinite without a part", "a class in one part"],
+    [([0.9], 1), ([0.9, 0.8, math.nan], 3), ([0.9, math.inf, 0.8], 3), ([0.9, 0.7, 0.8], 1), ([0.9, -1e300, 0.8], 3)],
+    ids=["one part", "undefined without a part", "infinite without a part", "a class in one part", "out of all bounds"],
 )
 def test_there_is_no_telling(values, support):
     assert jackknife.metric_interval(0.9, Jackknife(np.array(values), support), np.arange(len(values))) is None
