@@ -60,6 +60,7 @@ def build(request: Request, reporter: Reporter) -> list[Result]:
         EdgekdError: with the exit code of its class; no output is half-written then.
     """
     started = time.monotonic()
+    distributed.check_environment()
     if distributed.rank():
         with closing(Worker(request.recipe_dir, persistent=True)) as worker:
             worker.call("the rank", pipeline.run_rank, progress=lambda _share, _text: None)
@@ -97,6 +98,7 @@ def load_plan(recipe_path: Path, target_names: Sequence[str]) -> Plan:
     Raises:
         RecipeError: if the recipe or a profile is wrong, a target is named twice, or the budget of a target would not be read.
     """
+    distributed.check_environment()  # the number of ranks is part of keys
     recipe = config.load_recipe(recipe_path)
     facts = runner.facts()
     targets = [config.load_target(name, facts) for name in target_names or tuple(recipe.target) or ("host",)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from edgekd.usercode.importer import call_user_code, describe_user_error, forget_modules, is_user_file, is_user_module, load_function
 from edgekd.usercode.running import note_running, read_running, running
+from edgekd.usercode.settings import undone as undone_settings
 
 __all__ = [
     "call_user_code",
@@ -16,4 +17,5 @@ __all__ = [
     "note_running",
     "read_running",
     "running",
+    "undone_settings",
 ]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import EdgekdError, RecipeError, expected_one_of, printable
+from edgekd.usercode import settings
 from edgekd.usercode.running import running
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def _load_module(path: Path, entry: EntryPoint) -> ModuleType:
 def _user_errors(entry: EntryPoint, what: str) -> Iterator[None]:
     """Turn whatever the user's code raises into an error of one line."""
     try:
-        with running(str(entry)):
+        with running(str(entry)), settings.restored(str(entry)):
             yield
     except EdgekdError:
         raise

@@ -15,12 +15,38 @@ import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from edgekd.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
 
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 TIMEOUT = timedelta(days=30)  # the other ranks wait while rank 0 exports and measures
+
+
+def check_environment() -> None:
+    """Check the variables that torchrun sets.
+
+    Raises:
+        UsageError: if some of them are missing or have no valid value.
+    """
+    if not any(name.startswith("TORCHELASTIC_") for name in os.environ):
+        return
+    names = ("TORCHELASTIC_RUN_ID", *NUMBERS, "MASTER_ADDR", "MASTER_PORT")
+    problems = [f"{name} is missing" for name in names if name not in os.environ]
+    values = {name: os.environ[name] for name in (*NUMBERS, "MASTER_PORT") if name in os.environ}
+    problems += [f"{name} is {value!r}, not a whole number" for name, value in values.items() if not value.isascii() or not value.isdigit()]
+    if not problems:
+        for number, total in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_WORLD_SIZE", "WORLD_SIZE")):
+            if int(values[number]) >= int(values[total]) + (number == "LOCAL_WORLD_SIZE"):
+                problems.append(f"{number} is {values[number]} and {total} is {values[total]}")
+    if problems:
+        raise UsageError(
+            f"torchrun: variables that begin with TORCHELASTIC_ are set, but {', '.join(problems)}; "
+            "start edgekd with torchrun, which sets all of them, or unset these variables"
+        )
 
 
 def world_size() -> int:

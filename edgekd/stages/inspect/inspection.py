@@ -71,6 +71,10 @@ class Inspection:
         for name, entry in (("augment", params.augment), ("views", params.views)):
             self._run_phase(name, entry, partial(checks.check_augmentation, self.check, str(entry)))
         self._write("summary.json", self.summary)
+        self.notes += [
+            f"{entry}: changes {', '.join(sorted(names))} for the whole process; edgekd restores it after each call"
+            for entry, names in sorted(usercode.undone_settings.items())
+        ]
         record = merge_records(self.records)
         model_files = {name: file_digest(self.recipe_dir / name) for name in params.model_files}
         return StageResult(self.summary, tuple(self.notes), replace(record, files={**record.files, **model_files}))

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from edgekd.errors import UsageError
 from edgekd.kd.training import distributed
 
 
@@ -55,3 +56,52 @@ def test_batch_norm_gets_a_warning():
 
 def test_a_single_process_gets_no_warning():
     assert distributed.batch_norm_warning(lambda: pytest.fail("it was built without need"), 96) is None
+
+
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "RANK": "1",
+    "WORLD_SIZE": "3",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "3",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def _set_environment(monkeypatch, variables):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("variables", [{}, TORCHRUN, {"RANK": "5", "WORLD_SIZE": "x"}])
+def test_the_variables_of_torchrun_are_complete_or_absent(monkeypatch, variables):
+    _set_environment(monkeypatch, variables)
+    distributed.check_environment()
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_a_missing_variable_of_torchrun_is_the_user_s_mistake(monkeypatch, name):
+    _set_environment(monkeypatch, {**{key: value for key, value in TORCHRUN.items() if key != name}, "TORCHELASTIC_MAX_RESTARTS": "0"})
+    with pytest.raises(UsageError, match=f"TORCHELASTIC_ are set, but {name} is missing; start edgekd with torchrun"):
+        distributed.check_environment()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two', not a whole number"),
+        ("RANK", "-1", "RANK is '-1', not a whole number"),
+        ("MASTER_PORT", "", "MASTER_PORT is '', not a whole number"),
+        ("RANK", "3", "RANK is 3 and WORLD_SIZE is 3"),
+        ("LOCAL_RANK", "7", "LOCAL_RANK is 7 and LOCAL_WORLD_SIZE is 3"),
+        ("LOCAL_WORLD_SIZE", "4", "LOCAL_WORLD_SIZE is 4 and WORLD_SIZE is 3"),
+        ("LOCAL_WORLD_SIZE", "0", "LOCAL_RANK is 1 and LOCAL_WORLD_SIZE is 0"),
+    ],
+)
+def test_an_invalid_variable_of_torchrun_is_the_user_s_mistake(monkeypatch, name, value, message):
+    _set_environment(monkeypatch, {**TORCHRUN, name: value})
+    with pytest.raises(UsageError, match=message):
+        distributed.check_environment()
