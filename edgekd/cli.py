@@ -307,9 +307,8 @@ def _discard_output() -> None:
 
 
 def _print_error(error: EdgekdError) -> None:
-    from edgekd.kd.training import distributed
-
-    prefix = f"rank {distributed.rank()}: " if distributed.rank() else ""
+    rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    prefix = f"rank {rank}: " if rank != "0" else ""
     lines = str(error).splitlines() or [type(error).__name__]
     if len(lines) > MAX_PROBLEMS:
         lines[MAX_PROBLEMS:] = [f"and {len(lines) - MAX_PROBLEMS} more problems"]

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import mmap
+import sys
 
 import pytest
 
 from edgekd import usercode
-from edgekd.usercode import running as module
 
 
 @pytest.fixture
 def shared(monkeypatch):
-    monkeypatch.setattr(module, "_shared", None)
+    monkeypatch.setattr(sys.modules["edgekd.usercode.running"], "_shared", None)
     memory = mmap.mmap(-1, mmap.PAGESIZE)
     usercode.note_running(memory)
     return memory

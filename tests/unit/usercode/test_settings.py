@@ -45,10 +45,14 @@ def test_a_setting_is_restored(name):
 
 
 def test_a_setting_is_restored_after_an_exception():
+    def change_and_raise():
+        with settings.restored("data.py:splits"):
+            torch.set_default_dtype(torch.float64)
+            raise KeyError
+
     before = settings._read()
-    with pytest.raises(KeyError), settings.restored("data.py:splits"):
-        torch.set_default_dtype(torch.float64)
-        raise KeyError
+    with pytest.raises(KeyError):
+        change_and_raise()
     assert settings._read() == before
 
 
