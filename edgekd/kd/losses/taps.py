@@ -42,12 +42,14 @@ class Network:
 
 @dataclass(slots=True)
 class _Record:
-    """The calls of a tapped module in the last forward pass; ``version`` is that of the output tensor when the module returned it."""
+    """The calls of a tapped module in the last forward pass: copies of its inputs (for ``block`` only) and of its output.
+
+    Copies, as the network may change either in place afterwards.
+    """
 
     calls: int = 0
     inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     output: Any = None
-    version: int = 0
 
 
 @dataclass(slots=True)
@@ -100,13 +102,20 @@ class TappedNetworks:
         )
 
     def block_pair(self, tap: Tap) -> tuple[Tensor, Tensor]:
-        """Return the outputs of the student's block and of the teacher's, both for the teacher's input of that block."""
+        """Return the outputs of the student's block and of the teacher's, both for the teacher's input of that block.
+
+        In training mode the student's batch norm normalizes with the statistics of this batch, and its running statistics, which
+        are of the student's own activations, do not change.
+        """
+        from torch.func import functional_call
+
         record = self.records["teacher", tap.teacher]
-        args, kwargs = record.inputs
+        args, kwargs = clone_tensors(record.inputs)
         expected = _tensor(record, tap.teacher)
         block = self.student.module.get_submodule(_parse_path(tap.student)[0])
+        buffers = clone_tensors(dict(block.named_buffers()))
         output = usercode.call_user_code(
-            lambda: block(*args, **kwargs), self.student.entry, what=f"'{tap.student}' with the teacher's input"
+            lambda: functional_call(block, buffers, args, kwargs), self.student.entry, what=f"'{tap.student}' with the teacher's input"
         )
         return _select_output(output, tap.student), expected
 
@@ -122,8 +131,8 @@ def attach_taps(student: Network, teacher: Network, losses: Sequence[Loss], inpu
         seed: Of the adapters' weights.
 
     Raises:
-        RecipeError: all that is wrong with the taps: no such module, not called or called twice, no tensor, changed in place
-            afterwards, or shapes that do not match. The hooks are removed then.
+        RecipeError: all that is wrong with the taps: no such module, not called or called twice, no tensor, or shapes that do not
+            match. The hooks are removed then.
     """
     import torch
 
@@ -148,7 +157,7 @@ def _check(tapped: TappedNetworks, inputs: Inputs, seed: int) -> None:
 
     networks = (tapped.student, tapped.teacher)
     _raise_if_any(problem for network in networks for problem in _hook(tapped, network))
-    with torch.no_grad():  # not inference_mode, in which torch counts no in-place changes
+    with torch.no_grad():
         for network in networks:
             _forward(network, inputs)
         _raise_if_any(_tap_problem(record, role, path) for (role, path), record in tapped.records.items())
@@ -157,8 +166,16 @@ def _check(tapped: TappedNetworks, inputs: Inputs, seed: int) -> None:
             _raise_if_any(_match(tapped, loss, index) for loss in tapped.losses for index in range(len(loss.taps)))
 
 
+def clone_tensors(tree: Any) -> Any:
+    """Return a copy of each tensor in nested tuples, lists and mappings: whoever gets it may change it in place."""
+    import torch
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
 def _forward(network: Network, inputs: Inputs) -> Any:
-    module = network.module.eval()
+    module, inputs = network.module.eval(), clone_tensors(inputs)
     if isinstance(inputs, Mapping):
         return usercode.call_user_code(lambda: module(**inputs), network.entry, what=f"forward() of the {network.role}")
     return usercode.call_user_code(module, network.entry, *inputs)
@@ -178,19 +195,23 @@ def _hook(tapped: TappedNetworks, network: Network) -> list[str]:
             )
             continue
         record = tapped.records[network.role, path] = _Record()
-        tapped.handles.append(modules[name].register_forward_hook(_recorder(record, path), with_kwargs=True))
+        tapped.handles.append(modules[name].register_forward_hook(_output_recorder(record)))
+        if network.role == "teacher" and any(path == tap.teacher for kind, _, tap in _indexed_taps(tapped.losses) if kind == "block"):
+            tapped.handles.append(modules[name].register_forward_pre_hook(_input_recorder(record), with_kwargs=True))
     return problems
 
 
-def _recorder(record: _Record, path: str) -> Any:
-    import torch
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _output_recorder(record: _Record) -> Any:
+    def hook(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         record.calls += 1
-        record.inputs, record.output = (args, kwargs), output
-        tensor = _select_output(output, path)
-        has_version = isinstance(tensor, torch.Tensor) and not tensor.is_inference()
-        record.version = tensor._version if has_version else 0  # noqa: SLF001  (torch has no public name for it)
+        record.output = clone_tensors(output)
+
+    return hook
+
+
+def _input_recorder(record: _Record) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record.inputs = clone_tensors((args, kwargs))
 
     return hook
 
@@ -211,8 +232,6 @@ def _tap_problem(record: _Record, role: str, path: str) -> str | None:
         returned = f"{len(record.output)} outputs" if is_several else type(record.output).__name__
         hint = f"; name one by its number: '{_parse_path(path)[0]}:0'" if is_several else ""
         return f"{where}: the module returns {returned}; expected one tensor{hint}"
-    if tensor._version != record.version:  # noqa: SLF001  (as above)
-        return f"{where}: its output is changed in place afterwards (by a ReLU with inplace=True?); name the module that changes it"
     if not tensor.is_floating_point():
         return f"{where}: the module returns {str(tensor.dtype).removeprefix('torch.')}; expected floating point numbers"
     return None

@@ -6,12 +6,11 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgekd import usercode
 from edgekd.domain.losses import EMA, LAST_EPOCH
 from edgekd.kd.losses import taps
 from edgekd.kd.modules import serialize_weights
 from edgekd.kd.reproducible import load_verified, save_verified
-from edgekd.kd.training.execution import inputs_to_device, module_to_device
+from edgekd.kd.training.execution import DEFAULT_MODE, forward, inputs_to_device, module_to_device
 from edgekd.store.digests import write_atomically
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ class AuxiliaryModel(Callback):
         if self.name == LAST_EPOCH and epoch == 0:
             return {}
         with torch.no_grad():
-            return {self.name: usercode.call_user_code(self.model.eval(), self.entry, *inputs)}
+            return {self.name: forward(self.model.eval(), self.entry, inputs, DEFAULT_MODE)}
 
     def after_step(self, trainer: Trainer) -> None:
         if self.name == EMA:

@@ -160,11 +160,14 @@ def read_execution_mode(artifact: Artifact) -> ExecutionMode:
 def forward(module: nn.Module, entry: EntryPoint, inputs: Sequence[Tensor], mode: ExecutionMode) -> Any:
     """Return the output of a module of the user's; float32 if it ran in bfloat16.
 
+    The module gets copies: other networks run on the same inputs, and it may change its own in place.
+
     Raises:
         RecipeError: if it fails.
     """
     import torch
 
+    inputs = [item.clone() for item in inputs]
     if mode.precision == FLOAT32:
         return usercode.call_user_code(module, entry, *inputs)
     with torch.autocast(torch.device(mode.accelerator).type, dtype=torch.bfloat16):
