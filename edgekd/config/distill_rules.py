@@ -19,7 +19,7 @@ _INTERVAL = 2  # values of an interval of epochs: first and last
 
 def check(reader: Reader) -> None:
     """Note the problems of the valid parts of ``[distill]``, ``[teacher]`` and ``[student]``."""
-    _check_losses(reader)
+    check_losses(reader)
     teachers = reader.all_parsed(Teacher)
     for key, teacher in teachers:
         _check_teacher(reader, teacher, key)
@@ -54,7 +54,8 @@ def loss_problems(loss: Loss, key: str) -> list[str]:
     return problems
 
 
-def _check_losses(reader: Reader) -> None:
+def check_losses(reader: Reader) -> None:
+    """Note the problems of the valid losses, each by itself and as a list."""
     keys: set[tuple[object, ...]] = set()
     for key, loss in reader.all_parsed(Loss):
         # a loss of logits may occur again with other epochs or another teacher; one of taps has all its taps in one place
@@ -153,11 +154,16 @@ def _count_weights(teacher: Teacher) -> int:
     return 1 + (len(teacher.checkpoints) if teacher.train is None else teacher.train.checkpoints)
 
 
+def is_interval(epochs: Sequence[int]) -> bool:
+    """Return whether epochs are a first and a last one."""
+    return len(epochs) == _INTERVAL and epochs[0] <= epochs[1]
+
+
 def _check_epochs(reader: Reader, losses: Sequence[Loss], epochs: int, key: str) -> None:
     for index, loss in enumerate(losses):
         if loss.epochs is None:
             continue
-        if len(loss.epochs) != _INTERVAL or loss.epochs[0] > loss.epochs[1] or loss.epochs[1] > epochs:
+        if not is_interval(loss.epochs) or loss.epochs[1] > epochs:
             problem = f"{list(loss.epochs)}; expected the first and the last epoch in which it is active, from 1 to {epochs}"
             reader.problem(f"{key}.losses[{index}].epochs", problem)
             return

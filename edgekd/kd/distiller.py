@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgekd.config.distill_rules import loss_problems
-from edgekd.domain.losses import FROZEN, TAPPED, Loss
+from edgekd.config.distill_rules import check_losses, is_interval
+from edgekd.config.reader import Reader
+from edgekd.domain.losses import FROZEN, REGRESSION_LOSSES, TAPPED, Loss
 from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError
 from edgekd.kd import losses as registry
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LABELS, TEACHER_LOGITS = "labels", "teacher_logits"  # keys of a batch that is a mapping; all others are inputs
+ATTENTION_MASK = "attention_mask"  # an input that says which tokens are padding
+IGNORED = -100  # labels that other libraries ignore
+_MATRIX = 2
 DEFAULT_LOSSES = ({"kind": "kl", "weight": 0.9}, {"kind": "ce", "weight": 0.1})
 
 
@@ -30,7 +34,8 @@ class Distiller(nn.Module):
     ``state_dict()``. Adapters of ``hint`` and ``hidden`` are: pass ``distiller.parameters()`` to the optimizer as well.
 
     Args:
-        student: The module that is trained. It is not changed, except that hooks are put on its taps.
+        student: The module that is trained. It is not changed, except for hooks: on its taps, and one that gives it a copy of its
+            inputs, so that the teacher gets the same even if the student changes them in place.
         teacher: A module that returns logits, or an object with ``.logits``. None if each batch has ``teacher_logits``,
             which were stored, and no loss has taps.
         losses: As ``distill.losses`` of a recipe: mappings such as ``{"kind": "kl", "temperature": 2.0}``.
@@ -55,15 +60,15 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.epoch = 0
-        self._losses = [_parse_loss(index, values) for index, values in enumerate(losses)]
-        if problems := [problem for index, loss in enumerate(self._losses) for problem in loss_problems(loss, f"losses[{index}]")]:
-            raise RecipeError(*problems)
+        self._losses = _parse_losses(losses)
         if auxiliary := next((loss.teacher for loss in self._losses if loss.teacher != FROZEN), None):
             raise RecipeError(
                 f"losses: '{auxiliary}' is a teacher of recipes only; pass such a copy of the student as teacher, and update it yourself"
             )
         # in a tuple, so that it is not a submodule
         self._teacher = () if teacher is None else (teacher.eval().requires_grad_(requires_grad=False),)
+        if teacher is not None:
+            student.register_forward_pre_hook(_copy_inputs, with_kwargs=True)
         self._tapped: taps.TappedNetworks | None = None
         self.adapters = nn.ModuleDict()
         if tapped_losses := [loss for loss in self._losses if loss.kind in TAPPED]:
@@ -80,7 +85,7 @@ class Distiller(nn.Module):
             )
             self.adapters = self._tapped.adapters
 
-    def forward(self, batch: Any, student_output: Any, *, teacher_logits: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Any, student_output: Any, *, teacher_logits: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the loss of a batch that the student just ran.
 
         Args:
@@ -88,12 +93,15 @@ class Distiller(nn.Module):
                 and ``teacher_logits`` if they were stored.
             student_output: Its logits, or an object that has them as ``.logits`` or ``["logits"]``.
             teacher_logits: Stored logits, instead of those in the batch.
+            mask: The samples or tokens that count for losses of logits, as booleans. By default all samples; of tokens those that
+                have a label, or if the batch has no labels, those of its ``attention_mask``.
 
         Raises:
-            RecipeError: if a loss lacks the labels or the teacher's logits that it needs.
+            RecipeError: if a loss lacks the labels or the teacher's logits that it needs, or shapes or labels do not fit.
 
         Shapes:
-            student_output, teacher_logits: (n, C); labels: (n,) int64, -1 (or -100) where there is none; result: ().
+            student_output, teacher_logits: (n, C), or (n, T, C) for T tokens: classes are the last axis; labels: (n,) or (n, T)
+            int64, -1 (or -100) where there is none, for ``mse_labels`` (n, C) float; mask: (n,) or (n, T); result: ().
         """
         inputs, labels, stored_logits = _split_batch(batch)
         logits, teacher_logits = _logits(student_output), stored_logits if teacher_logits is None else teacher_logits
@@ -112,24 +120,112 @@ class Distiller(nn.Module):
         if teacher_logits is not None and teacher_logits.shape != logits.shape:
             shapes = f"{list(logits.shape)} and {list(teacher_logits.shape)}"
             raise RecipeError(f"the logits of student and teacher have shapes {shapes}; expected the same classes (or vocabulary)")
-        if labels is None:
-            labels = torch.full((len(logits),), registry.UNLABELLED, device=logits.device)
-        labels = labels.clamp(min=registry.UNLABELLED)  # other libraries ignore -100
-        loss = registry.total_loss(self._losses, logits, {FROZEN: teacher_logits}, labels, self.epoch)
+        loss = self._loss_of_logits(logits, teacher_logits, labels if "labels" in needed else None, _mask(logits, inputs, labels, mask))
         return loss if tapped is None else loss + tapped.loss(self.epoch)
+
+    def _loss_of_logits(self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, mask: Tensor) -> Tensor:
+        """Return the loss of the rows that count, 0 if there is none."""
+        kinds = {loss.kind for loss in self._losses} - set(TAPPED)
+        if logits.shape[-1] == 1 and kinds - set(REGRESSION_LOSSES):
+            raise RecipeError(f"the logits have shape {list(logits.shape)}, one class; expected at least two, as the last axis")
+        rows = logits[mask]
+        if not len(rows):
+            return logits.sum() * 0.0
+        if labels is None:
+            label_rows = torch.full((len(rows),), registry.UNLABELLED, device=logits.device)
+        else:
+            label_rows = _check_labels(labels, logits, kinds)[mask].to(logits.device)
+        teacher_rows = None if teacher_logits is None else teacher_logits.to(logits.device)[mask]
+        return registry.total_loss(self._losses, rows, {FROZEN: teacher_rows}, label_rows, self.epoch)
+
+
+def _copy_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return taps.clone_tensors(args), taps.clone_tensors(kwargs)
+
+
+def _mask(logits: Tensor, inputs: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return which samples, or which tokens, count. Shape: that of the logits without the last axis."""
+    shape = logits.shape[:-1]
+    if logits.ndim < _MATRIX or not logits.is_floating_point():
+        kind = str(logits.dtype).removeprefix("torch.")
+        raise RecipeError(
+            f"the logits are {kind} {list(logits.shape)}; expected floating point numbers (n, classes) or (n, tokens, classes)"
+        )
+    if mask is None and logits.ndim > _MATRIX:
+        attention = inputs.get(ATTENTION_MASK) if isinstance(inputs, Mapping) else None
+        if labels is not None and labels.shape == shape and not labels.is_floating_point():
+            mask = labels >= 0
+        elif labels is None and isinstance(attention, Tensor) and attention.shape == shape:
+            mask = attention != 0
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=logits.device)
+    if mask.shape != shape:
+        raise RecipeError(f"the mask has shape {list(mask.shape)}, the logits {list(logits.shape)}; expected {list(shape)}")
+    return mask.to(logits.device, torch.bool)
+
+
+def _check_labels(labels: Tensor, logits: Tensor, kinds: set[str]) -> Tensor:
+    """Return labels as the losses take them.
+
+    Raises:
+        RecipeError: if they are not class ids below the number of classes, or for ``mse_labels`` numbers, one for each logit.
+    """
+    expected = logits.shape if "mse_labels" in kinds else logits.shape[:-1]
+    if labels.shape != expected:
+        shapes = f"labels have shape {list(labels.shape)}, the logits {list(logits.shape)}"
+        raise RecipeError(f"{shapes}; expected labels {list(expected)}: classes are the last axis of logits")
+    if "mse_labels" in kinds:
+        return labels.float()
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
+        raise RecipeError(f"labels are {str(labels.dtype).removeprefix('torch.')}; expected class ids, int64")
+    is_wrong = (labels >= logits.shape[-1]) | ((labels < registry.UNLABELLED) & (labels != IGNORED))
+    if bool(is_wrong.any()):
+        classes = logits.shape[-1]
+        raise RecipeError(
+            f"a label is {int(labels[is_wrong][0])}; expected 0 to {classes - 1} for {classes} classes, or -1 or -100 for none"
+        )
+    return labels.long().clamp(min=registry.UNLABELLED)
 
 
 def _run(teacher: nn.Module, inputs: Any) -> Any:
     teacher.eval()
+    inputs = taps.clone_tensors(inputs)
     with torch.no_grad():
         return teacher(**inputs) if isinstance(inputs, Mapping) else teacher(*inputs)
 
 
-def _parse_loss(index: int, values: Mapping[str, Any]) -> Loss:
-    try:
-        return Loss.from_dict(values)
-    except TypeError as error:
-        raise RecipeError(f"losses[{index}]: {str(error).removeprefix('Loss.__init__() ')}; expected the keys of distill.losses") from error
+def _parse_losses(losses: Sequence[Mapping[str, Any]]) -> list[Loss]:
+    """Return the losses, read by the rules of a recipe.
+
+    Raises:
+        RecipeError: all that is wrong with them.
+    """
+    reader = Reader("Distiller")
+    parsed = [reader.table(Loss, _plain(values), f"losses[{index}]") for index, values in enumerate(losses)]
+    if not parsed:
+        reader.problem("losses", "are empty; expected at least one loss")
+    check_losses(reader)
+    kinds = {loss.kind for _, loss in reader.all_parsed(Loss)}
+    for key, loss in reader.all_parsed(Loss):
+        if loss.has_auto:
+            reader.problem(key, "a value is 'auto', which a search chooses in recipes only; expected a number")
+        if loss.epochs is not None and not is_interval(loss.epochs):
+            reader.problem(f"{key}.epochs", f"{list(loss.epochs)}; expected the first and the last epoch in which it is active, from 1")
+        if "mse_labels" in kinds and loss.kind not in (*REGRESSION_LOSSES, *TAPPED):
+            problem = f"'{loss.kind}' compares classes, 'mse_labels' numbers; expected one of the two"
+            reader.problem(f"{key}.kind", problem)
+    if reader.problems:
+        raise RecipeError(*reader.problems)
+    return parsed
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as TOML has it: tables, arrays, and plain numbers in place of those of numpy."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
 def _split_batch(batch: Any) -> tuple[Any, Tensor | None, Tensor | None]:

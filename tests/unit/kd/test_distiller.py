@@ -122,8 +122,20 @@ def test_the_caller_sets_the_epoch():
     ("terms", "message"),
     [
         ([{"kind": "kld"}], r"losses\[0\].kind: 'kld' is not a loss; .*did you mean 'kl'"),
-        ([{"kind": "kl", "alpha": 1}], r"losses\[0\]: got an unexpected keyword argument 'alpha'"),
-        ([{"weight": 1.0}], "missing 1 required positional argument: 'kind'"),
+        ([{"kind": "kl", "alpha": 1}], r"losses\[0\].alpha: unknown key; "),
+        ([{"weight": 1.0}], r"losses\[0\].kind: missing; expected one of attention, block"),
+        ([{"kind": "kl", "temperature": 0}], r"losses\[0\].temperature: 0 is out of range; expected more than 0"),
+        ([{"kind": "kl", "temperature": float("nan")}], r"losses\[0\].temperature: nan; expected "),
+        ([{"kind": "ce"}, {"kind": "kl", "weight": -1}], r"losses\[1\].weight: -1 is out of range; expected more than 0"),
+        ([{"kind": "kl", "weight": "auto"}], r"losses\[0\]: a value is 'auto', which a search chooses in recipes only"),
+        ([{"kind": "kl", "temperature": "auto"}], r"losses\[0\]: a value is 'auto'"),
+        ([{"kind": "kl", "temperature": "2"}], r"losses\[0\].temperature: '2'; expected a number"),
+        ([{"kind": "ce", "label_smoothing": 2}], r"losses\[0\].label_smoothing: 2 is out of range; expected a number from 0 to 1"),
+        ([{"kind": "ce"}, {"kind": "ce"}], r"losses\[1\].kind: 'ce' occurs twice"),
+        ([{"kind": "ce", "epochs": (3, 1)}], r"losses\[0\].epochs: \[3, 1\]; expected the first and the last epoch"),
+        ([{"kind": "mse_labels"}, {"kind": "ce"}], r"losses\[1\].kind: 'ce' compares classes, 'mse_labels' numbers"),
+        ([], "losses: are empty"),
+        (["kl"], r"losses\[0\]: 'kl'; expected a table"),
         ([{"kind": "hard", "temperature": 2.0}], "'hard' has no temperature"),
         ([{"kind": "hint"}], "'hint' matches modules of student and teacher"),
         ([{"kind": "hint", "taps": [{"student": "0", "teacher": "0"}]}], "expected the teacher, and a batch to check them"),
@@ -150,3 +162,103 @@ def test_edgekd_exports_its_public_names():
     assert all(callable(getattr(edgekd, name)) for name in edgekd.__all__ if name != "__version__")
     with pytest.raises(AttributeError, match="has no attribute 'Destiller'"):
         edgekd.Destiller  # noqa: B018  (the lookup is tested)
+
+
+def tokens(count=6, length=5, classes=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(count, length, classes, generator=generator) for _ in range(2))
+    labels = torch.randint(0, classes, (count, length), generator=generator)
+    labels[0, 3:], labels[1, 1:] = -100, -1
+    return student, teacher, labels
+
+
+@pytest.mark.parametrize("kind", ["kl", "dkd", "hard", "ce", "mse", "dist"])
+def test_each_token_is_a_row_and_padding_does_not_count(kind):
+    logits, teacher_logits, labels = tokens()
+    distiller = edgekd.Distiller(nn.Identity(), None, [{"kind": kind}])
+    loss = distiller({"labels": labels}, logits, teacher_logits=teacher_logits)
+    counted = labels >= 0
+    rows = losses.total_loss([Loss(kind)], logits[counted], {"frozen": teacher_logits[counted]}, labels[counted])
+    assert loss.item() == pytest.approx(rows.item(), rel=1e-6)
+    garbage = teacher_logits.clone()
+    garbage[~counted] = 1e4
+    assert distiller({"labels": labels}, logits, teacher_logits=garbage).item() == loss.item()
+
+
+def test_the_softmax_of_tokens_is_over_the_vocabulary():
+    logits, teacher_logits, labels = tokens(length=7)  # as many tokens as classes: no shape tells the axes apart
+    labels = labels.clamp(min=0)
+    log_student, log_teacher = torch.log_softmax(logits / 2, -1), torch.log_softmax(teacher_logits / 2, -1)
+    expected = 4 * (log_teacher.exp() * (log_teacher - log_student)).sum(-1).mean()
+    distiller = edgekd.Distiller(nn.Identity(), None, [{"kind": "kl", "temperature": 2.0}])
+    assert distiller((logits, labels), logits, teacher_logits=teacher_logits).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_mask_or_the_attention_mask_selects_tokens():
+    logits, teacher_logits, labels = tokens()
+    distiller = edgekd.Distiller(nn.Identity(), None, [{"kind": "kl"}])
+    mask = labels >= 0
+    expected = losses.total_loss([Loss("kl")], logits[mask], {"frozen": teacher_logits[mask]}, labels[mask]).item()
+    by_attention = distiller({"x": logits, "attention_mask": mask.long()}, logits, teacher_logits=teacher_logits)
+    by_mask = distiller(logits, logits, teacher_logits=teacher_logits, mask=mask)
+    assert by_attention.item() == pytest.approx(expected, rel=1e-6)
+    assert by_mask.item() == pytest.approx(expected, rel=1e-6)
+    nothing = distiller(logits, logits.requires_grad_(), teacher_logits=teacher_logits, mask=torch.zeros_like(mask))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert logits.grad.abs().max() == 0
+    with pytest.raises(RecipeError, match=r"the mask has shape \[6\], the logits \[6, 5, 7\]; expected \[6, 5\]"):
+        distiller(logits, logits, teacher_logits=teacher_logits, mask=mask[:, 0])
+
+
+def test_numbers_below_minus_one_are_numbers():
+    outputs, labels = torch.zeros(4, 1), torch.tensor([[-5.0], [-1.0], [3.0], [-100.0]])
+    distiller = edgekd.Distiller(nn.Identity(), None, [{"kind": "mse_labels"}])
+    assert distiller((outputs, labels), outputs).item() == pytest.approx((25 + 1 + 9 + 10_000) / 4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 1, 3, 2]), "a label is 3; expected 0 to 2 for 3 classes, or -1 or -100 for none"),
+        (torch.tensor([0, 1, -2, 2]), "a label is -2; expected 0 to 2"),
+        (torch.tensor([0.0, 1.0, 2.0, 1.0]), "labels are float32; expected class ids, int64"),
+        (torch.tensor([True, False, True, False]), "labels are bool; expected class ids"),
+        (torch.tensor([[0], [1], [2], [1]]), r"labels have shape \[4, 1\], the logits \[4, 3\]; expected labels \[4\]"),
+        (torch.eye(3)[[0, 1, 2, 1]], r"labels have shape \[4, 3\]"),
+    ],
+)
+def test_labels_that_are_no_classes_of_the_logits_are_refused(labels, message):
+    logits = torch.zeros(4, 3)
+    with pytest.raises(RecipeError, match=message):
+        edgekd.Distiller(nn.Identity(), None, [{"kind": "ce"}])((logits, labels), logits)
+
+
+def test_one_class_and_integers_are_refused():
+    with pytest.raises(RecipeError, match=r"the logits have shape \[4, 1\], one class"):
+        edgekd.Distiller(nn.Identity(), None, [{"kind": "kl"}])(torch.zeros(4, 1), torch.zeros(4, 1), teacher_logits=torch.zeros(4, 1))
+    with pytest.raises(RecipeError, match=r"the logits are int64 \[4, 3\]; expected floating point"):
+        edgekd.Distiller(nn.Identity(), None, [{"kind": "ce"}])((torch.zeros(4), torch.zeros(4).long()), torch.zeros(4, 3).long())
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.layer(x.sub_(1).mul_(4))
+
+
+@pytest.mark.parametrize("tapped", [True, False])
+def test_neither_network_changes_the_batch_of_the_other(tapped):
+    torch.manual_seed(0)
+    student, teacher, (x, y) = InPlace(), InPlace(), batch()
+    before = x.clone()
+    taps = [{"kind": "hint", "taps": [{"student": "layer", "teacher": "layer"}]}] if tapped else []
+    distiller = edgekd.Distiller(student, teacher, [{"kind": "mse"}, *taps], example=(x[:4], y[:4]))
+    loss = distiller((x, y), student(x))
+    student_output, teacher_output = (network.layer((before - 1) * 4) for network in (student, teacher))
+    expected = (student_output - teacher_output).square().mean() * (2 if tapped else 1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(x, before)
