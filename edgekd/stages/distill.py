@@ -220,8 +220,8 @@ def _train(name: str, params: StudentParams, inputs: Mapping[str, Artifact], con
     weights, curve = fit(job, context.work, context.progress)
     notes: list[str] = []
     if job.output.is_single_softmax:
-        weights, note = calibrate(job.build(), weights, job.validation, job.entry, job.settings.threads)
-        notes.append(f"{name}: {note}")
+        weights, calibration_notes = calibrate(job.build, weights, job.validation, job.entry, job.settings.threads)
+        notes += [f"{name}: {note}" for note in calibration_notes]
     if (warning := distributed.batch_norm_warning(job.build, job.settings.batch_size)) is not None:
         notes.append(warning)
     (context.out / "student.safetensors").write_bytes(modules.serialize_weights(weights))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from edgekd import usercode
 from edgekd.kd import modules
@@ -12,7 +12,7 @@ from edgekd.kd.losses import UNLABELLED
 from edgekd.kd.reproducible import deterministic
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
@@ -25,22 +25,63 @@ MIN_SAMPLES = 30  # fewer are too few to fit probabilities
 
 
 def calibrate(
-    module: nn.Module, weights: dict[str, Tensor], validation: Samples, entry: EntryPoint, threads: int
-) -> tuple[dict[str, Tensor], str]:
-    """Return weights calibrated on the validation split, or the same weights if that is not possible, and a note on what was done."""
+    build: Callable[[], nn.Module], weights: dict[str, Tensor], validation: Samples, entry: EntryPoint, threads: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return weights calibrated on the validation split, or the same weights if that is not possible, and notes on what was done.
+
+    The calibrated weights are checked in a fresh module, as all that follows loads them into one.
+    """
     import torch
 
-    modules.load_weights(module, weights, str(entry))
-    module.eval()
-    with deterministic(threads), torch.inference_mode():
-        batches = torch.split(torch.arange(len(validation)), BATCH)
-        logits = torch.cat([usercode.call_user_code(module, entry, *validation.pick(rows).inputs) for rows in batches])
-    temperature = fit_temperature(logits, validation.labels)
-    if temperature is None:
-        return weights, "the logits are not calibrated: too few samples of the validation split have a class"
-    if not fold_temperature(module, validation.pick(batches[0]).inputs, temperature):
-        return weights, "the logits are not calibrated: no linear layer of its own computes them"
-    return dict(module.state_dict()), f"a temperature of {temperature:.3g}, fitted on validation, is folded into the last layer"
+    rows = torch.split(torch.arange(len(validation)), BATCH)
+
+    def load(values: dict[str, Tensor]) -> nn.Module:
+        module = build()
+        modules.load_weights(module, values, str(entry))
+        return module.eval()
+
+    def run(module: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([usercode.call_user_code(module, entry, *validation.pick(batch).inputs) for batch in rows])
+
+    with deterministic(threads):
+        module = load(weights)
+        logits = run(module)
+        temperature = fit_temperature(logits, validation.labels)
+        if temperature is None:
+            return weights, ["the logits are not calibrated: too few samples of the validation split have a class"]
+        notes = _range_notes(temperature)
+        if not fold_temperature(module, validation.pick(rows[0]).inputs, temperature):
+            return weights, [*notes, "the logits are not calibrated: no linear layer of its own computes them"]
+        folded = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        if problem := folding_problem(logits, run(load(folded)), temperature):
+            why = f"a temperature of {temperature:.3g} is not folded: dividing the last layer {problem}"
+            return weights, [*notes, f"{why}; the logits are not calibrated"]
+    return folded, [*notes, f"a temperature of {temperature:.3g}, fitted on validation, is folded into the last layer"]
+
+
+def _range_notes(temperature: float) -> list[str]:
+    """Return a note if the fit ended at a bound of its range."""
+    if LOWEST * AT_BOUND < temperature < HIGHEST / AT_BOUND:
+        return []
+    reason = "the logits do not predict the labels" if temperature > 1 else "the logits separate the classes of every validation sample"
+    return [f"the temperature fitted on validation, {temperature:.3g}, is at the end of its range [{LOWEST:g}, {HIGHEST:g}]: {reason}"]
+
+
+def folding_problem(before: Tensor, after: Tensor, temperature: float) -> str | None:
+    """Return how logits after folding differ from those before, divided by the temperature; None if they do not.
+
+    A layer may be normalized (spectral norm, cosine), its output may be changed in place or read elsewhere: dividing its weights
+    then has another effect. Shapes: before and after are (n, C).
+    """
+    expected, actual = before.double() / temperature, after.double()
+    # of each logit, and of a typical one for those near 0; not of the largest, which may be a mask of -1e4
+    typical = float(expected.abs().median())
+    is_close = (actual - expected).abs() <= FOLDING_TOLERANCE * (expected.abs() + typical)
+    changed = float((actual.argmax(1) != expected.argmax(1)).double().mean())
+    if bool(is_close.all()) and not changed:
+        return None
+    return f"changes {1 - float(is_close.double().mean()):.1%} of the logits in another way, and {changed:.1%} of the predictions"
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
@@ -81,7 +122,7 @@ def fold_temperature(module: nn.Module, inputs: Sequence[Tensor], temperature: f
     hooks = [layer.register_forward_hook(lambda layer, _, output: outputs.append((layer, output))) for layer in layers]
     try:
         with torch.inference_mode():
-            logits = module(*inputs)
+            logits = module(*(item.clone() for item in inputs))
     finally:
         for hook in hooks:
             hook.remove()
@@ -98,6 +139,24 @@ def fold_temperature(module: nn.Module, inputs: Sequence[Tensor], temperature: f
     with torch.no_grad():
         for parameter in last.parameters(recurse=False):
             parameter.div_(temperature)
+        return _divide_parametrized(last, temperature)
+
+
+def _divide_parametrized(layer: nn.Module, temperature: float) -> bool:
+    """Divide the tensors that a parametrization computes (weight norm); return False if one cannot be assigned.
+
+    Source:
+        torch.nn.utils.parametrize: an assignment calls ``right_inverse`` of the parametrization.
+    """
+    from torch.nn.utils import parametrize
+
+    if not parametrize.is_parametrized(layer):
+        return True
+    try:
+        for name in cast("nn.ModuleDict", layer.parametrizations):
+            setattr(layer, name, getattr(layer, name) / temperature)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):  # it has no inverse, or not for this value
+        return False
     return True
 
 
