@@ -123,28 +123,34 @@ class Distiller(nn.Module):
         loss = self._loss_of_logits(logits, teacher_logits, labels if "labels" in needed else None, _mask(logits, inputs, labels, mask))
         return loss if tapped is None else loss + tapped.loss(self.epoch)
 
-    def _loss_of_logits(self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, mask: Tensor) -> Tensor:
+    def _loss_of_logits(self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, mask: Tensor | None) -> Tensor:
         """Return the loss of the rows that count, 0 if there is none."""
         kinds = {loss.kind for loss in self._losses} - set(TAPPED)
         if logits.shape[-1] == 1 and kinds - set(REGRESSION_LOSSES):
             raise RecipeError(f"the logits have shape {list(logits.shape)}, one class; expected at least two, as the last axis")
-        rows = logits[mask]
+        rows = _rows(logits, mask)
         if not len(rows):
             return logits.sum() * 0.0
         if labels is None:
             label_rows = torch.full((len(rows),), registry.UNLABELLED, device=logits.device)
         else:
-            label_rows = _check_labels(labels, logits, kinds)[mask].to(logits.device)
-        teacher_rows = None if teacher_logits is None else teacher_logits.to(logits.device)[mask]
+            labels = _check_labels(labels, logits, kinds)
+            label_rows = _rows(labels, mask) if labels.shape == logits.shape else _rows(labels[..., None], mask)[:, 0]
+        teacher_rows = None if teacher_logits is None else _rows(teacher_logits, mask)
         return registry.total_loss(self._losses, rows, {FROZEN: teacher_rows}, label_rows, self.epoch)
+
+
+def _rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the samples or tokens that count as rows. Shapes: (n, C) or (n, T, C) -> (m, C)."""
+    return tensor.reshape(-1, tensor.shape[-1]) if mask is None else tensor[mask]
 
 
 def _copy_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return taps.clone_tensors(args), taps.clone_tensors(kwargs)
 
 
-def _mask(logits: Tensor, inputs: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return which samples, or which tokens, count. Shape: that of the logits without the last axis."""
+def _mask(logits: Tensor, inputs: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Return which samples, or which tokens, count; None for all. Shape: that of the logits without the last axis."""
     shape = logits.shape[:-1]
     if logits.ndim < _MATRIX or not logits.is_floating_point():
         kind = str(logits.dtype).removeprefix("torch.")
@@ -153,12 +159,12 @@ def _mask(logits: Tensor, inputs: Any, labels: Tensor | None, mask: Tensor | Non
         )
     if mask is None and logits.ndim > _MATRIX:
         attention = inputs.get(ATTENTION_MASK) if isinstance(inputs, Mapping) else None
-        if labels is not None and labels.shape == shape and not labels.is_floating_point():
+        if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
             mask = labels >= 0
         elif labels is None and isinstance(attention, Tensor) and attention.shape == shape:
             mask = attention != 0
     if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=logits.device)
+        return None
     if mask.shape != shape:
         raise RecipeError(f"the mask has shape {list(mask.shape)}, the logits {list(logits.shape)}; expected {list(shape)}")
     return mask.to(logits.device, torch.bool)
@@ -171,6 +177,8 @@ def _check_labels(labels: Tensor, logits: Tensor, kinds: set[str]) -> Tensor:
         RecipeError: if they are not class ids below the number of classes, or for ``mse_labels`` numbers, one for each logit.
     """
     expected = logits.shape if "mse_labels" in kinds else logits.shape[:-1]
+    if not isinstance(labels, Tensor):
+        raise RecipeError(f"labels are {type(labels).__name__}; expected a tensor")
     if labels.shape != expected:
         shapes = f"labels have shape {list(labels.shape)}, the logits {list(logits.shape)}"
         raise RecipeError(f"{shapes}; expected labels {list(expected)}: classes are the last axis of logits")
@@ -178,6 +186,8 @@ def _check_labels(labels: Tensor, logits: Tensor, kinds: set[str]) -> Tensor:
         return labels.float()
     if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
         raise RecipeError(f"labels are {str(labels.dtype).removeprefix('torch.')}; expected class ids, int64")
+    if labels.device.type == "meta":  # without values
+        return labels.long()
     is_wrong = (labels >= logits.shape[-1]) | ((labels < registry.UNLABELLED) & (labels != IGNORED))
     if bool(is_wrong.any()):
         classes = logits.shape[-1]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 LOWEST, HIGHEST = 0.02, 50.0
 BATCH = 256
 MIN_SAMPLES = 30  # fewer are too few to fit probabilities
+FOLDING_TOLERANCE = 1e-4  # relative; rounding of float32 weights changes logits by 1e-6
+AT_BOUND = 1.01  # a bounded search ends this close to a bound, as a factor
 
 
 def calibrate(
@@ -109,9 +111,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
 
 
 def fold_temperature(module: nn.Module, inputs: Sequence[Tensor], temperature: float) -> bool:
-    """Divide the weights of the layer that computes the logits by a temperature; return False, without a change, if there is none.
+    """Divide the weights of the layer that computes the logits by a temperature; return False if there is none that can be divided.
 
-    It is the linear layer or convolution whose output equals that of the module for ``inputs``, one batch.
+    It is the linear layer or convolution whose output equals that of the module for ``inputs``, one batch. The caller has to check
+    the result with :func:`folding_problem`: the layer may be tied to another, or be read elsewhere.
     """
     import torch
     from torch import nn
@@ -134,7 +137,7 @@ def fold_temperature(module: nn.Module, inputs: Sequence[Tensor], temperature: f
         ),
         None,
     )
-    if last is None or _is_shared(module, last):
+    if last is None:
         return False
     with torch.no_grad():
         for parameter in last.parameters(recurse=False):
@@ -158,14 +161,3 @@ def _divide_parametrized(layer: nn.Module, temperature: float) -> bool:
     except (RuntimeError, NotImplementedError, ValueError, TypeError):  # it has no inverse, or not for this value
         return False
     return True
-
-
-def _is_shared(module: nn.Module, layer: nn.Module) -> bool:
-    """Return whether another layer uses the same weights (tied to an embedding, say)."""
-    pointers = {parameter.data_ptr() for parameter in layer.parameters(recurse=False)}
-    return any(
-        parameter.data_ptr() in pointers
-        for other in module.modules()
-        if other is not layer
-        for parameter in other.parameters(recurse=False)
-    )

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from edgekd.domain.recipe import EntryPoint
 from edgekd.kd.data import Samples
