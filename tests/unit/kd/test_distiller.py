@@ -177,11 +177,11 @@ def test_each_token_is_a_row_and_padding_does_not_count(kind):
     logits, teacher_logits, labels = tokens()
     distiller = edgekd.Distiller(nn.Identity(), None, [{"kind": kind}])
     loss = distiller({"labels": labels}, logits, teacher_logits=teacher_logits)
-    counted = labels >= 0
-    rows = losses.total_loss([Loss(kind)], logits[counted], {"frozen": teacher_logits[counted]}, labels[counted])
+    has_label = labels >= 0
+    rows = losses.total_loss([Loss(kind)], logits[has_label], {"frozen": teacher_logits[has_label]}, labels[has_label])
     assert loss.item() == pytest.approx(rows.item(), rel=1e-6)
     garbage = teacher_logits.clone()
-    garbage[~counted] = 1e4
+    garbage[~has_label] = 1e4
     assert distiller({"labels": labels}, logits, teacher_logits=garbage).item() == loss.item()
 
 
