@@ -70,6 +70,7 @@ OTHER = {
     "evaluate.score": tables.EntryPoint("metrics.py", "score"),
     "teacher.weights": "teacher.safetensors",
     "teacher.file": "teacher.onnx",
+    "teacher.trusted": True,
     "teacher.train.optimizer": "sgd",
     "distill.optimizer": "sgd",
     "distill.losses": (losses.Loss("ce"),),

@@ -22,6 +22,7 @@ _MARGIN = 0.1  # refused if it certainly closes less than this share of the gap 
 _LITTLE = 0.25  # warned of below this share
 _USEFUL_AUC = 0.75  # mean area under the ROC curve of a teacher that ranks samples well, although it predicts one class only
 _USEFUL_CORRELATION = 0.5
+_USEFUL_ACCURACY = 0.5  # in another order of the classes
 _MIN_SAMPLES = 8
 _MIN_ORDER_SAMPLES = 20
 _MAX_ORDER_CLASSES = 2000  # an assignment of more takes too long
@@ -117,7 +118,7 @@ def _describe_order(logits: np.ndarray, labels: np.ndarray, is_right: np.ndarray
     confusion += np.eye(width) / len(labels)  # of equally good orders, the present one
     classes = linear_sum_assignment(confusion, maximize=True)[1]  # the label of each output
     reordered = classes[predicted] == labels
-    if not _is_better(reordered[other_half], is_right[other_half], _ORDER_ALPHA):
+    if reordered[other_half].mean() < _USEFUL_ACCURACY or not _is_better(reordered[other_half], is_right[other_half], _ORDER_ALPHA):
         return None
     outputs = np.argsort(classes)
     misplaced = np.flatnonzero(outputs != np.arange(width))
