@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -38,6 +39,9 @@ def _open_standard_streams() -> None:
     sys.stdin, sys.stdout, sys.stderr = (
         stream or os.fdopen(number, mode) for stream, number, mode in ((sys.stdin, 0, "r"), (sys.stdout, 1, "w"), (sys.stderr, STDERR, "w"))
     )
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")  # a file name need not be valid in any encoding
 
 
 if __name__ == "__main__":

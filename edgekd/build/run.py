@@ -20,6 +20,7 @@ from edgekd.harness import runner
 from edgekd.kd.training import distributed
 from edgekd.plan import Plan, resolve
 from edgekd.report import collect, document, provable
+from edgekd.report.plain import plain
 from edgekd.report.target_run import TargetRun
 from edgekd.stages import measure, package
 from edgekd.store import locks
@@ -258,7 +259,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     width = max(len(row["step"]) for row in plan["steps"])
     lines.append("steps")
     lines += [f"  {row['step']:<{width}}  {row.get('outcome', '')} {row.get('reason', '')}".rstrip() for row in plan["steps"]]
-    return lines
+    return list(map(plain, lines))
 
 
 def measure_files(models: Sequence[Path], target_name: str, threads: Sequence[int], reporter: Reporter) -> list[dict[str, Any]]:

@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from typing import TYPE_CHECKING, Any
 
 from edgekd.report import text
+from edgekd.report.plain import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 SHOWN_CLASSES = 5
+# where text could be read as Markdown or HTML: code, tables, emphasis, tags and entities, ends of links, automatic links
+_MARKUP = re.compile(r"[\\`*|~]|<(?=[A-Za-z/!?])|&(?=[#A-Za-z])|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=\bwww)\.")
+_BLOCK = re.compile(r"^(\d+(?=[.)](?:\s|$))|)([#>+=.)-])")  # at the start of a line: a heading, a quotation, a list, a rule
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """Return the whole report."""
+    """Return the whole report. Text in it that is not edgekd's cannot become markup."""
+    document = _escape(document)
     notice = text.INCONCLUSIVE_OK_NOTE if text.is_inconclusive_ok(document) else ""
     parts = [
         f"# {document['recipe']} on {document['target']['name']}: {document['outcome']}\n",
@@ -35,6 +41,18 @@ def render(document: Mapping[str, Any]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def _escape(value: Any) -> Any:
+    """Return a JSON value whose texts are shown by Markdown as they are."""
+    if isinstance(value, dict):
+        return {_escape(key): _escape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escape(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    text = _MARKUP.sub(r"\\\g<0>", plain(value)).replace("@", "`@`")  # GitHub notifies a user even if the sign is escaped
+    return _BLOCK.sub(r"\1\\\2", text)
+
+
 def _section(title: str, content: str) -> str:
     return f"## {title}\n\n{content}" if content else ""
 
@@ -45,7 +63,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(content: str) -> str:
-    return content.replace("|", "\\|").replace("\n", " ")
+    return content.replace("\n", " ")
 
 
 def _list(items: Iterable[str]) -> str:

@@ -9,6 +9,8 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from edgekd.report.plain import plain, plain_lines
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -142,9 +144,9 @@ def render_measurements(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         p50, p95, p99 = (number(row[name]["ms"]) if row[name]["interval"] else TOO_FEW_RUNS for name in ("p50", "p95", "p99"))
         counts, peak = str(row["runs"]), number(row["peak_rss_mib"])
-        cells.append((row["model"], row["runtime"], str(row["threads"]), p50, p95, p99, counts, speedup(row["speedup"]), peak))
+        cells.append((plain(row["model"]), row["runtime"], str(row["threads"]), p50, p95, p99, counts, speedup(row["speedup"]), peak))
     notes = sorted({note for row in rows for note in row["notes"]})
-    return _plain_table(cells) + "".join(f"  note: {note}\n" for note in notes)
+    return _plain_table(cells) + "".join(f"  note: {plain(note)}\n" for note in notes)
 
 
 def _is_terminal(stream: Any) -> bool:
@@ -194,7 +196,7 @@ def reporter() -> Iterator[Reporter]:
 class _LineReporter:
     def log(self, text: str) -> None:
         with suppress(OSError):  # nobody reads it, or its disk is full: the build goes on
-            sys.stderr.write(f"{text}\n")
+            sys.stderr.write("\n".join([*plain_lines(text), ""]))
             sys.stderr.flush()
 
     @contextmanager
@@ -215,10 +217,10 @@ class _BarReporter:
         self.bars = bars
 
     def log(self, text: str) -> None:
-        self.bars.console.print(text, highlight=False, markup=False)
+        self.bars.console.print("\n".join(plain_lines(text)), highlight=False, markup=False)
 
     @contextmanager
     def step(self, name: str) -> Iterator[Progress]:
         task = self.bars.add_task(name, total=1.0, message="")
-        yield lambda share, text: self.bars.update(task, completed=share, message=text)
+        yield lambda share, text: self.bars.update(task, completed=share, message=plain(text))
         self.bars.remove_task(task)

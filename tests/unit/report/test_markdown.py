@@ -4,8 +4,10 @@ from __future__ import annotations
 import re
 
 import pytest
+from markdown_it import MarkdownIt
 
 from edgekd.report import markdown
+from edgekd.report.plain import plain
 
 
 def _tables(text):
@@ -74,3 +76,54 @@ def test_a_percentile_of_too_few_runs_is_not_shown(report):
     text = markdown.render(report)
     assert "| too few runs | 300 |" in text
     assert "7.77" not in text
+
+
+HOSTILE = (
+    *("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!-- x", "&lt;b&gt;", "&#60;b>", "a < b > c & d"),
+    *("[text](http://example.org)", "![image](x)", "[a][b]", "[a]: /b", "<http://example.org>", "http://example.org", "www.example.org"),
+    *("*a* **b** _c_ __d__ ~~e~~ ~f~", "snake_case_name", "`code`", "``", "a | b || c", "\\", "\\|", "a\\`b`", "@someone", "x@example.org"),
+    *("# heading", "> quotation", "- item", "+ item", "1. item", "2) item", "---", "===", "```", "~~~", "|a|b|", "$x$", "trailing \\"),
+    *("line\n\n# heading", "a\r\n- b", "\x1b[31mred", "\u202eright", "\udcff", "-1.5", "1.5", "12", "#1"),
+)
+
+
+def _shown(markdown, kind):
+    """Return the text that a Markdown parser shows for a paragraph, a list item or a cell, and the kinds of its inline parts."""
+    content = {"paragraph": f"{markdown}\n", "item": f"- {markdown}\n", "cell": f"| a | b |\n| --- | --- |\n| {markdown} | end |\n"}[kind]
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(content)
+    inline = [token for token in tokens if token.type == "inline"]
+    parts = inline[2 if kind == "cell" else 0].children
+    assert len(inline) == (4 if kind == "cell" else 1), markdown
+    assert {token.type for token in tokens} <= {"inline", *STRUCTURE[kind]}
+    return "".join(part.content for part in parts), {part.type for part in parts}
+
+
+STRUCTURE = {
+    "paragraph": {"paragraph_open", "paragraph_close"},
+    "item": {"paragraph_open", "paragraph_close", "bullet_list_open", "bullet_list_close", "list_item_open", "list_item_close"},
+    "cell": {f"{part}_{end}" for part in ("table", "thead", "tbody", "tr", "th", "td") for end in ("open", "close")},
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURE)
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_text_of_others_is_shown_as_it_is(text, kind):
+    shown, parts = _shown(markdown._escape(text), kind)
+    assert shown == plain(text)
+    assert parts <= {"text", "text_special", "code_inline"}
+    assert ("code_inline" in parts) == ("@" in text)
+    assert "@s" not in markdown._escape(text)
+    assert not re.search(r"(?<!\\)://|\bwww\.", markdown._escape(text))
+
+
+def test_every_text_of_a_report_is_escaped(report):
+    hostile = "<b>|`@someone`\n# x"
+    report["notes"] = [hostile]
+    report["classes"] = {hostile: next(iter(report["classes"].values()))}
+    report["target"]["title"] = hostile
+    report["candidates"][0] |= {"why_not": hostile, "notes": [hostile]}
+    report["checks"][0] |= {"reason": hostile, "advice": hostile}
+    rendered = markdown.render(report)
+    assert "<b>" not in rendered.replace("\\<b>", "")
+    assert "@someone" not in rendered
+    assert "\n# x" not in rendered
