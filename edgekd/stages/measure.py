@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
 from edgekd.domain.measurement import Measurement
-from edgekd.errors import UsageError
+from edgekd.errors import StageError, StorageError, UsageError
 from edgekd.store import locks
 from edgekd.store.digests import file_digest
 
@@ -83,17 +84,17 @@ def measure_files(
     A file that is named twice is measured twice, which shows the noise. ``threads`` replaces the target's thread counts.
 
     Raises:
-        UsageError: if a file is missing or of no known format.
+        UsageError: if a file is missing, of no known format, or one that its runtime cannot load and run.
         UnavailableError: if a runtime is not installed.
-        StageError: if a runtime cannot load a file.
     """
     formats = {registry.runtime(name).FORMAT: name for name in registry.names("runtimes")}
-    problems = [f"{path}: no such file" for path in paths if not path.is_file()]
+    problems = [f"{path}: {'is not a file' if path.exists() else 'no such file'}" for path in paths if not path.is_file()]
     problems += [
         f"{path}: is not a model file; expected one that ends in .{' or .'.join(sorted(formats))}"
         for path in paths
         if path.suffix[1:] not in formats
     ]
+    problems += [f"{path}: cannot be read; its permissions forbid it" for path in paths if path.is_file() and not os.access(path, os.R_OK)]
     if problems:
         raise UsageError("\n".join(problems))
     settings = {entry.name: entry.threads for entry in target.runtimes}
@@ -101,7 +102,12 @@ def measure_files(
     for path in paths:
         name = formats[path.suffix[1:]]
         subjects += [Subject(str(path), name, path, count) for count in (tuple(threads) or settings.get(name, (1,)))]
-    return measure(subjects, target.protocol, device, progress, on_wait)
+    try:
+        return measure(subjects, target.protocol, device, progress, on_wait)
+    except StorageError:
+        raise
+    except StageError as error:  # the harness is a process of its own, which only loads and runs the user's file
+        raise UsageError(f"{error}; expected model files that their runtime loads and runs") from error
 
 
 def environment_notes(environment: Mapping[str, Any], protocol: Protocol) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edgekd import config
+from edgekd import config, registry
 from edgekd.domain.target import Protocol
 from edgekd.errors import StageError, UsageError
 from edgekd.stages import measure
@@ -192,6 +192,31 @@ def test_all_files_that_cannot_be_measured_are_reported_at_once(tmp_path):
     none, other = str(caught.value).splitlines()
     assert none.endswith("none.onnx: no such file")
     assert other.endswith("data.py: is not a model file; expected one that ends in .onnx or .tflite")
+
+
+@pytest.mark.parametrize("content", [b"", b"this is text\n" * 50, b"\x00\x01\x02" * 100])
+@pytest.mark.parametrize("name", ["m.onnx", "m.tflite"])
+def test_a_file_that_its_runtime_cannot_load_is_the_users_mistake(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        UsageError, match=rf"{name} on \w+, 1 thread: the harness ended with .*; expected model files that their runtime"
+    ) as caught:
+        _measure_files([tmp_path / name], registry.device("local"), [1])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_ends_its_harness_is_the_users_mistake(model, monkeypatch, tmp_path):
+    harness = tmp_path / "harness.py"
+    harness.write_text("import os\nos.abort()\n")
+    monkeypatch.setattr("edgekd.harness.runner.__file__", str(harness))
+    with pytest.raises(UsageError, match="the harness ended with SIGABRT"):
+        _measure_files([model], registry.device("local"), [1])
+
+
+def test_a_folder_is_not_a_model_file(tmp_path):
+    (tmp_path / "m.onnx").mkdir()
+    with pytest.raises(UsageError, match="m.onnx: is not a file"):
+        _measure_files([tmp_path / "m.onnx"], Scripted())
 
 
 def test_a_model_file_is_measured_without_torch_and_the_converters(tmp_path):
