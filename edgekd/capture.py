@@ -11,6 +11,8 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from edgekd.errors import EdgekdError, StageError, printable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -44,3 +46,22 @@ def capture_output() -> Iterator[Callable[[], str]]:
             os.dup2(stderr, 2)
             os.close(stdout)
             os.close(stderr)
+
+
+@contextmanager
+def one_line_errors(problem: str, *passed: type[Exception]) -> Iterator[None]:
+    """Turn whatever a converter, quantizer or runtime raises into an error of one line, except for ``passed``.
+
+    Raises:
+        StageError: ``problem`` and the first line of what was raised at first.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (EdgekdError, OSError, MemoryError, *passed)):
+            raise
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        raise StageError(f"{problem}: {printable(lines[0] if lines else type(cause).__name__)}") from error

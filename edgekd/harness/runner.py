@@ -268,7 +268,7 @@ PEAK_RSS = "/proc/self/status", "VmHWM"  # of this process
 MAX_SAMPLES = 64  # a block cycles through them; more would only use memory
 
 
-def _samples(session, paths, count):
+def samples(session, paths, count):
     """Return the first samples of .npy files (one file per input, samples on axis 0), else random ones from a fixed seed."""
     import numpy as np
 
@@ -325,7 +325,7 @@ def _open(state, command):
     started = time.perf_counter_ns()
     session = open_session(command["runtime"], command["path"], command["threads"])
     load_ns = time.perf_counter_ns() - started
-    state.update(session=session, samples=_samples(session, command.get("inputs"), command.get("samples", MAX_SAMPLES)), next=0)
+    state.update(session=session, samples=samples(session, command.get("inputs"), command.get("samples", MAX_SAMPLES)), next=0)
     first_ns = _block(state, 1)[0]
     return {"load_ns": load_ns, "first_ns": first_ns, "version": session.version, "rss_before_bytes": rss_before_bytes}
 

@@ -117,7 +117,7 @@ def _notes(scheme: Mapping[str, Any]) -> tuple[str, ...]:
     notes = [f"{item['op']} ({item['count']}) stays float: {item['reason']}" for item in scheme["float_ops"]]
     if not scheme["integer_ops"]:
         notes.insert(0, f"nothing was quantized: no op of the model has an int8 form under {scheme['scheme']}")
-    return tuple(notes)
+    return (*scheme.get("notes", ()), *notes)
 
 
 def _count(ops: Any) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.scheme import DYNAMIC_INT8, FLOAT32, STATIC_INT8
-from edgekd.errors import StageError, UnavailableError
+from edgekd.errors import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,13 +58,13 @@ def open(path: Path, threads: int) -> Session:  # noqa: A001  (the protocol's na
         UnavailableError: if no LiteRT is installed.
         StageError: if it cannot load the file.
     """
-    from edgekd.capture import capture_output
+    from edgekd.capture import capture_output, one_line_errors
     from edgekd.harness import runner
 
     try:
-        with capture_output():  # the XNNPACK delegate prints that it was created
-            return runner.open_session(NAME, path, threads)  # type: ignore[no-any-return]  # the harness has no types
+        with capture_output(), one_line_errors(f"{path.name}: LiteRT cannot load it", ImportError):  # the XNNPACK delegate prints
+            session = runner.open_session(NAME, path, threads)
     except ImportError as error:
         raise UnavailableError("LiteRT is not installed; run: pip install 'edgekd[litert]'") from error
-    except (ValueError, RuntimeError) as error:
-        raise StageError(f"{path.name}: LiteRT cannot load it: {str(error).splitlines()[0]}") from error
+    session.run = one_line_errors(f"{path.name}: LiteRT cannot run it")(session.run)
+    return session  # type: ignore[no-any-return]  # the harness has no types

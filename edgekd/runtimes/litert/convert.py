@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgekd.capture import capture_output
+from edgekd.capture import capture_output, one_line_errors
 from edgekd.errors import StageError
 
 if TYPE_CHECKING:
@@ -26,13 +26,7 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise StageError("litert-torch cannot convert TorchScript; save the model with torch.export.save, or as weights")
     samples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
-    with capture_output() as last_line:
+    with capture_output(), one_line_errors("litert-torch refuses the model"):
         import litert_torch
 
-        try:
-            litert_torch.convert(model, samples).export(str(path))
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise StageError(f"litert-torch refuses the model: {lines[0] if lines else last_line()}") from error
+        litert_torch.convert(model, samples).export(str(path))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from edgekd.capture import capture_output
+from edgekd.capture import capture_output, one_line_errors
 from edgekd.domain.scheme import DYNAMIC_INT8
 from edgekd.errors import StageError
 from edgekd.harness import runner
@@ -67,14 +67,8 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
     scheme, dynamic, integer_io = str(params["scheme"]), params["scheme"] == DYNAMIC_INT8, params["io"] == "int8"
     if dynamic and integer_io:
         raise StageError(f'{scheme} has float inputs and outputs; io = "int8" needs a static scheme')
-    with capture_output():
-        try:
-            _write_quantized(source, path, params, calibration)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:
-            text = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StageError(f"AI Edge Quantizer refuses {scheme}: {text}") from error
+    with capture_output(), one_line_errors(f"AI Edge Quantizer refuses {scheme}"):
+        _write_quantized(source, path, params, calibration)
         session = runner.open_session("litert", path, 1)
     float_tensors = [item["name"] for item in (*session.inputs, *session.outputs) if item["dtype"] == "float32"]
     if integer_io and float_tensors:

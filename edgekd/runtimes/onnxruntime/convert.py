@@ -6,7 +6,7 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from edgekd.capture import capture_output
+from edgekd.capture import capture_output, one_line_errors
 from edgekd.errors import StageError
 
 if TYPE_CHECKING:
@@ -42,12 +42,8 @@ def export(model: Any, inputs: Sequence[TensorSpec], path: Path, *, rewrite: boo
     samples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
     notes: tuple[str, ...] = ()
     with capture_output():
-        try:
+        with one_line_errors("torch's ONNX exporter refuses the model"):
             proto = _trace(model, samples, [*names], output)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:
-            raise StageError(f"torch's ONNX exporter refuses the model: {_reason(error)}") from error
         if rewrite:
             proto, notes = _simplify(proto)
         _rename(proto.graph, names)
@@ -105,9 +101,10 @@ def _simplify(proto: Any) -> tuple[Any, tuple[str, ...]]:
     rewritten.CopyFrom(proto)
     _replace_means(rewritten.graph)
     try:
-        simplified, is_equivalent = onnxsim.simplify(rewritten)
-    except Exception as error:  # noqa: BLE001  (the file is used as it was)
-        return proto, (f"the ONNX file is not simplified: onnxsim refuses the model: {_reason(error)}",)
+        with one_line_errors("onnxsim refuses the model"):
+            simplified, is_equivalent = onnxsim.simplify(rewritten)
+    except StageError as error:
+        return proto, (f"the ONNX file is not simplified: {error}",)
     if not is_equivalent:
         return proto, ("the ONNX file is not simplified: onnxsim changes what it computes",)
     return simplified, ()
@@ -173,11 +170,3 @@ def _global_average_pool(mean: Any) -> list[Any]:
         helper.make_node("GlobalAveragePool", mean.input[:1], [pooled], name=mean.name),
         helper.make_node("Flatten", [pooled], mean.output, name=f"{mean.name}_flatten"),
     ]
-
-
-def _reason(error: BaseException) -> str:
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[0] if lines else type(cause).__name__

@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.capture import capture_output
+from edgekd.capture import capture_output, one_line_errors
 from edgekd.domain.scheme import DYNAMIC_INT8
 from edgekd.errors import StageError
-from edgekd.runtimes.onnxruntime import kernels
+from edgekd.runtimes.onnxruntime import comparison, kernels
 from edgekd.runtimes.onnxruntime.convert import strip
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Json
 
 DYNAMIC_OPS = ("Gather", "LSTM", "MatMul")
+_STEPS = 0.02  # of the range of the outputs: a few steps of 1/255
 IO_METADATA = "edgekd.edges"  # scales and zero points of integer inputs and outputs, for which ONNX has no field
 
 
@@ -43,17 +44,13 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
         raise StageError(f'{params["scheme"]} has float inputs and outputs; io = "int8" needs a static scheme')
     with tempfile.TemporaryDirectory() as folder, capture_output():
         quantized = Path(folder) / "quantized.onnx"
-        try:
-            _write_quantized(source, quantized, params, calibration)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:
-            text = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StageError(f"onnxruntime's quantizer refuses {params['scheme']}: {text}") from error
-        model = onnx.load(str(quantized))
-        quantization = _quantize_io(model.graph) if integer_io else {}
-        path.write_bytes(strip(model, {IO_METADATA: json.dumps(quantization, sort_keys=True)} if quantization else {}))
-        ops = kernels.list_ops(path, dynamic=dynamic)
+        with one_line_errors(f"onnxruntime's quantizer refuses {params['scheme']}"):
+            notes = _write_quantized(source, quantized, params, calibration)
+            model = onnx.load(str(quantized))
+            quantization = _quantize_io(model.graph) if integer_io else {}
+            path.write_bytes(strip(model, {IO_METADATA: json.dumps(quantization, sort_keys=True)} if quantization else {}))
+            _check_rewrite(quantized, path, calibration, quantization)
+            ops = kernels.list_ops(path, dynamic=dynamic)
     return {
         "scheme": params["scheme"],
         "io": params["io"],
@@ -64,15 +61,34 @@ def quantize(source: Path, path: Path, params: Mapping[str, Json], calibration: 
         "inputs": [_io_tensor(item, quantization) for item in model.graph.input],
         "outputs": [_io_tensor(item, quantization) for item in model.graph.output],
         **ops,
+        "notes": notes,
     }
 
 
-def _write_quantized(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> None:
+def _check_rewrite(before: Path, path: Path, calibration: Sequence[Sequence[np.ndarray]], quantization: Mapping[str, Any]) -> None:
+    """Compare the file with the quantizer's: without metadata, and with integer inputs and outputs, it computes the same.
+
+    Raises:
+        StageError: if it does not.
+    """
+    change = comparison.largest_change(before, path, calibration)
+    if change > (_STEPS if quantization else comparison.ROUNDING):
+        advice = '; use quantize.io = "float32"' if quantization else ""
+        raise StageError(f"its outputs change by {100 * change:.3g} % when what is not needed is removed from the graph{advice}")
+
+
+def _write_quantized(source: Path, path: Path, params: Mapping[str, Json], calibration: Sequence[Sequence[np.ndarray]]) -> list[str]:
+    """Write the quantizer's file, and return notes."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = path.with_name("prepared.onnx")
     quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)  # shapes are fixed, and symbolic inference supports fewer ops
+    notes = []
+    change = comparison.largest_change(source, prepared, calibration)
+    if change > comparison.ROUNDING:
+        notes.append(f"quantized without ONNX Runtime's optimizations, which change the outputs by {100 * change:.3g} %")
+        prepared = source
     settings: dict[str, Any] = {"per_channel": True, "reduce_range": bool(params.get("reduce_range")), "weight_type": QuantType.QInt8}
     if params["scheme"] == DYNAMIC_INT8:
         quantize_dynamic(str(prepared), str(path), op_types_to_quantize=list(DYNAMIC_OPS), **settings)
@@ -86,6 +102,7 @@ def _write_quantized(source: Path, path: Path, params: Mapping[str, Json], calib
             calibrate_method=CalibrationMethod.MinMax,
             **settings,
         )
+    return notes
 
 
 def _reader(source: Path, calibration: Sequence[Sequence[np.ndarray]]) -> Any:

@@ -14,11 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.capture import capture_output
+from edgekd.capture import capture_output, one_line_errors
 from edgekd.errors import StageError
 from edgekd.harness import runner
+from edgekd.runtimes.onnxruntime import comparison
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from edgekd.ports import Session
 
 EXACT_INT8 = {"session.x64quantprecision": "1"}
@@ -33,39 +36,36 @@ def load(path: Path, threads: int) -> Session:
     """
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-    load_errors = (
-        errors.EPFail,
-        errors.Fail,
-        errors.InvalidArgument,
-        errors.InvalidGraph,
-        errors.InvalidProtobuf,
-        errors.NoModel,
-        errors.NoSuchFile,
-        errors.NotImplemented,
-        errors.RuntimeException,
-    )
-    with capture_output():
+    with capture_output(), one_line_errors(f"{path.name}: onnxruntime cannot load it", ImportError):
         try:
-            return _open(path, threads)
-        except load_errors as error:
-            reason = error
-        try:
-            content = _copy_shared_weights(path) if isinstance(reason, errors.Fail) else None
-            if content is not None:
-                return _open_bytes(content, threads)
-        except load_errors as error:
-            reason = error
-    raise StageError(f"{path.name}: onnxruntime cannot load it: {str(reason).splitlines()[0]}") from reason
+            session: Any = _open(path, threads, EXACT_INT8)
+        except errors.Fail:
+            content = _copy_shared_weights(path)
+            if content is None:
+                raise
+            session = _open_copy(path, content, threads)
+    session.run = one_line_errors(f"{path.name}: onnxruntime cannot run it")(session.run)
+    return session  # type: ignore[no-any-return]  # the harness has no types
 
 
-def _open(path: Path, threads: int) -> Session:
-    return runner.open_session("onnxruntime", path, threads, EXACT_INT8)  # type: ignore[no-any-return]  # the harness has no types
+def _open(path: Path, threads: int, options: Mapping[str, str]) -> Session:
+    return runner.open_session("onnxruntime", path, threads, options)  # type: ignore[no-any-return]  # the harness has no types
 
 
-def _open_bytes(content: bytes, threads: int) -> Session:
+def _open_copy(path: Path, content: bytes, threads: int) -> Session:
+    """Return a session of a file with copied weights, which must compute the same.
+
+    Raises:
+        StageError: if it does not.
+    """
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
         Path(file.name).write_bytes(content)
-        return _open(Path(file.name), threads)
+        change = comparison.largest_change(path, Path(file.name), [])
+        if change > comparison.ROUNDING:
+            raise StageError(
+                f"{path.name}: onnxruntime cannot load it: with copies of shared weights its outputs change by {100 * change:.3g} %"
+            )
+        return _open(Path(file.name), threads, EXACT_INT8)
 
 
 def _copy_shared_weights(path: Path) -> bytes | None:

@@ -242,7 +242,7 @@ def test_samples_of_a_file_are_converted_to_the_input_type_and_cycled(tmp_path):
     onnx.save(model, str(path))
     np.save(tmp_path / "x.npy", np.array([[1, 2], [-500, 500], [0, 0.3]], np.float32))
     session = runner.open_session("onnxruntime", path, 1)
-    samples = runner._samples(session, [tmp_path / "x.npy"], 2)
+    samples = runner.samples(session, [tmp_path / "x.npy"], 2)
     assert [sample[0].tolist() for sample in samples] == [[[1, 3]], [[-128, 127]]]
     inputs = []
     session.run = inputs.append
@@ -261,7 +261,7 @@ def test_settling_runs_are_not_timed(doubling):
 
 def test_random_inputs_are_the_same_each_time(doubling):
     session = runner.open_session("onnxruntime", doubling, 1)
-    first, second = runner._samples(session, [], 64), runner._samples(session, [], 64)
+    first, second = runner.samples(session, [], 64), runner.samples(session, [], 64)
     assert len(first) == 16
     assert np.array_equal(first, second)
     assert len({sample[0].tobytes() for sample in first}) == 16

@@ -12,7 +12,7 @@ from edgekd.domain.recipe import TensorSpec
 from edgekd.domain.scheme import DYNAMIC_INT8, FLOAT32, STATIC_INT8
 from edgekd.errors import StageError
 from edgekd.runtimes import onnxruntime as runtime
-from edgekd.runtimes.onnxruntime import convert
+from edgekd.runtimes.onnxruntime import comparison, convert
 
 
 class Pools(nn.Module):
@@ -267,6 +267,32 @@ NAMES += [
 @pytest.mark.parametrize("name", ["linear", "output"])
 def test_an_input_may_have_the_name_of_an_operation_or_of_the_output(name, tmp_path):
     _check_names(TwoInputs().eval(), tmp_path / "m.onnx", name, "b", export=True)
+
+
+def test_a_change_of_the_outputs_is_measured_as_a_share_of_their_range(tmp_path):
+    torch.manual_seed(0)
+    model, specs = nn.Linear(6, 3).eval(), (TensorSpec("x", (1, 6)),)
+    runtime.export(model, specs, tmp_path / "a.onnx")
+    with torch.no_grad():
+        model.bias += torch.tensor([1.0, 0, 0])
+    runtime.export(model, specs, tmp_path / "b.onnx")
+    samples = [[np.zeros((1, 6), np.float32)], [np.ones((1, 6), np.float32)]]
+    span = np.ptp([runtime.open(tmp_path / "a.onnx", 1).run(sample)[0] for sample in samples])
+    assert comparison.largest_change(tmp_path / "a.onnx", tmp_path / "a.onnx", samples) == 0
+    assert comparison.largest_change(tmp_path / "a.onnx", tmp_path / "b.onnx", samples) == pytest.approx(1 / span, rel=1e-5)
+
+
+def test_integer_io_that_changes_the_outputs_is_refused(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "largest_change", lambda *_: 0.5)
+    with pytest.raises(StageError, match=r'its outputs change by 50 % when .* removed from the graph; use quantize.io = "float32"'):
+        exported("mlp").quantize(tmp_path / "q.onnx", STATIC_INT8, io="int8")
+
+
+def test_optimizations_that_change_the_outputs_are_left_out_with_a_note(exported, tmp_path, monkeypatch):
+    changes = iter([0.25, 0.0])
+    monkeypatch.setattr(comparison, "largest_change", lambda *_: next(changes))
+    scheme = exported("mlp").quantize(tmp_path / "q.onnx", STATIC_INT8)
+    assert scheme["notes"] == ["quantized without ONNX Runtime's optimizations, which change the outputs by 25 %"]
 
 
 def test_an_input_may_have_any_name(tmp_path):
