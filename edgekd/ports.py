@@ -64,12 +64,14 @@ class Context:
     ``recipe_dir``: paths of user code and files are relative to it (their digests are in the key, through ``inspect``).
     ``out``: every file written here becomes an artifact under its name; the stage writes to no other folder except ``work``.
     ``work``: a folder of this step's key that survives a kill: partial work, so that a stage can resume.
+    ``secret``: the key of the hashes of environment values (``Record.env``).
     """
 
     recipe_dir: Path
     out: Path
     work: Path
     progress: Progress
+    secret: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,8 @@ class Record:
     """What the user's code read, as ``inspect`` recorded it: a cached result is valid only while all of this is unchanged.
 
     ``files``: path (relative to the recipe's folder for a file in it) to SHA-256, or None for a file that was looked
-    up and absent. ``listings``: folder to SHA-256 of its sorted names. ``env``: variable to SHA-256 of its value, or
-    None. ``modules``: distribution to version.
+    up and absent. ``listings``: folder to SHA-256 of its sorted names. ``env``: variable to the keyed hash of its
+    value (HMAC-SHA-256), or None. ``modules``: distribution to version.
     """
 
     files: Mapping[str, str | None] = field(default_factory=dict)

@@ -53,8 +53,8 @@ def judge_target(target_run: TargetRun, reporter: Reporter) -> Result:
     """
     folder = target_run.folder
 
-    def on_wait() -> None:
-        reporter.log(f"{folder}: waits until another build has written it")
+    def on_wait(holders: str) -> None:
+        reporter.log(f"{folder}: waits until another build has written it: {holders}")
 
     with locks.exclusive_folder(folder, on_wait):
         package.remove_leftovers(folder)
@@ -136,8 +136,8 @@ def _measure(target_run: TargetRun, outcomes: Mapping[str, Outcome], reporter: R
         return []
     reporter.log(f"measure: {len(subjects)} settings on {target_run.target.name}, with exclusive access to the machine")
 
-    def on_wait() -> None:
-        reporter.log("measure: waits until other builds on this machine have finished training")
+    def on_wait(holders: str) -> None:
+        reporter.log(f"measure: waits for exclusive access to this machine, which {holders} uses")
 
     with reporter.step(f"measure/{target_run.target.name}") as progress:
         return measure.measure(subjects, target_run.target.protocol, registry.device("local"), progress, on_wait)

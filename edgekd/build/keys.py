@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgekd import registry
 from edgekd.build.refusals import why_skipped
+from edgekd.errors import StageError, printable
 from edgekd.ports import CompletedStep
 from edgekd.store.digests import canonical_json, digest, tool_version
 
@@ -108,7 +109,13 @@ def input_artifacts(step: Step[Any], completed: Mapping[str, CompletedStep]) -> 
     artifacts = {}
     for name, reference in step.inputs.items():
         producer, _, file = reference.partition(":")
-        artifacts[name] = completed[producer].entry.artifacts[file]
+        entry = completed[producer].entry
+        if file not in entry.artifacts:
+            folders = sorted({str(item.path.parent) for item in entry.artifacts.values()})
+            raise StageError(
+                f"{producer}: its cache entry has no file {file!r}; remove {', '.join(folders) or entry.key}, then build again"
+            )
+        artifacts[name] = entry.artifacts[file]
     return artifacts
 
 
@@ -138,9 +145,10 @@ def _differences(old: object, new: object, path: str = "") -> Iterator[str]:
         if path == "code":
             yield "the code of this stage changed"
         else:
-            yield f"{path} changed" if path.startswith("inputs.") else f"{path} {_short(old)} -> {_short(new)}"
+            name = printable(path)
+            yield f"{name} changed" if path.startswith("inputs.") else f"{name} {_short(old)} -> {_short(new)}"
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = printable(str(value))
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
 from edgekd.build import keys, refusals
+from edgekd.build.disturbance import check_storage
 from edgekd.errors import EdgekdError, ProcessDiedError, RecipeError, StageError, StorageError, UnavailableError, describe_unexpected
 from edgekd.kd.training import distributed
 from edgekd.plan import check_left_out, is_dry_run
@@ -90,10 +90,10 @@ def call_stage(worker: Worker, step: Step[Any], inputs: Mapping[str, Artifact], 
     Raises:
         EdgekdError: what the stage raised, or that its process died.
     """
-    folders = context.recipe_dir, context.out, context.work
+    places = context.recipe_dir, context.out, context.work, context.secret
     try:
         result: StageResult = worker.call(
-            step.id, run_stage, step, inputs, *folders, progress=context.progress, max_silence_s=refusals.max_silence_s(step)
+            step.id, run_stage, step, inputs, *places, progress=context.progress, max_silence_s=refusals.max_silence_s(step)
         )
     except ProcessDiedError as error:
         if step.stage == inspect.NAME and error.in_user_code:  # it runs the user's code to find such mistakes
@@ -102,7 +102,9 @@ def call_stage(worker: Worker, step: Step[Any], inputs: Mapping[str, Artifact], 
     return result
 
 
-def run_stage(step: Step[Any], inputs: Mapping[str, Artifact], recipe_dir: Path, out: Path, work: Path, progress: Progress) -> StageResult:
+def run_stage(
+    step: Step[Any], inputs: Mapping[str, Artifact], recipe_dir: Path, out: Path, work: Path, secret: bytes, progress: Progress
+) -> StageResult:
     """Run a step in this process, with the other ranks if its stage is shared.
 
     Raises:
@@ -111,7 +113,7 @@ def run_stage(step: Step[Any], inputs: Mapping[str, Artifact], recipe_dir: Path,
     if _is_shared(step):
         distributed.broadcast((step, inputs, recipe_dir, work))
     try:
-        return STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, work, progress))
+        return STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, work, progress, secret))
     except (EdgekdError, OSError, MemoryError):
         raise
     except Exception as error:
@@ -153,7 +155,7 @@ def _run_step(step: Step[Any], completed: Mapping[str, CompletedStep], build: Bu
         _check_tools(step)
         _repair_inputs(step, completed, build)
         build.before_step(step, completed)
-        with cache.lock(digest(material)):
+        with cache.lock(digest(material), lambda holders: build.reporter.log(f"{step.id}: waits for {holders}, which runs this step")):
             entry = cache.get(keys.find_key(cache, material, recipe_dir))  # another build may have stored it meanwhile
             is_hit = entry is not None
             if entry is None:
@@ -170,7 +172,10 @@ def _execute(step: Step[Any], completed: Mapping[str, CompletedStep], build: Bui
     started, is_final = time.monotonic(), True
     try:
         out, work = cache.new_output_folder(base), cache.work(base)
-        with build.reporter.step(step.id) as progress, locks.machine_shared():
+        with (
+            build.reporter.step(step.id) as progress,
+            locks.machine_shared(lambda holders: build.reporter.log(f"{step.id}: waits for {holders}, which measures on this machine")),
+        ):
             started = time.monotonic()
             inputs = keys.input_artifacts(step, completed)
             worker = build.worker
@@ -179,15 +184,14 @@ def _execute(step: Step[Any], completed: Mapping[str, CompletedStep], build: Bui
                 for leftover in work.parent.glob(f"{work.name}{RANK_SUFFIX}*"):  # of ranks that were killed
                     shutil.rmtree(leftover)
             try:
-                result = call_stage(worker, step, inputs, Context(build.recipe_dir, out, work, progress))
+                result = call_stage(worker, step, inputs, Context(build.recipe_dir, out, work, progress, cache.secret))
             except StageError as error:
                 if not refusals.is_of_a_runtime(step) or isinstance(error, StorageError):
                     raise
+                check_storage(cache, error)
                 result, is_final = refusals.refusal(step, error, out), not error.temporary
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
-            raise
-        raise storage_error(f"{step.id} cannot write", cache.root, error) from error
+        raise storage_error(f"{step.id} cannot read or write its files", cache.root, error) from error
     seconds = time.monotonic() - started
     key = base if result.record is None else cache.add_record(base, result.record)
     if is_final:

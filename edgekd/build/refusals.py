@@ -43,8 +43,11 @@ def max_silence_s(step: Step[Any]) -> float | None:
 def refusal(step: Step[Any], error: StageError, out: Path) -> StageResult:
     """Return the result of a step that failed, with the reason as its metric ``why_not``, and write that as the step's only file."""
     reason = printable(str(error).removeprefix(f"{step.id}: "))
-    shutil.rmtree(out)
-    out.mkdir()
+    for path in out.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     (out / REFUSAL).write_text(f"{reason}\n", encoding="utf-8")
     return StageResult({"why_not": reason})
 

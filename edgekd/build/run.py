@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd import config, registry
 from edgekd.build import keys, pipeline
+from edgekd.build.disturbance import with_cache
 from edgekd.build.judge import Result, judge_target
 from edgekd.build.worker import Worker
 from edgekd.domain.verdict import Outcome
@@ -71,25 +72,28 @@ def build(request: Request, reporter: Reporter) -> list[Result]:
     cache = Cache(request.cache, reporter.log)
     cache.prepare()
     before_step = _check_before_training(request, plan, cache, reporter)
-    try:
-        with closing(Worker(request.recipe_dir)) as worker, closing(Worker(request.recipe_dir, persistent=True)) as ranks:
-            context = pipeline.BuildContext(cache, request.recipe_dir, reporter, before_step, worker, ranks)
-            completed = pipeline.run(plan, context, request.until)
-        if request.until is not None:
-            return [_write_stage_output(request, plan, completed, request.until)]
-        input_files = _input_files(request, plan, cache, completed)
-        _check_depfile(request, plan, input_files)
-        results = []
-        for target in plan.targets:
-            folder = request.out / target.name
-            target_run = TargetRun(
-                plan, target, completed, folder, request.recipe, input_files, request.inconclusive_ok, request.remeasure, started
-            )
-            results.append(judge_target(target_run, reporter))
-        if request.depfile is not None:
-            package.write_depfile(request.depfile, *_depfile_rules(request, plan, input_files))
-    finally:
-        cache.close()
+    return with_cache(cache, reporter, lambda: _build_targets(request, plan, cache, reporter, before_step, started))
+
+
+def _build_targets(
+    request: Request, plan: Plan, cache: Cache, reporter: Reporter, before_step: Callable[..., None], started: float
+) -> list[Result]:
+    with closing(Worker(request.recipe_dir)) as worker, closing(Worker(request.recipe_dir, persistent=True)) as ranks:
+        context = pipeline.BuildContext(cache, request.recipe_dir, reporter, before_step, worker, ranks)
+        completed = pipeline.run(plan, context, request.until)
+    if request.until is not None:
+        return [_write_stage_output(request, plan, completed, request.until)]
+    input_files = _input_files(request, plan, cache, completed)
+    _check_depfile(request, plan, input_files)
+    results = []
+    for target in plan.targets:
+        folder = request.out / target.name
+        target_run = TargetRun(
+            plan, target, completed, folder, request.recipe, input_files, request.inconclusive_ok, request.remeasure, started
+        )
+        results.append(judge_target(target_run, reporter))
+    if request.depfile is not None:
+        package.write_depfile(request.depfile, *_depfile_rules(request, plan, input_files))
     return results
 
 
@@ -266,8 +270,8 @@ def measure_files(models: Sequence[Path], target_name: str, threads: Sequence[in
     """Measure model files on this machine, interleaved; the first is the reference of the speed-up."""
     target = config.load_target(target_name, runner.facts())
 
-    def on_wait() -> None:
-        reporter.log("measure: waits until builds on this machine have finished training")
+    def on_wait(holders: str) -> None:
+        reporter.log(f"measure: waits for exclusive access to this machine, which {holders} uses")
 
     with reporter.step("measure") as progress:
         return collect.measurement_rows(measure.measure_files(models, target, threads, registry.device("local"), progress, on_wait))

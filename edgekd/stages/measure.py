@@ -39,7 +39,7 @@ class Subject:
 
 
 def measure(
-    subjects: Sequence[Subject], protocol: Protocol, device: Device, progress: Progress, on_wait: Callable[[], None] | None = None
+    subjects: Sequence[Subject], protocol: Protocol, device: Device, progress: Progress, on_wait: Callable[[str], None] | None = None
 ) -> list[Measurement]:
     """Measure subjects, with exclusive access to the machine; ``on_wait`` is called if it must be waited for.
 
@@ -77,7 +77,7 @@ def measure_files(
     threads: Sequence[int],
     device: Device,
     progress: Progress,
-    on_wait: Callable[[], None] | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
     """Measure model files without a recipe, on random inputs; the runtime follows from the suffix.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import hmac
 import json
 import os
 from contextlib import suppress
@@ -35,27 +36,33 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def changes(record: Mapping[str, Any], recipe_dir: Path, digest_of: Callable[[Path], str] = file_digest) -> Iterator[str]:
-    """Yield a description of each difference between a record and the present state."""
+def changes(
+    record: Mapping[str, Any], recipe_dir: Path, digest_of: Callable[[Path], str] = file_digest, secret: bytes = b""
+) -> Iterator[str]:
+    """Yield a description of each difference between a record and the present state. ``secret``: the key of the environment's hashes."""
     for name, old in record.get("files", {}).items():
-        path = recipe_dir / name
-        new = digest_of(path) if path.is_file() else None
+        try:
+            new = digest_of(recipe_dir / name) if (recipe_dir / name).is_file() else None
+        except OSError:  # it cannot be read, or has gone just now
+            new = None
         if new != old:
             yield f"{name} {'changed' if new and old else 'appeared' if new else 'is gone'}"
     for name, old in record.get("listings", {}).items():
         if listing_digest(recipe_dir / name) != old:
             yield f"the files in {name} changed"
     for name, old in record.get("env", {}).items():
-        if env_digest(name) != old:
+        if env_digest(os.environ.get(name), secret) != old:
             yield f"the environment variable {name} changed"
     for name, old in record.get("modules", {}).items():
         if (version := tool_version(name)) != old:
             yield f"{name} {old} -> {version}"
 
 
-def first_change(record: Mapping[str, Any], recipe_dir: Path, digest_of: Callable[[Path], str] = file_digest) -> str | None:
+def first_change(
+    record: Mapping[str, Any], recipe_dir: Path, digest_of: Callable[[Path], str] = file_digest, secret: bytes = b""
+) -> str | None:
     """Return the first difference between a record and the present state, or None if there is none."""
-    return next(changes(record, recipe_dir, digest_of), None)
+    return next(changes(record, recipe_dir, digest_of, secret), None)
 
 
 def listing_digest(folder: Path) -> str | None:
@@ -66,10 +73,12 @@ def listing_digest(folder: Path) -> str | None:
         return None
 
 
-def env_digest(name: str) -> str | None:
-    """Return the SHA-256 of an environment variable's value, or None if it is not set."""
-    value = os.environ.get(name)
-    return None if value is None else hashlib.sha256(os.fsencode(value)).hexdigest()
+def env_digest(value: str | None, secret: bytes) -> str | None:
+    """Return the HMAC-SHA-256 of an environment variable's value, or None if it is not set.
+
+    The key is the cache's, so that a digest does not give a short value away to somebody who tries all.
+    """
+    return None if value is None else hmac.digest(secret, os.fsencode(value), "sha256").hex()
 
 
 @functools.cache
@@ -83,12 +92,16 @@ def tool_version(distribution: str) -> str | None:
         return None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file: write a temporary file beside it, flush it, rename it."""
+def write_atomically(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Replace a file: write a temporary file beside it, flush it, rename it. The umask narrows ``mode``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content)
+        with suppress(FileNotFoundError):
+            temporary.unlink()  # of a killed process of the same number
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
         flush(temporary)
         temporary.replace(path)
     except OSError:

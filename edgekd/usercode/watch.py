@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import hashlib
 import importlib
 import os
 import sys
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd import usercode
 from edgekd.errors import RecipeError
 from edgekd.ports import Record
-from edgekd.store.digests import file_digest, listing_digest, tool_version
+from edgekd.store.digests import env_digest, file_digest, listing_digest, tool_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,10 +57,12 @@ class Watcher:
     Args:
         recipe_dir: The folder that the recorded names are relative to.
         excluded: Folders that edgekd writes; files in them are not the user's.
+        secret: The key of the hashes of environment values.
     """
 
-    def __init__(self, recipe_dir: Path, excluded: tuple[Path, ...]) -> None:
+    def __init__(self, recipe_dir: Path, excluded: tuple[Path, ...], secret: bytes = b"") -> None:
         self.recipe_dir = recipe_dir
+        self._secret = secret
         self._excluded = (*_SYSTEM_FOLDERS, *(f"{path}{os.sep}" for path in excluded))
         self._reads: Reads | None = None  # of the phase that runs
         self._written_files: set[str] = set()
@@ -98,7 +99,7 @@ class Watcher:
         return Record(
             files={self._name(path): self._digest(path, stamp) for path, stamp in sorted(reads.files.items())},
             listings={self._name(path): listing_digest(Path(path)) for path in sorted(reads.listings) if path not in self._created_folders},
-            env={name: _value_digest(self._environ.get(name)) for name in sorted(reads.env)},
+            env={name: env_digest(self._environ.get(name), self._secret) for name in sorted(reads.env)},
             modules=_imported_distributions(sources, self.recipe_dir),
         )
 
@@ -269,10 +270,6 @@ def _path_modules() -> frozenset[str]:
 
 def _absolute(path: Any) -> str:
     return os.path.abspath(os.fsdecode(path))  # noqa: PTH100  (also normalizes; links keep their names)
-
-
-def _value_digest(value: str | None) -> str | None:
-    return None if value is None else hashlib.sha256(os.fsencode(value)).hexdigest()
 
 
 def _mapped_files() -> set[str]:

@@ -38,7 +38,7 @@ class Inspection:
         self.params, self.progress = params, context.progress
         self.recipe_dir, self.out = context.recipe_dir.absolute(), context.out.absolute()
         self.check = CheckContext(self.params, self.recipe_dir, self.out)
-        self.watcher = Watcher(self.recipe_dir, (self.out, context.work.absolute()))
+        self.watcher = Watcher(self.recipe_dir, (self.out, context.work.absolute()), context.secret)
         self.records: list[Record] = []
         self.notes = self.check.notes
         self.summary: dict[str, Any] = {"inputs": [{**asdict(spec), "shape": list(spec.shape)} for spec in self.params.inputs]}

@@ -185,7 +185,9 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_entry(build, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pipeline.STAGES["second"], "run", full)
-    with pytest.raises(StorageError, match="second/x cannot write: No space left on device; free space or name another folder"):
+    with pytest.raises(
+        StorageError, match="second/x cannot read or write its files: No space left on device; free space or name another folder"
+    ):
         pipeline.run(_plan(), build)
     assert [entry.material["stage"] for _, entry, *_ in build.cache.entries()] == ["first"]
 

@@ -42,7 +42,7 @@ class Scripted:
 
 
 def _shared_waits():
-    program = "import os; from edgekd.store import locks\nwith locks.machine_shared(lambda: os._exit(7)): pass"
+    program = "import os; from edgekd.store import locks\nwith locks.machine_shared(lambda _: os._exit(7)): pass"
     return subprocess.run([sys.executable, "-c", program], check=False).returncode == 7
 
 
@@ -105,7 +105,7 @@ def test_waiting_for_the_machine_is_reported(model):
     child.stdout.readline()
     calls = []
 
-    def on_wait():
+    def on_wait(_):
         calls.append("waits")
         child.communicate("\n")
 

@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from contextlib import suppress
 
 import pytest
 
 from edgekd.errors import StorageError
 from edgekd.ports import Record, StageResult
 from edgekd.store.cache import Cache
-from edgekd.store.digests import digest, file_digest
+from edgekd.store.digests import digest, env_digest, file_digest, tool_version
 
 MATERIAL = {"stage": "quantize", "params": {"scheme": "float32"}}
 KEY = digest(MATERIAL)
@@ -140,12 +142,174 @@ def test_prune_removes_the_least_recently_used(cache):
     for age, key in enumerate(keys):
         folder = _store(cache, bytes(1000), key).artifacts["model.onnx"].path.parent
         os.utime(folder, (1_000_000 - age, 1_000_000 - age))
+    cache.close()  # it has used them
     size = sum(row[2] for row in cache.entries())
     removed, freed = cache.prune(max_gib=(size - 1) / 2**30, older_than_days=None)
     assert (removed, cache.get(keys[2])) == (1, None)
     assert freed > 1000
     assert cache.get(keys[0]) is not None
+    cache.close()
     assert cache.prune(None, older_than_days=1)[0] == 2
+
+
+def test_prune_spares_what_another_process_uses(cache, warnings):
+    _store(cache)
+    (cache.work(KEY) / "checkpoint").write_bytes(b"x")
+    other = Cache(cache.root, warnings.append)
+    with cache.lock(KEY):
+        (cache.new_output_folder(KEY) / "half").write_bytes(b"x")
+        assert other.prune(max_gib=0, older_than_days=0) == (0, 0)
+        assert (cache.root / "tmp" / f"{KEY}.{os.getpid()}" / "half").exists()
+    cache.close()
+    assert other.prune(max_gib=0, older_than_days=None)[0] == 2
+    assert [list((cache.root / part).iterdir()) for part in ("tmp", "work")] == [[], []]
+    assert cache.get(KEY) is None
+    assert warnings == []
+
+
+def test_a_build_removes_what_killed_builds_left_and_nobody_will_resume(cache, warnings):
+    fresh, old = digest("fresh"), digest("old")
+    for path in (cache.root / "tmp" / f"{KEY}.1", cache.root / "work" / fresh, cache.root / "work" / old, cache.root / "tmp" / ".DS_Store"):
+        path.mkdir()
+    os.utime(cache.root / "work" / old, (0, 0))
+    Cache(cache.root, warnings.append).prepare()
+    assert [path.name for path in (cache.root / "tmp").iterdir()] == [".DS_Store"]
+    assert [path.name for path in (cache.root / "work").iterdir()] == [fresh]
+
+
+def test_foreign_files_are_ignored_and_stay(cache, warnings):
+    path = _store(cache).artifacts["model.onnx"].path
+    cache.close()
+    elsewhere = cache.root.parent / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    link = cache.root / "objects" / "00" / ("0" * 64)
+    link.parent.mkdir()
+    link.symlink_to(elsewhere)
+    foreign = [cache.root / "objects" / ".DS_Store", path.parent.parent / "notes~", path.parent / ".DS_Store", cache.root / "work" / "mine"]
+    for file in foreign:
+        file.write_text("x")
+    (cache.root / "lost+found").mkdir()
+    (cache.root / "objects" / "lost+found" / "x").mkdir(parents=True)
+    store = Cache(cache.root, warnings.append)
+    store.prepare()
+    assert [row[0] for row in store.entries()] == [KEY]
+    assert store.get(KEY) is not None
+    assert store.get(KEY[:-1] + ("0" if KEY[-1] != "0" else "1")) is None
+    store.close()
+    assert store.prune(0, 0)[0] == 1
+    assert all(file.exists() for file in foreign if file.parent != path.parent)
+    assert (elsewhere / "deep").is_dir()
+    assert warnings == []
+
+
+def test_a_file_in_the_place_of_an_entry_is_replaced(cache, warnings):
+    folder = cache.root / "objects" / KEY[:2] / KEY
+    folder.parent.mkdir()
+    folder.write_text("x")
+    assert cache.get(KEY) is None
+    assert _store(cache).artifacts["model.onnx"].path.is_file()
+
+
+def test_the_cache_is_private_whatever_the_umask(cache):
+    previous = os.umask(0)
+    try:
+        cache.root.chmod(0o777)
+        cache.prepare()
+        _store(cache)
+        cache.save_material("step", MATERIAL)
+        cache.add_record("base", Record())
+        cache.work(KEY)
+        cache.digest_of(cache.root / "secret")
+        cache.close()
+    finally:
+        os.umask(previous)
+    modes = {path: path.stat().st_mode & 0o777 for path in [cache.root, *cache.root.rglob("*")]}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o700}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o600}
+
+
+def test_the_hash_of_a_variable_depends_on_the_secret_of_the_cache(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOY_PIN", "1234")
+    other = Cache(tmp_path / "other", print)
+    other.prepare()
+    assert len(cache.secret) == len(other.secret) == 32
+    assert cache.secret != other.secret
+    assert env_digest("1234", cache.secret) != env_digest("1234", other.secret)
+    key = cache.add_record("base", Record(env={"TOY_PIN": env_digest("1234", cache.secret)}))
+    again = Cache(cache.root, print)
+    again.prepare()
+    assert again.matching_key("base", tmp_path) == key
+    monkeypatch.setenv("TOY_PIN", "1235")
+    assert again.matching_key("base", tmp_path) is None
+
+
+def _mutate(generator, content):
+    """Return damaged JSON: a flipped byte, a cut, or another value or key somewhere."""
+    if generator.random() < 0.4:
+        position = generator.randrange(len(content))
+        return content[:position] + generator.choice([b"", bytes([generator.randrange(256)]), content[:20]]) + content[position + 1 :]
+    document = json.loads(content)
+    node = document
+    while isinstance(node, dict | list) and node:
+        key = generator.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        if not isinstance(node[key], dict | list) or not node[key] or generator.random() < 0.3:
+            values = [None, -1, 1e999, "", "../../x", "\0", "\ud800", [], {}, [[]], {"a": 1}, True, "é" * 300, 10**30]
+            node[key] = generator.choice(values)
+            break
+        node = node[key]
+    if isinstance(document, dict) and "self" in document and generator.random() < 0.7:  # also those whose own digest is right
+        document.pop("self")
+        with suppress(ValueError):
+            document["self"] = digest(document)
+    return json.dumps(document).encode()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.long)])
+def test_damaged_documents_of_the_cache_are_misses(cache, tmp_path, seed, count):
+    generator = random.Random(seed)
+    (tmp_path / "data.py").write_bytes(b"code")
+    record = Record(
+        {"data.py": file_digest(tmp_path / "data.py"), "none": None}, {"sub": None}, {"X": None}, {"numpy": tool_version("numpy")}
+    )
+    key = cache.add_record("base", record)
+    path = _store(cache, key=key).artifacts["model.onnx"].path
+    cache.save_material("step", MATERIAL)
+    os.utime(path, (0, 0))
+    cache.close()
+    files = [path.parent / "entry.json", cache.root / "records" / "base.json", *(cache.root / "last").iterdir(), cache.root / "stat.json"]
+    files[3].write_text(json.dumps({str(path): [11, 0, 0, 0, "0" * 64]}))
+    for number in range(count):
+        file = files[number % len(files)]
+        content = file.read_bytes()
+        file.write_bytes(_mutate(generator, content))
+        store = Cache(cache.root, lambda text: None)
+        store.prepare()
+        entry = store.get(store.matching_key("base", tmp_path) or key)
+        assert entry is None or entry.artifacts["model.onnx"].path.read_bytes() == b"model bytes"
+        store.last_material("step")
+        store.nearest_changes("base", tmp_path)
+        list(store.entries())
+        store.close()
+        if entry is None:
+            _store(cache, key=key)
+            cache.close()
+        if file.exists() or file.parent.exists():
+            file.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000, b"\xff", b"null", None])
+def test_odd_documents_are_misses(cache, content):
+    path = _store(cache).artifacts["model.onnx"].path.parent / "entry.json"
+    key = cache.add_record("base", Record())
+    for file in (path, cache.root / "records" / "base.json", cache.root / "stat.json"):
+        file.unlink(missing_ok=True)
+        os.mkfifo(file) if content is None else file.write_bytes(content)
+    store = Cache(cache.root, lambda text: None)
+    store.prepare()
+    assert store.matching_key("base", cache.root) is None
+    assert store.get(KEY) is None
+    assert store.add_record("base", Record()) == key
 
 
 def test_damaged_files_are_named(cache):

@@ -30,7 +30,7 @@ def _record(folder, monkeypatch):
     return {
         "files": {"data.py": digests.file_digest(folder / "data.py"), "absent.csv": None},
         "listings": {"sub": digests.listing_digest(folder / "sub")},
-        "env": {"EDGEKD_TEST_VALUE": digests.env_digest("EDGEKD_TEST_VALUE"), "EDGEKD_TEST_UNSET": None},
+        "env": {"EDGEKD_TEST_VALUE": digests.env_digest("1", b""), "EDGEKD_TEST_UNSET": None},
         "modules": {"numpy": digests.tool_version("numpy"), "no-such-package": None},
     }
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from edgekd.ports import Record
-from edgekd.store.digests import first_change, listing_digest
+from edgekd.store.digests import env_digest, first_change, listing_digest
 from edgekd.usercode.watch import code_dependencies, merge_records
 
 PROGRAM = """\
@@ -130,7 +130,7 @@ def test_everything_that_was_read_is_recorded_and_nothing_else(folder, records):
     assert {name for name, digest in record.files.items() if digest is None} == ABSENT
     assert record.files["undeclared.npy"] == hashlib.sha256((folder / "undeclared.npy").read_bytes()).hexdigest()
     assert record.listings == {"more": listing_digest(folder / "more"), "listed": listing_digest(folder / "listed"), "optional.npy": None}
-    assert record.env == {"TOY_FILE": hashlib.sha256(b"undeclared.npy").hexdigest(), "TOY_SET": None, "TOY_UNSET": None}
+    assert record.env == {"TOY_FILE": env_digest("undeclared.npy", b""), "TOY_SET": None, "TOY_UNSET": None}
     assert record.modules == {"hypothesis": version("hypothesis")}
 
 
