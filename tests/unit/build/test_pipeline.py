@@ -302,4 +302,4 @@ def test_an_error_that_nothing_expects_is_a_failure_of_its_step(monkeypatch, tmp
     with pytest.raises(
         StageError, match=r"^distill: TypeError: pop expected .* \(at build/pipeline\.py:\d+\); check what .* or report this$"
     ):
-        pipeline.run_stage(step, {}, tmp_path, tmp_path, tmp_path, lambda share, text: None)
+        pipeline.run_stage(step, {}, tmp_path, tmp_path, tmp_path, b"", lambda share, text: None)
