@@ -72,7 +72,12 @@ def _list(items: Iterable[str]) -> str:
 
 def _accuracy_drops(rows: Iterable[Mapping[str, Any]]) -> str:
     cells = (
-        (row["stage"], f"{row['pp']:+.2f}", text.interval(row["interval_pp"]), "" if row["p"] is None else f"{row['p']:.2g}")
+        (
+            row["stage"],
+            f"{row['pp']:+.2f}",
+            text.interval(row["interval_pp"]) or "no interval",
+            "" if row["p"] is None else f"{row['p']:.2g}",
+        )
         for row in rows
     )
     return _table(("stage", "drop pp", "95 % interval", "p"), cells)
@@ -82,7 +87,7 @@ def _distillation(document: Mapping[str, Any]) -> str:
     verdict = document["distillation"]
     if verdict is None:
         return ""
-    gains = {row["baseline"]: f"{row['pp']:+.2f} {text.interval(row['interval_pp'])}" for row in verdict["gains"]}
+    gains = {row["baseline"]: text.estimate(f"{row['pp']:+.2f}", row["interval_pp"]) for row in verdict["gains"]}
     cells = (
         (
             row["method"],
@@ -117,7 +122,7 @@ def _candidate_cells(row: Mapping[str, Any], chosen: str) -> tuple[str, ...]:
         f"{row['size_bytes'] / 1024:.1f}",
         str(row["float_ops"]),
         f"{100 * row['accuracy']:.2f}",
-        f"{row['drop']['pp']:+.2f} {text.interval(row['drop']['interval_pp'])}",
+        text.estimate(f"{row['drop']['pp']:+.2f}", row["drop"]["interval_pp"]),
         "" if row["agreement"] is None else f"{100 * row['agreement']:.2f}",
         text.number(fastest["p50"]["ms"]) if fastest else "",
         text.speedup(fastest["speedup"]) if fastest else "",
@@ -158,7 +163,7 @@ def _classes(document: Mapping[str, Any]) -> str:
             str(row["samples"]),
             f"{100 * row['teacher']:.1f}",
             f"{100 * row['accuracy']:.1f}",
-            f"{100 * row['drop']:+.1f} {text.interval(row['interval'] and [100 * end for end in row['interval']])}",
+            text.estimate(f"{100 * row['drop']:+.1f}", row["interval"] and [100 * end for end in row["interval"]]),
         )
         for name, row in worst
     )

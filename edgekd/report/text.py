@@ -39,6 +39,11 @@ def interval(pair: Sequence[float] | None) -> str:
     return "" if pair is None else f"[{pair[0]:.4g}, {pair[1]:.4g}]"
 
 
+def estimate(value: str, pair: Sequence[float] | None) -> str:
+    """Return a value with its interval, or with the words that it has none."""
+    return f"{value} {interval(pair) or '(no interval)'}"
+
+
 def limit(check: Mapping[str, Any]) -> str:
     """Return a check's limit with its direction."""
     if check["limit"] is None:
@@ -54,7 +59,7 @@ def percentile(row: Mapping[str, Any]) -> str:
 
 def speedup(row: Mapping[str, Any] | None) -> str:
     """Return a speed-up with its interval, or nothing."""
-    return "" if row is None else f"{number(row['x'], 'x')} {interval(row['interval'])}"
+    return "" if row is None else estimate(number(row["x"], "x"), row["interval"])
 
 
 def check_cells(check: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
@@ -98,7 +103,7 @@ def teacher_line(document: Mapping[str, Any]) -> str:
     if teacher["parameters"]:
         sizes += f", the teacher {teacher['parameters']:,} ({teacher['parameters'] / student['parameters']:.1f}x)"
     accuracy = f"accuracy {100 * choice['accuracy']:.2f} %, the teacher {100 * teacher['accuracy']:.2f} %"
-    drop = f"drop {choice['drop']['pp']:.2f} pp {interval(choice['drop']['interval_pp'])}"
+    drop = estimate(f"drop {choice['drop']['pp']:.2f} pp", choice["drop"]["interval_pp"])
     speed = f"; speed-up {speedup(choice['speedup'])}" if choice["speedup"] else ""
     return f"{sizes}; {accuracy}, {drop}{speed}"
 
@@ -110,7 +115,8 @@ def distillation_line(document: Mapping[str, Any]) -> str | None:
         return None
     baseline = verdict["baseline"]
     gain = next(row for row in verdict["gains"] if row["baseline"] == baseline)
-    comparison = f"{gain['pp']:+.2f} pp {interval(gain['interval_pp'])} over the baseline '{baseline}', {verdict['seeds']} seeds"
+    value = estimate(f"{gain['pp']:+.2f} pp", gain["interval_pp"])
+    comparison = f"{value} over the baseline '{baseline}', {verdict['seeds']} seeds"
     gap = "" if verdict["gap_closed"] is None else f"; {100 * verdict['gap_closed']:.0f} % of the gap to the teacher closed"
     return f"distillation {verdict['outcome']}: {comparison}{gap}"
 

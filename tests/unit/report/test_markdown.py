@@ -127,3 +127,13 @@ def test_every_text_of_a_report_is_escaped(report):
     assert "<b>" not in rendered.replace("\\<b>", "")
     assert "@someone" not in rendered
     assert "\n# x" not in rendered
+
+
+def test_a_missing_interval_is_said(report):
+    report["choice"]["drop"]["interval_pp"] = report["candidates"][0]["drop"]["interval_pp"] = None
+    report["accuracy_drop_by_stage"][0]["interval_pp"] = None
+    for row in report["classes"].values():
+        row["interval"] = None
+    rendered = markdown.render(report)
+    assert rendered.count("(no interval)") == 2 + markdown.SHOWN_CLASSES
+    assert "| no interval |" in rendered
