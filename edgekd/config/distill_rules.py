@@ -130,6 +130,10 @@ def _check_output(reader: Reader, student: Student, key: str) -> None:
     if all(evaluate.score is None and evaluate.metric == "top1" for _, evaluate in reader.all_parsed(Evaluate)):
         name = "heads" if student.heads else "task"
         reader.problem(f"{key}.{name}", "top-1 judges one softmax; expected evaluate.score or evaluate.metric of your own")
+    for distill_key, distill in reader.all_parsed(Distill):
+        if distill.teacher_weighting != "fixed":
+            problem = f"'{distill.teacher_weighting}' weighs teachers by the probability of one label per sample"
+            reader.problem(f"{distill_key}.teacher_weighting", f'{problem}, and this student has other outputs; expected "fixed"')
     for teacher_key, teacher in reader.all_parsed(Teacher):
         if teacher.train is not None:
             reader.problem(f"{teacher_key}.train", "trains for classes of one softmax; expected a teacher with weights, or file")

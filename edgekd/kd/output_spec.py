@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+TORCH_IGNORED = -100  # the label that torch's cross-entropy ignores
 MULTICLASS, MULTILABEL, REGRESSION = "multiclass", "multilabel", "regression"
 
 
@@ -86,6 +87,19 @@ def parse_labels(spec: OutputSpec, labels: np.ndarray) -> Tensor | None:
     return torch.from_numpy(labels).long()
 
 
+def below_range_problem(spec: OutputSpec, labels: np.ndarray) -> str | None:
+    """Return why labels that mean no class are not marked as edgekd reads them, or None.
+
+    There is one word for it, -1. Others, as torch's ``ignore_index = -100``, would count as labels in scores of the user's.
+    """
+    if spec.task == REGRESSION or labels.dtype.kind not in "if" or not len(labels) or labels.min() >= UNLABELLED:
+        return None
+    count, lowest = int((labels < UNLABELLED).sum()), labels.min()
+    more = f" ({count} labels are below -1)" if count > 1 else ""
+    hint = "; replace torch's -100: labels[labels == -100] = -1" if lowest == TORCH_IGNORED else ""
+    return f"has the label {lowest}{more}; expected class ids from 0, or -1 where there is none{hint}"
+
+
 def label_problem(spec: OutputSpec, labels: np.ndarray, width: int) -> str | None:
     """Return why labels do not fit outputs of a width, or None; ``inspect`` itself checks those of a single softmax."""
     import numpy as np
@@ -94,11 +108,17 @@ def label_problem(spec: OutputSpec, labels: np.ndarray, width: int) -> str | Non
         return None
     description = f"labels are {labels.dtype.name} {list(labels.shape[1:])} each"
     if spec.task == REGRESSION:
+        largest = float(np.abs(labels).max(initial=0)) if labels.dtype.kind in "iuf" else 0.0
+        if largest > float(np.finfo(np.float32).max):
+            return f"has the number {largest:g}; expected numbers in the range of float32, which training computes in"
         fits = labels.dtype.kind in "iuf" and (labels.shape[1:] == (width,) or (labels.ndim == 1 and width == 1))
         return None if fits else f"{description}; expected {width} numbers for {width} outputs"
     if spec.task == MULTILABEL:
-        fits = labels.shape[1:] == (width,) and bool(np.isin(labels, (UNLABELLED, 0, 1)).all())
-        return None if fits else f"{description}; expected {width} of 0 and 1 (-1: unknown) for {width} outputs"
+        others = labels[~np.isin(labels, (UNLABELLED, 0, 1))]
+        if labels.shape[1:] == (width,) and not len(others):
+            return None
+        value = f", {others[0]:g} among them" if len(others) else ""
+        return f"{description}{value}; expected {width} of 0 and 1 (-1: unknown) for {width} outputs"
     if sum(spec.heads) != width:
         return f"student.heads add up to {sum(spec.heads)}; the student has {width} outputs"
     if labels.dtype.kind not in "iu" or labels.shape[1:] != (len(spec.heads),):

@@ -11,7 +11,7 @@ from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError
 from edgekd.harness import runner
 from edgekd.kd import data
-from edgekd.kd.output_spec import OutputSpec
+from edgekd.kd.output_spec import REGRESSION, OutputSpec
 from edgekd.kd.soft_targets import storage
 from edgekd.kd.training import distributed, execution
 from edgekd.kd.training.execution import ExecutionMode
@@ -161,7 +161,8 @@ def _header(params: SoftTargetParams, inputs: Mapping[str, Artifact], split: str
         teacher=inputs["teacher"].digest,
         augment=data.digest_of(inputs, "views.code"),
         data=data.digest_of(inputs, f"{split}.inputs."),
-        slots=0 if params.soft_target_storage == "dense" else None,
+        precision="float32" if params.output.task == REGRESSION else "float16",
+        slots=0 if params.soft_target_storage == "dense" or params.output.task == REGRESSION else None,
     )
 
 

@@ -6,7 +6,7 @@ multiple of 64 bytes, one tensor. ``__metadata__`` holds the fields of ``Header`
 and logits give the same bytes, whatever chunks they come in and however often writing was interrupted.
 
 ``dense`` (up to 256 classes, or ``slots=0``): tensor ``logits`` F16 (V, n, C), rounded to nearest: the error is at most
-``|x| / 2048`` (and 3e-8 near 0). It is good for every loss and every temperature.
+``|x| / 2048`` (and 3e-8 near 0). It is good for every loss and every temperature. Numbers of a regression, whose scale is any, are F32.
 
 ``sampled`` (more classes): tensor ``records`` U8 (V, n, bytes), K = ``slots``; a record is, packed and little-endian:
 
@@ -38,7 +38,7 @@ import mmap
 import os
 import weakref
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import RecipeError
 from edgekd.kd.reproducible import derive_seed, load_verified, save_verified
@@ -71,6 +71,7 @@ class Header:
 
     Args:
         slots: Entries of a sampled record; 0 for a dense file.
+        precision: Of a dense file's numbers, ``float16`` or ``float32``.
         teacher, augment, data: SHA-256 in hex of the teacher, of the code that makes the views, and of the samples.
     """
 
@@ -83,6 +84,7 @@ class Header:
     augment: str
     data: str
     schema: int = SCHEMA
+    precision: str = "float16"
 
     @property
     def rows(self) -> int:
@@ -90,12 +92,12 @@ class Header:
         return self.views * self.samples
 
     @property
-    def item(self) -> np.dtype[np.void] | np.dtype[np.float16]:
+    def item(self) -> np.dtype[Any]:
         """Return the type of one row: a record, or C logits."""
         import numpy as np
 
         if not self.slots:
-            return np.dtype(("<f2", (self.classes,)))
+            return np.dtype(("<f4" if self.precision == "float32" else "<f2", (self.classes,)))
         ids = "<u2" if self.classes <= 2**16 else "<u4"
         return np.dtype([("exact", "<u2"), ("share", "<f2"), ("ids", ids, (self.slots,)), ("logs", "<f2", (self.slots,))])
 
@@ -104,13 +106,16 @@ class Header:
         return {name: str(value) for name, value in asdict(self).items()} | {"kind": "sampled" if self.slots else "dense"}
 
 
-def make_header(split: str, shape: tuple[int, int, int], *, teacher: str, augment: str, data: str, slots: int | None = None) -> Header:
-    """Return the header of a file of ``shape`` (V, n, C): dense up to 256 classes, sampled above, unless ``slots`` is given."""
+def make_header(split: str, shape: tuple[int, int, int], *, slots: int | None = None, **fields: str) -> Header:
+    """Return the header of a file of ``shape`` (V, n, C): dense up to 256 classes, sampled above, unless ``slots`` is given.
+
+    ``fields`` are ``teacher``, ``augment``, ``data`` and ``precision``, as in ``Header``.
+    """
     views, samples, classes = shape
     slots = (0 if classes <= MAX_DENSE else SLOTS) if slots is None else slots
     if slots and slots not in range(2, min(classes, 2**16)):
         raise ValueError(f"slots = {slots}; expected 0 or 2 to {min(classes, 2**16) - 1} for {classes} classes")
-    return Header(split, views, samples, classes, slots, teacher, augment, data)
+    return Header(split, views, samples, classes, slots, **fields)  # type: ignore[arg-type]  # all of them are text
 
 
 def begin(path: Path, header: Header) -> int:
@@ -138,7 +143,7 @@ def append(path: Path, header: Header, stored_rows: int, logits: np.ndarray) -> 
     if logits.shape[1:] != (header.classes,) or first + len(logits) > header.samples:
         raise ValueError(f"logits {logits.shape} after row {first} of view {view}; expected rows of one view: {header}")
     _check_finite(logits, header, first)
-    packed = sampling.sample_records(logits, header.item, header.split, view, first) if header.slots else logits.astype("<f2")
+    packed = sampling.sample_records(logits, header.item, header.split, view, first) if header.slots else logits.astype(header.item.base)
     with path.open("r+b") as file:
         file.seek(len(_header_bytes(header)) + stored_rows * header.item.itemsize)
         file.write(packed.tobytes())
@@ -233,7 +238,7 @@ class SoftTargets:
         return records["ids"].astype(np.int64), values
 
     def stored(self, view: int, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Return a copy of rows as they are in the file: float16 logits (m, C) or records (m,)."""
+        """Return a copy of rows as they are in the file: logits (m, C) or records (m,)."""
         import numpy as np
 
         indices = np.asarray(rows, dtype=np.int64)
@@ -250,7 +255,7 @@ class SoftTargets:
 
 def _header_bytes(header: Header) -> bytes:
     """Return the bytes before the tensor."""
-    dtype, last = ("U8", header.item.itemsize) if header.slots else ("F16", header.classes)
+    dtype, last = ("U8", header.item.itemsize) if header.slots else (f"F{8 * header.item.base.itemsize}", header.classes)
     shape, size = [header.views, header.samples, last], header.rows * header.item.itemsize
     tensor = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
     text = canonical_json({"__metadata__": header.metadata(), "records" if header.slots else "logits": tensor})
@@ -281,7 +286,8 @@ def _check_finite(logits: np.ndarray, header: Header, first: int) -> None:
     """Raise an error if a logit cannot be stored."""
     import numpy as np
 
-    limit, allowed = (np.finfo(logits.dtype).max, "") if header.slots else (LARGEST, f" within {LARGEST:.0f}, the range of float16")
+    is_half = not header.slots and header.precision == "float16"
+    limit, allowed = (LARGEST, f" within {LARGEST:.0f}, the range of float16") if is_half else (np.finfo(logits.dtype).max, "")
     if np.abs(logits).max(initial=0.0) <= limit:  # False for NaN
         return
     row, column = np.argwhere(~(np.abs(logits) <= limit))[0]

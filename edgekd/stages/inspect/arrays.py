@@ -25,7 +25,25 @@ class BadSampleError(Exception):
     """A sample is not what it should be; the message says what it is and what is expected."""
 
 
-class InputWriter:
+class SampleDigester:
+    """Digests of samples, as they are stored."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        import numpy as np
+
+        self._dtypes = [np.dtype(spec.dtype) for spec in specs]
+
+    def digest(self, arrays: Sequence[np.ndarray]) -> bytes:
+        """Return the digest of a sample's inputs."""
+        import numpy as np
+
+        hasher = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        for array, dtype in zip(arrays, self._dtypes, strict=True):
+            hasher.update(np.ascontiguousarray(array, dtype=dtype).data)
+        return hasher.digest()
+
+
+class InputWriter(SampleDigester):
     """Writes the inputs of one split, ``SPLIT.inputs.I.npy``, chunk by chunk; a full disk is an ``OSError``.
 
     ``chunk_rows`` is the number of samples in a chunk. ``digests`` are of the bytes of each written sample.
@@ -35,7 +53,7 @@ class InputWriter:
     def __init__(self, out: Path, split: str, specs: Sequence[TensorSpec], count: int) -> None:
         import numpy as np
 
-        self._dtypes = [np.dtype(spec.dtype) for spec in specs]
+        super().__init__(specs)
         self._shapes = [spec.shape[1:] for spec in specs]
         row_bytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in zip(self._dtypes, self._shapes, strict=True))
         self.chunk_rows = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes))
@@ -72,15 +90,6 @@ class InputWriter:
         self.not_finite += [len(self.digests) + int(row) for row in np.flatnonzero(~finite)]
         self.digests += [self.digest([column[row] for column in inputs]) for row in range(len(inputs[0]))]
 
-    def digest(self, arrays: Sequence[np.ndarray]) -> bytes:
-        """Return the digest of a sample's inputs."""
-        import numpy as np
-
-        hasher = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-        for array, dtype in zip(arrays, self._dtypes, strict=True):
-            hasher.update(np.ascontiguousarray(array, dtype=dtype).data)
-        return hasher.digest()
-
 
 def input_array(part: Any, spec: TensorSpec, *, batch: bool = False) -> np.ndarray:
     """Return one input of a sample (or, with ``batch``, of many samples) as an array.
@@ -108,9 +117,12 @@ def label_array(label: Any) -> np.ndarray:
     """
     import numpy as np
 
-    if isinstance(label, bool | int | float):
-        return np.asarray(label)
-    return _to_array(label, "its label", "a number, a tensor or an array")
+    array = np.asarray(label) if isinstance(label, bool | int | float) else _to_array(label, "its label", "a number, a tensor or an array")
+    largest = np.iinfo(np.int64).max
+    if array.dtype.kind == "O" or (array.dtype.kind == "u" and array.size and array.max() > largest):
+        shown = f"{label:e}" if array.dtype.kind == "O" else str(array.max())
+        raise BadSampleError(f"its label is {shown}; expected at most {largest}, the largest int64")
+    return array
 
 
 def stack_labels(labels: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
@@ -152,12 +164,14 @@ def check_labels(labels: np.ndarray, *, class_ids: bool) -> np.ndarray:
         shape = f" of shape {list(labels.shape[1:])}" if labels.ndim > 1 else ""
         are_whole = labels.ndim == 1 and (labels.dtype.kind == "b" or bool((labels == np.round(labels)).all()))
         hint = "; convert them with .long() or .astype('int64')" if are_whole else ""
+        if labels.ndim > 1:
+            hint = "; remove the axis with .squeeze(-1)" if labels.shape[1:] == (1,) else "; for one-hot labels return .argmax(-1)"
         raise BadSampleError(f"labels are {labels.dtype.name}{shape}; expected one whole number per sample, its class id{hint}")
     if class_ids and len(negative := np.flatnonzero(labels < 0)):
         more = f", and {len(negative) - 1} more are negative" if len(negative) > 1 else ""
         raise BadSampleError(
             f"label {negative[0]} is {labels[negative[0]]}{more}; expected class ids from 0 upwards "
-            "(samples without a class belong in the split 'unlabelled')"
+            "(samples without a class, -1 or -100, belong in the split 'unlabelled')"
         )
     return labels.astype(np.int64) if labels.dtype.kind in "iub" else labels
 
@@ -188,7 +202,13 @@ def _to_array(value: Any, what: str, expected: str) -> np.ndarray:
         if value.layout is not torch.strided or value.is_quantized or value.dtype is torch.bfloat16:
             kind = str(value.dtype if value.layout is torch.strided else value.layout).removeprefix("torch.")
             raise BadSampleError(f"{what} is a {kind} tensor; expected a plain one")
-        plain: np.ndarray = value.detach().cpu().resolve_conj().resolve_neg().numpy()
+        try:
+            plain: np.ndarray = value.detach().cpu().resolve_conj().resolve_neg().numpy()
+        except (RuntimeError, TypeError, NotImplementedError) as error:  # on the meta device, float8, nested
+            kind = f"{str(value.dtype).removeprefix('torch.')} tensor on {value.device}"
+            raise BadSampleError(f"{what} is a {kind}; expected one that numpy can read") from error
+        if plain.dtype.kind not in "biuf":
+            raise BadSampleError(f"{what} is a {plain.dtype.name} tensor; expected real numbers")
         return plain
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
         return np.asarray(value)

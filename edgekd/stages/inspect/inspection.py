@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from edgekd import usercode
 from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import EdgekdError, RecipeError, describe_unexpected
-from edgekd.kd.output_spec import OutputSpec, label_problem
+from edgekd.kd.output_spec import OutputSpec, below_range_problem, label_problem
 from edgekd.ports import Record, StageResult
-from edgekd.stages.inspect import checks, metric, splits
+from edgekd.stages.inspect import checks, metric, reading, splits
 from edgekd.stages.inspect.params import CheckContext, InspectParams, TeacherParams
 from edgekd.store.digests import file_digest
 from edgekd.usercode.watch import Watcher, code_dependencies, merge_records
@@ -97,16 +97,22 @@ class Inspection:
         from edgekd.kd.reproducible import seed_all
 
         entry = EntryPoint.parse(self.params.splits)
-        settings = splits.ReadSettings(
+        settings = reading.ReadSettings(
             entry,
             self.params.inputs,
             self.params.needs_class_ids,
             self.out,
             lambda share, text: self.progress(share * _DATA_SHARE, text),
         )
-        seed_all(0)  # splits that are drawn without a seed of their own are the same in each run
-        datasets = splits.check_datasets(usercode.call_user_code(usercode.load_function(self.recipe_dir, entry), entry), entry)
+        function = usercode.load_function(self.recipe_dir, entry)
+
+        def call() -> dict[str, Any]:
+            seed_all(0)  # splits that are drawn without a seed of their own are the same in each run
+            return splits.check_datasets(usercode.call_user_code(function, entry), entry)
+
+        datasets = call()
         stored = splits.read_splits(datasets, settings)
+        self._check_labels({name: split.labels for name, split in stored.items()})
         if self.params.pseudo_labels and not stored["unlabelled"].digests:
             problem = "distill.baselines.pseudo_labels needs samples without labels, and the split 'unlabelled' has none"
             raise RecipeError(f"{entry}: {problem}; return some, or leave pseudo_labels out")
@@ -118,7 +124,17 @@ class Inspection:
             for name, split in stored.items()
         }
         self.summary["groups"] = splits.write_groups(datasets["evaluation"], len(stored["evaluation"].digests), settings)
+        del datasets  # two of large data sets may not fit in memory
+        splits.check_repeatable(call(), stored, settings)
         self._note_rare_classes()
+
+    def _check_labels(self, labels: Mapping[str, Any]) -> None:
+        """Refuse labels below -1; those of evaluation are for a score of the user's, if the output is one softmax."""
+        spec = OutputSpec(self.params.task, self.params.heads)
+        names = ("train", "validation") if spec.is_single_softmax else reading.LABELLED
+        problems = [(name, below_range_problem(spec, labels[name])) for name in names]
+        if messages := [f"{self.params.splits}: {name}: {problem}" for name, problem in problems if problem is not None]:
+            raise RecipeError(*messages)
 
     def _note_rare_classes(self) -> None:
         summary = self.summary["splits"]
@@ -180,22 +196,27 @@ class Inspection:
                 raise RecipeError(f"{name}: has other outputs than teacher and student: {widths}; expected the same")
         self.summary["classes"] = width
         spec = OutputSpec(params.task, params.heads)
-        for name in splits.LABELLED:
+        for name in reading.LABELLED:
             if (problem := label_problem(spec, self.labels[name], width)) is not None:
                 raise RecipeError(f"{params.splits}: {name}: {problem}")
-        if params.needs_class_ids:
+        if spec.is_single_softmax:
             self._compare_classes(networks, width)
 
     def _compare_classes(self, networks: str, classes: int) -> None:
-        if classes == 1:
+        is_judged = self.params.needs_class_ids
+        if classes == 1 and is_judged:
             raise RecipeError(f"{networks}: teacher and student have one output; top-1 needs one for each class, at least two")
         problems = []
-        for name in splits.LABELLED:
-            outside = int((self.labels[name] >= classes).sum())
+        for name in reading.LABELLED if is_judged else ("train", "validation"):
+            labels = self.labels[name]
+            if labels.dtype.kind != "i" or labels.ndim != 1:  # for a score of the user's
+                continue
+            outside = int((labels >= classes).sum())
             if outside:
                 problems.append(
-                    f"{self.params.splits}: {name}: has the label {self.labels[name].max()}, but teacher and student have "
-                    f"{classes} classes (0 to {classes - 1}); {outside} of {len(self.labels[name])} labels are above"
+                    f"{self.params.splits}: {name}: has the label {labels.max()}, but teacher and student have "
+                    f"{classes} classes (0 to {classes - 1}); {outside} of {len(labels)} labels are above"
+                    + ("; subtract 1 if labels start at 1" if labels.max() == classes and labels.min() > 0 else "")
                 )
         if problems:
             raise RecipeError(*problems)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
+from edgekd.errors import RecipeError
 from edgekd.stages.inspect import splits
-from tests.unit.stages.toy_splits import ENTRY, TWO_INPUTS, Items, dataset, datasets, problems_of, read, tensors
+from tests.unit.stages.toy_splits import ENTRY, TWO_INPUTS, Items, dataset, datasets, problems_of, read, settings, tensors
 
 X, Y = tensors(0, 30)
 
@@ -105,15 +106,15 @@ BAD_TRAIN = {
     ),
     "label one-hot": (
         TensorDataset(X, torch.eye(3, dtype=torch.int64)[Y]),
-        ["labels are int64 of shape [3]; expected one whole number per sample, its class id"],
+        ["labels are int64 of shape [3]; expected one whole number per sample, its class id; for one-hot labels return .argmax(-1)"],
     ),
     "label with an axis": (
         TensorDataset(X, Y[:, None]),
-        ["labels are int64 of shape [1]; expected one whole number per sample, its class id"],
+        ["labels are int64 of shape [1]; expected one whole number per sample, its class id; remove the axis with .squeeze(-1)"],
     ),
     "one sample with a label of one axis": (
         Items([(X[0], torch.tensor([1, 2]))]),
-        ["labels are int64 of shape [2]; expected one whole number per sample, its class id"],
+        ["labels are int64 of shape [2]; expected one whole number per sample, its class id; for one-hot labels return .argmax(-1)"],
     ),
     "label of several shapes": (
         Items([(x, torch.zeros(1 + i % 2).long()) for i, (x, _) in enumerate(PAIRS)]),
@@ -124,9 +125,33 @@ BAD_TRAIN = {
         [
             (
                 "label 0 is -1, and 9 more are negative; expected class ids from 0 upwards "
-                "(samples without a class belong in the split 'unlabelled')"
+                "(samples without a class, -1 or -100, belong in the split 'unlabelled')"
             )
         ],
+    ),
+    "label beyond int64": (
+        Items([(x, 2**63 if i == 3 else y) for i, (x, y) in enumerate(PAIRS)]),
+        ["sample 3: its label is 9223372036854775808; expected at most 9223372036854775807, the largest int64"],
+    ),
+    "label beyond 64 bits": (
+        Items([(x, 2**80) for x, _ in PAIRS]),
+        ["sample 0: its label is 1.208926e+24; expected at most 9223372036854775807, the largest int64"],
+    ),
+    "label uint64": (
+        Items([(x, np.array(2**64 - 1, dtype=np.uint64)) for x, _ in PAIRS]),
+        ["sample 0: its label is 18446744073709551615; expected at most 9223372036854775807, the largest int64"],
+    ),
+    "label complex": (
+        TensorDataset(X, Y.to(torch.complex64)),
+        ["30 of 30 samples (0, 1, 2, ...): its label is a complex64 tensor; expected real numbers"],
+    ),
+    "input without data": (
+        TensorDataset(X.to("meta"), Y.to("meta")),
+        ["30 of 30 samples (0, 1, 2, ...): input 'x' is a float32 tensor on meta; expected one that numpy can read"],
+    ),
+    "input of eight bits": (
+        TensorDataset(X.to(torch.float8_e4m3fn), Y),
+        ["30 of 30 samples (0, 1, 2, ...): input 'x' is a float8_e4m3fn tensor on cpu; expected one that numpy can read"],
     ),
     "label text": (Items([(x, "cat") for x, _ in PAIRS]), ["sample 0: its label is str; expected a number, a tensor or an array"]),
     "label None": (Items([(x, None) for x, _ in PAIRS]), ["sample 0: its label is NoneType; expected a number, a tensor or an array"]),
@@ -274,3 +299,41 @@ def test_samples_with_several_inputs_overlap_only_if_all_inputs_are_equal(tmp_pa
         "splits train and evaluation overlap: 20 of 20"
         in problems_of(splits.count_overlaps, read(tmp_path, returned, TWO_INPUTS), 0, ENTRY)[0]
     )
+
+
+def _shuffled(seed):
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(seed))
+    return X[order], Y[order]
+
+
+AGAIN = {  # splits of a second call, and the message
+    "another order": (TensorDataset(*_shuffled(1)), r"sample \d is another one when splits\(\) is called again; return the same splits"),
+    "another order of items": (Items(list(zip(*_shuffled(1), strict=True))), r"sample \d+ is another one"),
+    "other labels": (TensorDataset(X, (Y + 1) % 3), "sample 0 is another one"),
+    "one late sample": (TensorDataset(torch.cat([X[:29], X[:1]]), Y), "sample 29 is another one"),
+    "one late label": (Items([*PAIRS[:20], (PAIRS[20][0], 1 - PAIRS[20][1] % 2), *PAIRS[21:]]), "sample 20 is another one"),
+    "another length": (TensorDataset(X[:29], Y[:29]), "has 30 samples, and 29 when"),
+    "another shape": (TensorDataset(X[:, :3], Y), "sample 0 is another one"),
+}
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_splits_that_differ_when_they_are_made_again(name, tmp_path):
+    train, message = AGAIN[name]
+    stored = read(tmp_path, datasets())
+    with pytest.raises(RecipeError, match=f"data.py:splits: train: {message}") as caught:
+        splits.check_repeatable(datasets(train=train), stored, settings(tmp_path))
+    assert len(caught.value.problems) == 1
+
+
+class LateDraw(Items):
+    """Only some samples in the middle are drawn anew each time."""
+
+    def __getitem__(self, index):
+        x, y = self.items[index]
+        return (x + torch.rand(4), y) if index in range(7, 12) else (x, y)
+
+
+def test_a_sample_in_the_middle_that_differs_is_noticed(tmp_path):
+    (problem,) = problems_of(read, tmp_path, datasets(train=LateDraw(PAIRS)))
+    assert "differs when it is read twice" in problem

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Subset, TensorDataset
 
 from edgekd.domain.recipe import TensorSpec
-from edgekd.stages.inspect import arrays, splits
+from edgekd.stages.inspect import arrays, reading, splits
 from tests.unit.stages.toy_splits import ENTRY, ONE_INPUT, TWO_INPUTS, Items, dataset, datasets, problems_of, read, settings, tensors
 
 
@@ -19,7 +19,7 @@ def test_arrays_of_valid_splits(tmp_path):
     stored = read(tmp_path, datasets())
     assert splits.count_overlaps(stored, 0, ENTRY) == {name: {} for name in splits.SPLITS}
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == sorted([*(f"{name}.inputs.0.npy" for name in splits.SPLITS), *(f"{name}.labels.npy" for name in splits.LABELLED)])
+    assert files == sorted([*(f"{name}.inputs.0.npy" for name in splits.SPLITS), *(f"{name}.labels.npy" for name in reading.LABELLED)])
     inputs, labels = tensors(40, 60)
     assert np.array_equal(np.load(tmp_path / "evaluation.inputs.0.npy"), inputs.numpy())
     stored_labels = np.load(tmp_path / "evaluation.labels.npy")
@@ -117,7 +117,7 @@ def test_tensor_data_sets_are_read_without_a_python_loop(tmp_path):
             return super().__getitem__(index)
 
     read(tmp_path, datasets(validation=CountingDataset(*tensors(30, 40))))
-    assert len(calls) == 10 + 4  # each sample, and four a second time; the other splits are read as whole tensors
+    assert len(calls) == 10 + 12  # each sample, all a second time, first and last a third time; the other splits are read as whole tensors
 
 
 def test_groups_are_stored_as_numbers(tmp_path):
@@ -171,9 +171,34 @@ def test_digests_are_equal_where_bytes_are(tmp_path_factory, rows):
 
 def test_progress_increases(tmp_path):
     calls = []
-    read_settings = splits.ReadSettings(ENTRY, ONE_INPUT, True, tmp_path, lambda *call: calls.append(call))  # noqa: FBT003  (a field)
+    read_settings = reading.ReadSettings(ENTRY, ONE_INPUT, True, tmp_path, lambda *call: calls.append(call))  # noqa: FBT003  (a field)
     splits.read_splits(splits.check_datasets(datasets(train=Items([*dataset(0, 30)])), ENTRY), read_settings)
     shares = [share for share, _ in calls]
     assert shares == sorted(shares)
     assert 0 <= shares[0] < shares[-1] < 1
     assert calls[0][1] == "train: 0 of 30 samples"
+
+
+class Buffer(Items):
+    """Returns each sample in the same array."""
+
+    def __init__(self, items):
+        super().__init__(items)
+        self.buffer = torch.empty(4)
+
+    def __getitem__(self, index):
+        self.buffer[:] = self.items[index][0]
+        return self.buffer, self.items[index][1]
+
+
+def test_a_data_set_may_return_each_sample_in_the_same_array(tmp_path):
+    x, y = tensors(0, 30)
+    read(tmp_path, datasets(train=Buffer(list(zip(x, y, strict=True)))))
+    assert np.array_equal(np.load(tmp_path / "train.inputs.0.npy"), x.numpy())
+
+
+def test_splits_that_are_the_same_when_they_are_made_again_pass(tmp_path):
+    x, y = tensors(0, 30)
+    as_items = datasets(train=Items(list(zip(x, y, strict=True))))
+    splits.check_repeatable(as_items, read(tmp_path, as_items), settings(tmp_path))
+    splits.check_repeatable(datasets(), read(tmp_path, datasets()), settings(tmp_path))

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from edgekd.domain.recipe import EntryPoint, TensorSpec
 from edgekd.errors import RecipeError
-from edgekd.stages.inspect import splits
+from edgekd.stages.inspect import reading, splits
 
 ENTRY = EntryPoint("data.py", "splits")
 ONE_INPUT = (TensorSpec("x", (1, 4)),)
@@ -45,7 +45,7 @@ def datasets(**changes):
 
 
 def settings(out, specs=ONE_INPUT, *, class_ids=True):
-    return splits.ReadSettings(ENTRY, specs, class_ids, out, lambda share, text: None)
+    return reading.ReadSettings(ENTRY, specs, class_ids, out, lambda share, text: None)
 
 
 def read(out, returned, specs=ONE_INPUT, *, class_ids=True):
