@@ -173,3 +173,9 @@ def test_regression_has_no_baselines_yet(tmp_path):
     assert _recipe(tmp_path / "without", *changes).student.task == "regression"
     with pytest.raises(RecipeError, match="baselines learn classes, and student.task is regression"):
         _recipe(tmp_path / "with", *changes, ("[distill]", "[distill]\nbaselines = { seeds = 2 }"))
+
+
+def test_teachers_of_other_outputs_are_not_weighted_by_confidence(tmp_path):
+    teacher = 'teachers = [{ model = "models.py:teacher", weights = "w.safetensors" }]\nteacher_weighting = "confidence"'
+    with pytest.raises(RecipeError, match="'confidence' weighs teachers by the probability of one label per sample.*; expected \"fixed\""):
+        _recipe(tmp_path, ("[student]", "[student]\nheads = [5, 5]"), ("[distill]", f"[distill]\n{teacher}"))

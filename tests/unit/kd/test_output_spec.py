@@ -84,7 +84,9 @@ def test_labels_are_parsed_as_the_output_spec_has_them():
     ("spec", "labels", "width", "message"),
     [
         (OutputSpec("multilabel"), np.zeros((4, 3)), 4, r"labels are float64 \[3\] each; expected 4 of 0 and 1"),
-        (OutputSpec("multilabel"), np.full((4, 3), 2), 3, "expected 3 of 0 and 1"),
+        (OutputSpec("multilabel"), np.full((4, 3), 2), 3, "int64 \\[3\\] each, 2 among them; expected 3 of 0 and 1"),
+        (OutputSpec("multilabel"), np.array([[0.0, 0.5, 1.0]]), 3, "0.5 among them; expected 3 of 0 and 1"),
+        (OutputSpec("regression"), np.array([1.0, -1e300]), 1, "has the number 1e\\+300; expected numbers in the range of float32"),
         (OutputSpec("regression"), np.zeros(4), 2, "expected 2 numbers for 2 outputs"),
         (OutputSpec(heads=(2, 3)), np.zeros((4, 2), int), 6, "add up to 5; the student has 6 outputs"),
         (OutputSpec(heads=(2, 3)), np.zeros((4, 3), int), 5, "expected 2 class ids"),
@@ -113,3 +115,19 @@ def test_mse_labels_is_the_mean_over_known_numbers():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert torch.isfinite(student.grad).all()
     assert losses.mse_labels(student, torch.full((3, 2), float("nan"))).item() == 0
+
+
+@pytest.mark.parametrize("spec", [OutputSpec(), OutputSpec(heads=(2, 3)), OutputSpec("multilabel")])
+def test_only_minus_one_means_no_label(spec):
+    labels = np.array([[0, 1], [-1, 1], [1, -1]])
+    assert output_spec.below_range_problem(spec, labels) is None
+    assert output_spec.below_range_problem(spec, np.zeros((0, 2), int)) is None
+    labels[1:] = -100
+    problem = output_spec.below_range_problem(spec, labels)
+    assert problem == (
+        "has the label -100 (4 labels are below -1); expected class ids from 0, or -1 where there is none; "
+        "replace torch's -100: labels[labels == -100] = -1"
+    )
+    labels[1:] = [0, -2]
+    assert output_spec.below_range_problem(spec, labels).endswith("or -1 where there is none")
+    assert output_spec.below_range_problem(OutputSpec("regression"), labels) is None

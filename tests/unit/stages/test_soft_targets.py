@@ -15,6 +15,7 @@ from edgekd.domain.losses import Loss
 from edgekd.domain.recipe import Data, Distill, EntryPoint, Recipe, Student, Teacher, TensorSpec, Training
 from edgekd.errors import RecipeError
 from edgekd.kd import data, modules, views
+from edgekd.kd.output_spec import OutputSpec
 from edgekd.kd.soft_targets import storage
 from edgekd.kd.teachers import load
 from edgekd.kd.teachers.load import load_teacher
@@ -308,3 +309,10 @@ def test_a_teacher_that_fails_or_returns_other_logits_on_the_accelerator_runs_on
     assert note.startswith(f"warning: the teacher runs on the CPU, not on {device}: ")
     assert why in note
     assert files == expected
+
+
+@pytest.mark.parametrize(("task", "precision", "slots"), [("multiclass", "float16", storage.SLOTS), ("regression", "float32", 0)])
+def test_numbers_of_a_regression_are_stored_exactly_and_never_sampled(folder, task, precision, slots):
+    params = replace(soft_targets.steps(recipe(), ())[0].params, output=OutputSpec(task))
+    header = soft_targets._header(params, artifacts(folder), "train", 5000, 300)
+    assert (header.precision, header.slots) == (precision, slots)
