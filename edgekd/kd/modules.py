@@ -48,15 +48,26 @@ def build_module(recipe_dir: Path, entry: EntryPoint) -> nn.Module:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Return a module without the wrappers of ``torch.compile``, DataParallel and DistributedDataParallel, inside of it too."""
+    module = _inner(module)
+    pending, visited = [module], {id(module)}
+    while pending:
+        parent = pending.pop()
+        parent._compiled_call_impl = None  # noqa: SLF001  (of Module.compile)
+        for name, child in parent.named_children():
+            inner = _inner(child)
+            if inner is not child:
+                setattr(parent, name, inner)
+            if id(inner) not in visited:
+                visited.add(id(inner))
+                pending.append(inner)
+    return module
+
+
+def _inner(module: nn.Module) -> nn.Module:
     from torch import nn
 
     while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
-        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module  # type: ignore[assignment]  # noqa: SLF001  (torch has no public name)
-    for parent in module.modules():
-        parent._compiled_call_impl = None  # noqa: SLF001  (of Module.compile)
-        for name, child in parent.named_children():
-            if (inner := unwrap(child)) is not child:
-                setattr(parent, name, inner)
+        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module  # type: ignore[assignment]  # noqa: SLF001  (torch's)
     return module
 
 

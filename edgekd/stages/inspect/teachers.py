@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _SPLIT = "validation"
 _SAMPLES = 512
-_BATCH = 64
+_FIRST_BATCH, _BATCH = 8, 64  # a batch has as many samples as those before, so that a slow teacher is noticed early
+_REPEATED = 4  # batches that are run twice
 _SECONDS = 8.0  # a slow teacher is checked on fewer samples; the stage soft_targets judges it by all
 _ROUNDING = 1e-5  # of the largest output, for the same batch twice
 _TOLERANCE = 1e-2  # the same for a sample alone and in a batch
@@ -61,19 +62,20 @@ def _run(check: CheckContext, predict: Predict, name: str) -> tuple[np.ndarray, 
     import numpy as np
 
     count = len(np.load(check.out / f"{_SPLIT}.labels.npy", mmap_mode="r"))
-    rows = np.linspace(0, count - 1, min(count, _SAMPLES)).astype(np.int64)
-    steps = -(-len(rows) // _BATCH)
+    rows = np.random.default_rng(0).permutation(count)[:_SAMPLES]
     started = time.monotonic()
-    used, outputs = [], []
-    for batch in (rows[first::steps] for first in range(steps)):  # each is spread over the split
-        used.append(batch)
+    outputs: list[np.ndarray] = []
+    done = 0
+    while done < len(rows) and time.monotonic() - started <= _SECONDS:
+        batch = rows[done : done + min(max(_FIRST_BATCH, done), _BATCH)]
         outputs.append(predict(check.samples(batch.tolist(), _SPLIT)))
+        done += len(batch)
         _check_finite(outputs[-1], batch, name)
+        if len(outputs) <= _REPEATED:
+            _check_repeated(predict, check.samples(batch.tolist(), _SPLIT), outputs[-1], name)
         if len(outputs) == 1:
-            _check_function(check, predict, batch, outputs[0], name)
-        if time.monotonic() - started > _SECONDS:
-            break
-    return np.concatenate(used), np.concatenate(outputs)
+            _check_alone(predict, check.samples(batch.tolist(), _SPLIT), outputs[0], name)
+    return rows[:done], np.concatenate(outputs)
 
 
 def _check_finite(outputs: np.ndarray, rows: np.ndarray, name: str) -> None:
@@ -87,20 +89,22 @@ def _check_finite(outputs: np.ndarray, rows: np.ndarray, name: str) -> None:
         )
 
 
-def _check_function(check: CheckContext, predict: Predict, rows: np.ndarray, outputs: np.ndarray, name: str) -> None:
-    """Run a batch again, and a sample of it alone."""
+def _check_repeated(predict: Predict, samples: list[np.ndarray], outputs: np.ndarray, name: str) -> None:
     import numpy as np
 
-    largest = np.abs(outputs).max()
-    samples = check.samples(rows.tolist(), _SPLIT)
-    if np.abs(predict(samples) - outputs).max() > _ROUNDING * largest:
+    if np.abs(predict(samples) - outputs).max() > _ROUNDING * np.abs(outputs).max():
         raise RecipeError(
             f"{name}: the teacher in eval mode returns different outputs for the same input; expected the same (dropout without "
             "training=self.training, noise, or state that each call changes?)"
         )
+
+
+def _check_alone(predict: Predict, samples: list[np.ndarray], outputs: np.ndarray, name: str) -> None:
+    import numpy as np
+
     alone = predict([array[:1] for array in samples])
-    if np.abs(alone[0] - outputs[0]).max() > _TOLERANCE * largest:
+    if np.abs(alone[0] - outputs[0]).max() > _TOLERANCE * np.abs(outputs).max():
         raise RecipeError(
-            f"{name}: the teacher returns different outputs for a sample alone and in a batch of {len(rows)}; expected the same "
+            f"{name}: the teacher returns different outputs for a sample alone and in a batch of {len(outputs)}; expected the same "
             "(batch norm that uses the batch, or an operation over axis 0?)"
         )

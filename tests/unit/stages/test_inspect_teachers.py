@@ -80,7 +80,7 @@ def test_a_fine_teacher_passes_without_a_word(check):
 
 RANDOM = {
     "dropout": "return F.dropout(super().forward(x), 0.3)",
-    "rare dropout": "return super().forward(x) * (torch.rand(len(x), 1) > 0.02)",
+    "rare dropout": "return super().forward(x) * (torch.rand(len(x), 1) > 0.1)",
     "noise": "return super().forward(x) + 0.1 * torch.randn(3)",
     "a counter": "self.calls = getattr(self, 'calls', 0) + 1\n        return super().forward(x) * self.calls",
     "a running mean": "self.mean = 0.9 * getattr(self, 'mean', 0) + 0.1 * x.mean()\n        return super().forward(x - self.mean)",
@@ -100,7 +100,7 @@ def test_a_teacher_that_is_no_function_of_its_input_is_refused(check, name):
 @pytest.mark.filterwarnings("ignore")
 def test_a_teacher_that_mixes_the_samples_of_a_batch_is_refused(check, body):
     problem = _refusal(_check_teacher, check(NET.format(body)))
-    assert "different outputs for a sample alone and in a batch of 60" in problem or "Expected more than 1 value per channel" in problem
+    assert "different outputs for a sample alone and in a batch of 8" in problem or "Expected more than 1 value per channel" in problem
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
@@ -108,7 +108,9 @@ def test_a_sample_without_a_finite_output_is_named(check, value):
     inputs = np.load(check("").out / "validation.inputs.0.npy")
     last = int(inputs[:, 0].argmax())
     code = NET.format(f"return super().forward(x).masked_fill(x[:, :1] >= {inputs[last, 0] - 1e-4}, float('{value}'))")
-    assert f"not finite (NaN or infinite) for 1 of 60 samples, the first is validation[{last}]" in _refusal(_check_teacher, check(code))
+    problem = _refusal(_check_teacher, check(code))
+    assert "not finite (NaN or infinite) for 1 of " in problem
+    assert f"the first is validation[{last}];" in problem
 
 
 @pytest.mark.parametrize("body", ["return super().forward(x).softmax(1)", "return F.one_hot(super().forward(x).argmax(1), 3).float()"])
