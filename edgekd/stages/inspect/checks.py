@@ -151,6 +151,7 @@ def _check_network(check: CheckContext, entry: EntryPoint, role: str) -> tuple[n
         raise RecipeError(
             f"{entry}: the {role} in eval mode returns different outputs for the same input; expected the same (dropout written by hand?)"
         )
+    _check_loadable(check, entry, module, (batch, logits), role)
     alone = _logits(module, entry, [array[:1] for array in batch])
     _output_shape(alone, str(entry))
     if np.abs(alone[0] - logits[0]).max() > _TOLERANCE * np.abs(logits).max():
@@ -196,11 +197,27 @@ def _is_mobile(module: nn.Module) -> bool:
     return any(isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in module.modules())
 
 
-def _build(check: CheckContext, entry: EntryPoint) -> nn.Module:
+def _check_loadable(
+    check: CheckContext, entry: EntryPoint, module: nn.Module, example: tuple[list[np.ndarray], np.ndarray], role: str
+) -> None:
+    """Refuse a module that, built again with the same weights, returns other outputs: what is trained is not what would ship."""
+    import numpy as np
+
+    batch, logits = example
+    other = _build(check, entry, seed=1).eval()
+    usercode.call_user_code(other.load_state_dict, entry, module.state_dict(), what="load_state_dict()")
+    if np.abs(_logits(other, entry, batch) - logits).max() > _TOLERANCE * np.abs(logits).max():
+        raise RecipeError(
+            f"{entry}: the {role} returns different outputs when it is built again with the same weights; expected the same "
+            "(a random tensor outside of the state dict? use register_buffer)"
+        )
+
+
+def _build(check: CheckContext, entry: EntryPoint, seed: int = 0) -> nn.Module:
     from edgekd.kd import modules
     from edgekd.kd.reproducible import seed_all
 
-    seed_all(0)
+    seed_all(seed)
     return modules.build_module(check.recipe_dir, entry)
 
 

@@ -130,6 +130,14 @@ BAD_STUDENTS = {
         NET.format("super().forward(x) + torch.rand(1)"),
         "models.py:net: the student in eval mode returns different outputs for the same input; expected the same (dropout written by hand?)",
     ),
+    "draws what is not in its state dict": (
+        "class Net(nn.Linear):\n    def __init__(self):\n        super().__init__(4, 3)\n        self.mixing = torch.randn(3, 3)\n"
+        "    def forward(self, x):\n        return super().forward(x) @ self.mixing\ndef net():\n    return Net()\n",
+        (
+            "models.py:net: the student returns different outputs when it is built again with the same weights; expected the same "
+            "(a random tensor outside of the state dict? use register_buffer)"
+        ),
+    ),
     "returns nan": (
         NET.format("super().forward(x) * float('nan')"),
         "models.py:net: returns outputs that are not finite (NaN or infinite); check the weights and the scale of the inputs",
