@@ -131,8 +131,10 @@ BAD_STUDENTS = {
         "models.py:net: the student in eval mode returns different outputs for the same input; expected the same (dropout written by hand?)",
     ),
     "draws what is not in its state dict": (
-        "class Net(nn.Linear):\n    def __init__(self):\n        super().__init__(4, 3)\n        self.mixing = torch.randn(3, 3)\n"
-        "    def forward(self, x):\n        return super().forward(x) @ self.mixing\ndef net():\n    return Net()\n",
+        (
+            "class Net(nn.Linear):\n    def __init__(self):\n        super().__init__(4, 3)\n        self.mixing = torch.randn(3, 3)\n"
+            "    def forward(self, x):\n        return super().forward(x) @ self.mixing\ndef net():\n    return Net()\n"
+        ),
         (
             "models.py:net: the student returns different outputs when it is built again with the same weights; expected the same "
             "(a random tensor outside of the state dict? use register_buffer)"
