@@ -26,6 +26,17 @@ MAX_PROBLEMS = 20  # of one message
 MAX_LETTERS = 1000  # of one problem
 UNTIL = ("inspect", "teach", "soft_targets", "distill", "export", "quantize", "evaluate")
 
+
+class _OutputPath(click.Path):
+    """A path of a file or folder to write; an empty one would be the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if value == "":
+            self.fail("is empty; expected a path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 recipe_option = click.option(
     "--recipe", "-r", "recipe", type=click.Path(path_type=Path), default=Path("edgekd.toml"), show_default=True, help="The recipe."
 )
@@ -99,11 +110,11 @@ def init(folder: Path) -> None:
 @click.option(
     "--out",
     "-o",
-    type=click.Path(path_type=Path),
+    type=_OutputPath(path_type=Path),
     help="The output folder; each target gets a folder below it.  [default: build beside the recipe]",
 )
 @click.option("--until", type=click.Choice(UNTIL), help="Stop after this stage and write its output to OUT/until-STAGE.")
-@click.option("--depfile", type=click.Path(path_type=Path), help="Write the files that the build read, as make rules.")
+@click.option("--depfile", type=_OutputPath(path_type=Path), help="Write the files that the build read, as make rules.")
 @click.option("--remeasure", is_flag=True, help="Measure again, even if there is a cached verdict.")
 @click.option("--inconclusive-ok", is_flag=True, help="If the verdict is INCONCLUSIVE, ship the model and exit with 0.")
 @json_option

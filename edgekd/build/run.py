@@ -138,15 +138,15 @@ def _check_outputs(request: Request, plan: Plan) -> None:
     Raises:
         UsageError: if an output cannot be written, is that of another recipe, or has a name that make cannot read.
     """
+    if request.depfile is not None:
+        if os.path.lexists(request.depfile) and not os.path.isfile(request.depfile):  # noqa: PTH113  (Path.is_file may raise)
+            raise UsageError(f"{request.depfile}: is a folder or a device; expected --depfile with the name of a file")
+        _check_depfile(request, plan, dict.fromkeys([request.recipe.name, *_profile_names(request, plan)], ""))
+        package.check_writable(request.depfile.parent)
     for folder in _output_folders(request, plan):
         _check_place(request, folder)
         package.check_writable(folder)
         package.check_recipe(folder, request.recipe, plan.recipe.name)
-    if request.depfile is not None:
-        if os.path.isdir(request.depfile):  # noqa: PTH112  (Path.is_dir raises for a name that is too long)
-            raise UsageError(f"{request.depfile}: is a folder; expected --depfile with the name of a file")
-        package.check_writable(request.depfile.parent)
-        _check_depfile(request, plan, dict.fromkeys([request.recipe.name, *_profile_names(request, plan)], ""))
 
 
 def _output_folders(request: Request, plan: Plan) -> list[Path]:

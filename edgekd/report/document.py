@@ -74,7 +74,7 @@ def read(folder: Path) -> dict[str, Any]:
         document = documents.parse(documents.read_file(path))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path}: {reason}; expected the folder of a target, as in: edgekd report build/host") from None
+        raise UsageError(f"{plain(str(path), 300)}: {reason}; expected the folder of a target, as in: edgekd report build/host") from None
     if document is None:
         raise UsageError(f"{path}: is not a JSON object; build again")
     if type(document.get("schema")) is not int or document["schema"] != SCHEMA:

@@ -10,6 +10,7 @@ The folder may hold files of others. Removed are only the stamp, the manifest an
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd.errors import StorageError, UsageError
 from edgekd.report import document
 from edgekd.report.document import MANIFEST, REPORT
+from edgekd.report.plain import plain
 from edgekd.store.digests import file_digest, write_atomically
 from edgekd.store.documents import as_json, is_sealed, read, seal
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 STAMP = "edgekd.stamp"
 SUMMARY = "report.md"
+MAX_DEPTH = 200  # of folders
 MIN_FREE_BYTES = 16 * 2**20
 EQUALS = "edgekd.equals"  # a make variable: with a literal "=" in a name, its rule would be an assignment
 # what make cannot read in a name, even escaped (checked with GNU make 4.3): separators, archive members, grouped targets
@@ -44,12 +47,14 @@ def check_writable(folder: Path) -> None:
         UsageError: if it cannot be written.
     """
     try:
+        if len(folder.parts) > MAX_DEPTH:  # a folder in a folder in a folder ...: to create it is a recursion
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))  # noqa: TRY301
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"1")
         free = shutil.disk_usage(folder).free
     except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}: cannot be written: {_reason(error)}; name another output with --out") from None
+        raise UsageError(f"{plain(str(folder), 300)}: cannot be written: {_reason(error)}; name another output with --out") from None
     if free < MIN_FREE_BYTES:
         raise UsageError(
             f"{folder}: has {free // 2**20} MiB free; expected at least {MIN_FREE_BYTES // 2**20} MiB, or another folder with --out"

@@ -246,3 +246,17 @@ def test_the_machine_has_one_lock_file(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEKD_LOCK_DIR", str(tmp_path))
     with locks.machine_exclusive():
         assert [path.name for path in tmp_path.iterdir()] == ["edgekd-machine.lock"]
+
+
+def test_a_folder_is_locked_without_a_file_in_it(tmp_path):
+    folder = tmp_path / "out" / "host"
+    child = _hold(f"exclusive_folder(Path({str(folder)!r}))")
+    assert _is_held(child)
+    assert _waits(f"exclusive_folder(Path({str(folder)!r}), w)")
+    assert not _waits(f"exclusive_folder(Path({str(folder.with_name('other'))!r}), w)")
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert _waits(f"exclusive_folder(Path({str(link)!r}), w)")
+    child.communicate("\n")
+    assert not _waits(f"exclusive_folder(Path({str(folder)!r}), w)")
+    assert list(folder.iterdir()) == []
