@@ -48,7 +48,7 @@ def check_writable(folder: Path) -> None:
     """
     try:
         if len(folder.parts) > MAX_DEPTH:  # a folder in a folder in a folder ...: to create it is a recursion
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))  # noqa: TRY301
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))  # noqa: TRY301  (one message for both)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"1")
