@@ -19,7 +19,7 @@ from socket import socketpair
 from typing import TYPE_CHECKING, Any
 
 from edgekd import errors, usercode
-from edgekd.errors import ProcessDiedError, printable
+from edgekd.errors import EdgekdError, ProcessDiedError, StageError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,7 +174,10 @@ def _unpack(name: str, kind: str, *content: Any) -> Any:
         return content[0]
     if kind == "error":
         class_name, problems = content
-        raise getattr(errors, class_name)(*problems)
+        error_class = getattr(errors, class_name, None)
+        if isinstance(error_class, type) and issubclass(error_class, EdgekdError):
+            raise error_class(*problems)
+        raise StageError(f"{name}: {class_name}: {'; '.join(map(str, problems))}")  # a process in which the user's code broke builtins
     description, trace = content
     cause = RuntimeError(f"{name}: in its process:\n{trace}")
     if kind == "os_error":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import fcntl
 import gc
 import importlib
 import mmap
@@ -26,6 +27,7 @@ from edgekd import usercode
 from edgekd.errors import EdgekdError, OutOfMemoryError
 
 _PRELOADED = ("numpy", "torch", "torch._inductor")  # most steps need them; torch loads the last one to be deterministic
+_CHANNEL_DESCRIPTOR = 500
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _SECONDS_BETWEEN_MESSAGES = 0.1
@@ -38,7 +40,7 @@ def main(descriptor: int, parent: int, *, persistent: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interrupt and ends this process
     os.set_inheritable(descriptor, False)  # noqa: FBT003  (takes no keyword)
     sys.argv = sys.argv[:1]  # the user's code sees the same in each build
-    channel = Connection(descriptor)
+    channel = Connection(_move_up(descriptor))
     with suppress(ImportError):  # the steps that need them name them
         for name in _PRELOADED:
             importlib.import_module(name)
@@ -127,6 +129,16 @@ def _die_with(parent: int) -> None:
     _libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before that
         os._exit(1)
+
+
+def _move_up(descriptor: int) -> int:
+    """Return a descriptor of the channel above those that the user's code gets, and may close or write to by mistake."""
+    try:
+        moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _CHANNEL_DESCRIPTOR)
+    except OSError:  # fewer are allowed
+        return descriptor
+    os.close(descriptor)
+    return moved
 
 
 def _libc() -> ctypes.CDLL:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -189,6 +189,30 @@ def test_exceptions_are_the_user_s_edgekd_s_or_the_machine_s():
     assert text.endswith("the code raised KeyError: 'x'")
 
 
+def break_files(progress):
+    for descriptor in range(3, 200):
+        with suppress(OSError):
+            os.write(descriptor, b"not a message\n")
+    os.closerange(3, 200)
+    return "returned"
+
+
+def test_files_that_are_written_and_closed_by_number_leave_the_channel_alone(worker):
+    assert _call(worker, break_files) == "returned"
+
+
+def break_builtins(progress):
+    import builtins
+
+    builtins.isinstance = lambda *arguments: True
+    raise KeyError("x")
+
+
+def test_an_error_of_a_process_without_sound_builtins_is_a_failure_of_the_step(worker):
+    with pytest.raises(StageError, match=r"^step/x: KeyError: "):
+        _call(worker, break_builtins)
+
+
 ENDS = {
     "os._exit(0)": "ended with exit code 0",
     "os._exit(7)": "ended with exit code 7",
@@ -196,7 +220,7 @@ ENDS = {
     "import ctypes; ctypes.string_at(0)": "was ended by signal SIGSEGV",
     "os.kill(os.getpid(), 9)": "was ended by signal SIGKILL (was there enough memory?)",
     "os.kill(os.getpid(), 15)": "was ended by signal SIGTERM",
-    "os.closerange(3, 200)": "ended with exit code 1",
+    "os.closerange(3, 600)": "ended with exit code 1",
 }
 
 
