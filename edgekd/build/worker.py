@@ -64,7 +64,7 @@ class Worker:
             EdgekdError: what the function raised.
             ProcessDiedError: if the process ended before the function returned.
             OSError: what the function raised.
-            RuntimeError: for any other exception of edgekd's own code, with its traceback.
+            StageError: for any other exception, with its traceback as the cause.
         """
         helper, channel = self._start()
         self._printed = b""
@@ -182,7 +182,7 @@ def _unpack(name: str, kind: str, *content: Any) -> Any:
     cause = RuntimeError(f"{name}: in its process:\n{trace}")
     if kind == "os_error":
         raise OSError(*description) from cause
-    raise cause
+    raise StageError(f"{name}: {printable(trace.strip().splitlines()[-1])}; check what the recipe's code does to Python") from cause
 
 
 def _death(name: str, exit_code: int, running: str | None, printed: bytes, recipe_dir: Path) -> ProcessDiedError:

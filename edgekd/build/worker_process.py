@@ -134,11 +134,11 @@ def _die_with(parent: int) -> None:
 def _move_up(descriptor: int) -> int:
     """Return a descriptor of the channel above those that the user's code gets, and may close or write to by mistake."""
     try:
-        moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _CHANNEL_DESCRIPTOR)
+        high_descriptor = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _CHANNEL_DESCRIPTOR)
     except OSError:  # fewer are allowed
         return descriptor
     os.close(descriptor)
-    return moved
+    return high_descriptor
 
 
 def _libc() -> ctypes.CDLL:
