@@ -68,6 +68,7 @@ def main(descriptor: int, parent: int, *, persistent: bool) -> None:
 def _serve(channel: Connection, call: bytes, *, persistent: bool) -> None:
     """Run a call and send its result; a persistent process waits for the next one."""
     faulthandler.enable(file=2)
+    usercode.protect_streams()
     own = os.getpid()
     while True:
         message = _run(channel, call)

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the whole process that the user's code may change, restored after each call: edgekd's own code depends on them."""
+"""Settings of the whole process that the user's code may change, restored after each call: edgekd's own code depends on them.
+
+In processes of edgekd's, also the standard streams: a file that is opened later would get the number of a closed one, and all that
+native code prints with it.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from contextlib import contextmanager
@@ -22,6 +27,8 @@ NAMES = (
     "torch's number of threads",
     "torch's deterministic algorithms",
 )
+_STREAMS = {1: "stdout", 2: "stderr"}
+_output: int | None = None  # a descriptor of what the standard streams of this process write to, if they are to be restored
 undone: dict[str, set[str]] = {}  # entry point to the names of the settings that it changed
 
 
@@ -38,6 +45,27 @@ def restored(entry: str) -> Iterator[None]:
                     _write(name, value)
                     if name != WARNINGS:  # packages change them when they are imported
                         undone.setdefault(entry, set()).add(name)
+        if _output is not None:
+            _restore_streams(_output)
+
+
+def protect_streams() -> None:
+    """Restore the standard streams of this process too; both write to one pipe."""
+    global _output  # noqa: PLW0603  (one for the process)
+    _output = os.dup(1)
+
+
+def _restore_streams(output: int) -> None:
+    for number, name in _STREAMS.items():
+        try:
+            is_open = os.path.sameopenfile(number, output)
+        except OSError:
+            is_open = False
+        if not is_open:
+            os.dup2(output, number)
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            setattr(sys, name, open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
 
 
 def _read() -> tuple[Any, ...]:

@@ -73,6 +73,20 @@ def read_state(progress):
     return str(torch.get_default_dtype()), torch.is_grad_enabled(), os.environ.get("TOY_VARIABLE"), str(Path.cwd()), "added" in sys.modules
 
 
+STREAM_CHANGES = ["sys.stdout = sys.stderr = None", "sys.stdout.close(); sys.stderr.close()", "os.close(1); os.close(2)", "os.close(1)"]
+
+
+def close_streams(how, progress):
+    from edgekd.domain.recipe import EntryPoint
+
+    usercode.call_user_code(exec, EntryPoint("data.py", "splits"), how, {"os": os, "sys": sys})
+    is_pipe = [os.path.sameopenfile(number, 1) and not os.isatty(number) for number in (1, 2)]
+    sys.stdout.write("a")
+    sys.stderr.write("b")
+    sys.stdout.flush()
+    return is_pipe, os.open(os.devnull, os.O_RDONLY) > 2
+
+
 def raise_error(kind, arguments, progress):
     raise kind(*arguments)
 
@@ -153,6 +167,11 @@ def test_nothing_that_a_call_changes_reaches_the_next(worker):
     before = _call(worker, read_state)
     _call(worker, change_everything)
     assert _call(worker, read_state) == before == ("torch.float32", True, None, str(Path.cwd()), False)
+
+
+@pytest.mark.parametrize("how", STREAM_CHANGES)
+def test_streams_that_user_code_closes_are_opened_again(worker, how):
+    assert _call(worker, close_streams, how) == ([True, True], True)
 
 
 def test_a_persistent_worker_uses_one_process(environment, monkeypatch):
