@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -138,6 +140,119 @@ MODEL_CASES = {
         "not finite",
     ),
 }
+RAISES = "    {}\n    generator"
+BAD_TEXT = """class E(Exception):
+    def __str__(self): raise ValueError('no text')
+    __repr__ = __str__
+"""
+HOOK = """def student():
+    module = nn.Linear(4, 3)
+    def hook(*_): raise KeyError('from a hook')
+    module.register_forward_hook(hook)
+    return module
+"""
+OVERRIDES = ("state_dict", "train", "named_parameters", "_apply")
+DATA_CASES |= {
+    "raises KeyboardInterrupt": (
+        "    generator",
+        RAISES.format("raise KeyboardInterrupt"),
+        r"data\.py:4: splits\(\) raised KeyboardInterrupt$",
+    ),
+    "raises an exception without a text": (
+        "def splits():",
+        f"{BAD_TEXT}def splits():\n    raise E",
+        r"data\.py:7: splits\(\) raised E: \(its text cannot be read",
+    ),
+    "raises an exception with escapes": (
+        "    generator",
+        RAISES.format("raise ValueError('\\x1b[31m' + 'x' * 10**6)"),
+        r"ValueError: \[31mx{400,500} \.\.\.$",
+    ),
+    "recurses": ("    generator", RAISES.format("(f := lambda: f())()"), r"data\.py:4: splits\(\) raised RecursionError"),
+    "aborts": ("    generator", RAISES.format("import os; os.abort()"), r"was ended by signal SIGABRT at data\.py:4 while this ran"),
+    "wants too much memory": ("    generator", RAISES.format("bytearray(2**50)"), r"data\.py:4: splits\(\) raised MemoryError"),
+    "raises KeyboardInterrupt on import": (
+        "import torch\n",
+        "import torch\nraise KeyboardInterrupt\n",
+        r"data\.py:2: importing it raised KeyboardInterrupt",
+    ),
+    "reads arguments": (
+        "    generator",
+        RAISES.format("import argparse; argparse.ArgumentParser().parse_args(['--x'])"),
+        "tried to end the process",
+    ),
+}
+MODEL_CASES |= {
+    "student raises in a hook": (STUDENT, HOOK, r"models\.py:.*raised KeyError: 'from a hook'"),
+    **{
+        f"student raises in {name}": (
+            STUDENT,
+            f"class S(nn.Linear):\n    def {name}(self, *_, **__): raise KeyboardInterrupt\ndef student():\n    return S(4, 3)\n",
+            r"models\.py:\d+: .* raised KeyboardInterrupt",
+        )
+        for name in OVERRIDES
+    },
+}
+HARMLESS = {
+    "a thread that does not end": "import threading, time; threading.Thread(target=time.sleep, args=(1e5,)).start()",
+    "an exit handler that waits": "import atexit, time; atexit.register(time.sleep, 1e5)",
+    "a process that does not end": "import subprocess; subprocess.Popen(['sleep', '100000'])",
+    "no streams": "import sys; sys.stdout = sys.stderr = None",
+    "closed streams": "import os, sys; sys.stdout.close(); os.close(1); os.close(2)",
+    "another folder": "import os; os.chdir('/')",
+    "an empty environment": "import os; os.environ.clear()",
+    "other handlers of signals": "import signal; [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)]",
+    "warnings as errors": "import warnings; warnings.simplefilter('error')",
+    "floating point errors": "import numpy; numpy.seterr(all='raise')",
+    "logs on standard output": "import logging, sys; logging.basicConfig(stream=sys.stdout, level=0)",
+    "no gradients": "import torch; torch.set_grad_enabled(False)",
+    "a low limit of recursion": "import sys; sys.setrecursionlimit(90)",
+    "no argument": "import argparse; argparse.ArgumentParser().parse_args()",
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_inspect_goes_on_after_code_that_leaves(name, tmp_path, capfd):
+    models = f"def change():\n    {HARMLESS[name]}\n{MODELS}".replace("():\n    return", "():\n    change()\n    return")
+    assert models.count("change()") == 3
+    result = _inspect(tmp_path, models=models)
+    assert result.metrics["classes"] == 3
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("change", ["torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')"])
+def test_settings_on_import_do_not_outlast_it(change, tmp_path):
+    result = _inspect(tmp_path, models=MODELS + change)
+    notes = [note for note in result.notes if "restores" in note]
+    assert [note.partition(": changes torch's default d")[0] for note in notes] == ["models.py:student", "models.py:teacher"]
+
+
+def test_a_process_that_ends_while_it_trains_is_a_failed_stage(tmp_path):
+    """Exit code 0 of the user's code must not become that of the build, and what it prints must not reach standard output."""
+    teacher = """CALLS = 0
+class S(nn.Linear):
+    def forward(self, x):
+        global CALLS
+        CALLS += 1
+        print("noise")
+        if CALLS > 60: os._exit(0)
+        return super().forward(x)
+def teacher():
+    return S(4, 3)
+"""
+    recipe = RECIPE.replace("[teacher.train]\nepochs = 1", '[teacher.train]\nepochs = 200\nprecision = "float32"')
+    for file, text in {"edgekd.toml": recipe, "data.py": DATA, "models.py": "import os\n" + MODELS.replace(TEACHER, teacher)}.items():
+        (tmp_path / file).write_text(text)
+    command = [sys.executable, "-m", "edgekd", "build", "--recipe", str(tmp_path / "edgekd.toml"), "--until", "teach", "--json"]
+    build = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert build.returncode == 5, build.stderr
+    assert build.stdout == ""
+    last = build.stderr.splitlines()[-1]
+    assert (
+        last
+        == "edgekd: teach: models.py:teacher: the process ended with exit code 0 while this ran; its last output: noise | noise | noise"
+    )
+    assert "Traceback" not in build.stderr
 
 
 def _refused(folder, message, **parts):
