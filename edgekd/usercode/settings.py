@@ -65,7 +65,8 @@ def _restore_streams(output: int) -> None:
             os.dup2(output, number)
         stream = getattr(sys, name)
         if stream is None or stream.closed:
-            setattr(sys, name, open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
+            file = open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115  (it stays)
+            setattr(sys, name, file)
 
 
 def _read() -> tuple[Any, ...]:
