@@ -38,12 +38,11 @@ def build_module(recipe_dir: Path, entry: EntryPoint) -> nn.Module:
         raise RecipeError(f"{entry}: returned the class {module.__name__}; it must return a torch.nn.Module: return {module.__name__}(...)")
     if not isinstance(module, nn.Module):
         raise RecipeError(f"{entry}: returned {type(module).__name__}; it must return a torch.nn.Module")
-    module = unwrap(module)
-    if (
-        problem := usercode.call_user_code(_module_problem, entry, module, what=f"the state_dict() of what {entry.function}() made")
-    ) is not None:
+    inner: nn.Module = usercode.call_user_code(unwrap, entry, module, what=f"an attribute of what {entry.function}() made")
+    problem = usercode.call_user_code(_module_problem, entry, inner, what=f"state_dict() of what {entry.function}() made")
+    if problem is not None:
         raise RecipeError(f"{entry}: {problem}")
-    return module.cpu()
+    return inner.cpu()
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -180,6 +180,13 @@ BAD_MODULES = {
         "class Net(nn.Linear):\n    def get_extra_state(self):\n        return 1 / 0\ndef net():\n    return Net(3, 3)\n",
         "state_dict() of what net() made raised ZeroDivisionError",
     ),
+    "attributes that raise": (
+        (
+            "class Net(nn.Linear):\n    def __getattr__(self, name):\n        return 1 / 0 if name == '_orig_mod' else super().__getattr__(name)\n"
+            "def net():\n    return Net(3, 3)\n"
+        ),
+        "an attribute of what net() made raised ZeroDivisionError",
+    ),
     "double": (
         "def net():\n    return nn.Linear(3, 3).double()\n",
         "weight of the student is float64; expected float32: return model.float()",
