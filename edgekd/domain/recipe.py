@@ -62,10 +62,13 @@ class Data:
         splits: Function that returns a mapping from split to torch data set of ``(input, label)`` items. Splits: train,
             validation, calibration (from train), evaluation, and optionally unlabelled (items are inputs).
         max_overlap: How many samples of one split may also be in another, byte for byte.
+        reads: Files, folders and globs, relative to the recipe's folder, that compiled code or another process reads: edgekd does not
+            see these, and a change of them would go unnoticed.
     """
 
     splits: EntryPoint
     max_overlap: Annotated[int, Between(0)] = 0
+    reads: tuple[Annotated[str, NonEmpty()], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 """Record what the user's code reads while it runs: files, folders, environment variables, installed packages.
 
 An audit hook of the interpreter reports every file that Python opens or imports, every folder that it lists, and SQLite
-databases. Files that are mapped into memory are found at the end of a phase. Not recorded: files that compiled code reads
-by itself and does not keep mapped (h5py, libsndfile, safetensors), what other processes read that the user's code starts,
-and files that the code wrote itself before it read them.
+databases. Files of safetensors are recorded where they are opened. Files that are mapped into memory without being written are recorded
+at the end of a phase. Not recorded: files that other compiled code reads by itself and does not keep mapped (h5py, libsndfile), what
+other processes read that the user's code starts, the network, and files that the code wrote itself before it read them. Where the
+user's code could read so, ``unseen_readers`` names how; the recipe then declares the files. docs/decisions/0016-cache-trust-and-reads.md
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from edgekd import usercode
 from edgekd.errors import RecipeError
 from edgekd.ports import Record
 from edgekd.store.digests import env_digest, file_digest, listing_digest, tool_version
+from edgekd.usercode.declared import NATIVE_READERS, UNSEEN_EVENTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
 
 _SYSTEM_FOLDERS = ("/proc/", "/sys/", "/dev/")
 _TOOLS = {"edgekd", "numpy", "torch"}  # their versions are in the keys of the steps
+_SAFETENSORS = ("safetensors", "safetensors.numpy", "safetensors.torch")  # modules that name the function safe_open
 _HANDLERS = {  # audit event -> the watcher's method
     "open": "_on_open",
     "os.listdir": "_on_list",
@@ -49,6 +53,7 @@ class Reads:
     listings: set[str] = field(default_factory=set)
     imports: set[str] = field(default_factory=set)
     env: set[str] = field(default_factory=set)
+    unseen: set[str] = field(default_factory=set)  # by which other means the user's code could read files
 
 
 class Watcher:
@@ -73,6 +78,8 @@ class Watcher:
         _is_called_by_user()  # fill its caches and imports now: the hook itself must not import
         sys.addaudithook(self._hook)
         _intercept(os._Environ, "__getitem__", lambda arguments: self._on_environ(arguments[1]))  # noqa: SLF001  (it has no audit event)
+        for module in map(importlib.import_module, _SAFETENSORS):
+            _intercept(module, "safe_open", lambda arguments: self._on_native_open(arguments[0]))
         _intercept(os, "stat", lambda arguments: self._on_stat(arguments[0]))
 
     @contextmanager
@@ -103,10 +110,20 @@ class Watcher:
             modules=_imported_distributions(sources, self.recipe_dir),
         )
 
+    def unseen_readers(self, reads: Reads) -> set[str]:
+        """Return by which means the user's code could have read files that are not recorded: modules, another process, the network."""
+        sources = [path for path, stamp in reads.files.items() if stamp and path.endswith(".py")]
+        imported = {name for file in sources for name in _imported_names(file)}
+        return reads.unseen | (imported & NATIVE_READERS)
+
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         name = _HANDLERS.get(event)
         reads = self._reads
-        if name is None or reads is None:
+        if reads is None:
+            return
+        if event in UNSEEN_EVENTS and _is_user_code_on_the_stack():
+            reads.unseen.add(UNSEEN_EVENTS[event])
+        if name is None:
             return
         with suppress(OSError, ValueError, TypeError):  # a path that cannot be a file: the call itself will raise
             getattr(self, name)(reads, arguments)
@@ -120,6 +137,10 @@ class Watcher:
             self._add_file(reads, path)
         if flags & os.O_ACCMODE != os.O_RDONLY:
             self._written_files.add(path)
+
+    def _on_native_open(self, file: object) -> None:
+        if self._reads is not None and isinstance(file, str | bytes | os.PathLike):
+            self._add_file(self._reads, _absolute(file))
 
     def _on_list(self, reads: Reads, arguments: tuple[Any, ...]) -> None:
         caller = sys._getframe(2).f_code.co_filename  # noqa: SLF001  (the only way to find the caller)
@@ -258,6 +279,13 @@ def _is_called_by_user() -> bool:
     return usercode.is_user_file(frame.f_code.co_filename)
 
 
+def _is_user_code_on_the_stack() -> bool:
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001  (the only way to find the callers)
+    while frame is not None and not usercode.is_user_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame is not None
+
+
 @functools.cache
 def _path_modules() -> frozenset[str]:
     import _collections_abc
@@ -276,7 +304,10 @@ def _mapped_files() -> set[str]:
     """Return the files that are mapped into memory now, except libraries."""
     lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     fields = 6
-    paths = {parts[-1] for line in lines if len(parts := line.split(maxsplit=fields - 1)) == fields}
+    mappings = [parts for line in lines if len(parts := line.split(maxsplit=fields - 1)) == fields]
+    paths = {
+        parts[-1] for parts in mappings if not ("w" in parts[1] and "s" in parts[1])
+    }  # a library's own data base is shared and written
     return {path for path in paths if path.startswith("/") and ".so" not in Path(path).name and Path(path).is_file()}
 
 

@@ -36,6 +36,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[InspectParams]
     params = InspectParams(
         splits=str(recipe.data.splits),
         max_overlap=recipe.data.max_overlap,
+        reads=recipe.data.reads,
         inputs=student.inputs,
         student=str(student.model),
         task=student.task,

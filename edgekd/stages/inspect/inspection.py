@@ -18,12 +18,14 @@ from edgekd.ports import Record, StageResult
 from edgekd.stages.inspect import checks, metric, reading, splits
 from edgekd.stages.inspect.params import CheckContext, InspectParams, TeacherParams
 from edgekd.store.digests import file_digest
+from edgekd.usercode.declared import check_unchanged, declared_reads
 from edgekd.usercode.watch import Watcher, code_dependencies, merge_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from edgekd.ports import Context
+    from edgekd.usercode.watch import Reads
 
 _FEW_SAMPLES = 100
 _FEW_OF_A_CLASS = 10
@@ -40,6 +42,7 @@ class Inspection:
         self.check = CheckContext(self.params, self.recipe_dir, self.out)
         self.watcher = Watcher(self.recipe_dir, (self.out, context.work.absolute()), context.secret)
         self.records: list[Record] = []
+        self.declared = Record()
         self.notes = self.check.notes
         self.summary: dict[str, Any] = {"inputs": [{**asdict(spec), "shape": list(spec.shape)} for spec in self.params.inputs]}
         self.labels: dict[str, Any] = {}
@@ -54,6 +57,7 @@ class Inspection:
             RecipeError: what is wrong.
         """
         params = self.params
+        self.declared = declared_reads(self.recipe_dir, params.reads)
         self._run_phase("data", params.splits, self._read_data)
         self._run_phase("teacher", params.teacher.name, self._check_teacher)
         self._run_phase("student", params.student, self._check_student)
@@ -70,6 +74,7 @@ class Inspection:
         self._run_phase("metric", params.score or params.metric, self._check_metric)
         for name, entry in (("augment", params.augment), ("views", params.views)):
             self._run_phase(name, entry, partial(checks.check_augmentation, self.check, str(entry)))
+        check_unchanged(self.declared, self.recipe_dir, params.reads)
         self._write("summary.json", self.summary)
         self.notes += [
             f"{entry}: changes {', '.join(sorted(names))} for the whole process; edgekd restores it after each call"
@@ -86,12 +91,21 @@ class Inspection:
             return
         with usercode.running(entry), self.watcher.phase() as reads, _refuse_unusable(entry):
             work()
-        record = self.watcher.record(reads)
+        record = merge_records([self.watcher.record(reads), self.declared])
+        self._warn_of_unseen_reads(entry, reads)
         self.records.append(record)
         dependencies = code_dependencies(record)
         for path in self.params.model_files:  # they are artifacts of their own
             dependencies["files"].pop(path, None)
         self._write(f"{name}.code.json", dependencies)
+
+    def _warn_of_unseen_reads(self, entry: str, reads: Reads) -> None:
+        readers = sorted(self.watcher.unseen_readers(reads))
+        if readers and not self.params.reads:
+            self.notes.append(
+                f"warning: {entry} uses {', '.join(readers)}, which can read files that edgekd does not see: a change of such a file "
+                "goes unnoticed; name the files in data.reads"
+            )
 
     def _read_data(self) -> None:
         from edgekd.kd.reproducible import seed_all

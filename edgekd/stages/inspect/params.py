@@ -47,7 +47,8 @@ class InspectParams:
 
     ``teachers``, ``assistants`` and ``sizes`` are the further networks of ``[distill]``; ``tapped_losses`` are its losses with taps,
     as ``Loss.to_dict`` returns them. ``views`` is the augmentation of ``[distill]``, ``augment`` that of ``[teacher.train]``.
-    ``metric`` is None for top-1 and for a score per sample.
+    ``reads`` are the files that
+    the recipe declares. ``metric`` is None for top-1 and for a score per sample.
     """
 
     splits: str
@@ -67,6 +68,7 @@ class InspectParams:
     score: str | None
     augment: str | None
     views: str | None
+    reads: tuple[str, ...] = ()
 
     @property
     def needs_class_ids(self) -> bool:

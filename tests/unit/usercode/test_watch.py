@@ -15,6 +15,7 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from edgekd.ports import Record
 from edgekd.store.digests import env_digest, first_change, listing_digest
@@ -47,6 +48,7 @@ from pathlib import Path
 
 import hypothesis
 import json
+import mmap
 import numpy as np
 
 from shared import SCALE
@@ -79,6 +81,11 @@ def read():
     except FileNotFoundError:
         pass
     assert sqlite3.connect("toy.db").execute("select 1").fetchone() == (1,)
+    from safetensors.numpy import load_file
+    assert load_file("native.safetensors")["a"].shape == (3,)
+    global library_mapping
+    with open("work/written.db", "r+b") as file:
+        library_mapping = mmap.mmap(file.fileno(), 5)
 
 
 def read_again():
@@ -94,6 +101,7 @@ TEXTS = {
     "mapped.bin": "bytes",
     "real.txt": "linked",
     "work/arrays.txt": "of edgekd",
+    "work/written.db": "bytes",
     "ignored.txt": "",
 }
 ABSENT = {"faster_reader.py", "optional.npy", "gone.csv"}
@@ -107,6 +115,7 @@ def folder(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     np.save(folder / "undeclared.npy", np.zeros(3))
+    save_file({"a": np.zeros(3)}, folder / "native.safetensors")
     (folder / "link.txt").symlink_to("real.txt")
     connection = sqlite3.connect(folder / "toy.db")
     connection.execute("create table t (a)")
@@ -125,13 +134,13 @@ def records(folder):
 
 def test_everything_that_was_read_is_recorded_and_nothing_else(folder, records):
     record = records[0]
-    existing = {"data.py", "shared.py", "undeclared.npy", "link.txt", "mapped.bin", "toy.db"}
+    existing = {"data.py", "shared.py", "undeclared.npy", "link.txt", "mapped.bin", "toy.db", "native.safetensors"}
     assert set(record.files) == existing | ABSENT
     assert {name for name, digest in record.files.items() if digest is None} == ABSENT
     assert record.files["undeclared.npy"] == hashlib.sha256((folder / "undeclared.npy").read_bytes()).hexdigest()
     assert record.listings == {"more": listing_digest(folder / "more"), "listed": listing_digest(folder / "listed"), "optional.npy": None}
     assert record.env == {"TOY_FILE": env_digest("undeclared.npy", b""), "TOY_SET": None, "TOY_UNSET": None}
-    assert record.modules == {"hypothesis": version("hypothesis")}
+    assert record.modules == {name: version(name) for name in ("hypothesis", "safetensors")}
 
 
 def test_each_phase_has_a_complete_record_of_its_own(records):
@@ -162,6 +171,39 @@ def test_a_change_of_what_was_read_is_noticed(folder, records, change, message, 
     assert first_change(record, copy) is None
     change(copy)
     assert first_change(record, copy) == message
+
+
+UNSEEN = """\
+import sys
+from pathlib import Path
+from edgekd import usercode
+from edgekd.domain.recipe import EntryPoint
+from edgekd.usercode.watch import Watcher
+watcher, entry = Watcher(Path(sys.argv[1]), ()), EntryPoint("data.py", "read")
+with watcher.phase() as reads:
+    usercode.call_user_code(usercode.load_function(Path(sys.argv[1]), entry), entry)
+print(sorted(watcher.unseen_readers(reads)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "unseen"),
+    [
+        ("open('data.py').read()", []),
+        ("import sqlite3, json, zipfile", []),
+        ("import ctypes", ["ctypes"]),
+        ("try:\n        import h5py, soundfile\n    except ImportError:\n        pass", ["h5py", "soundfile"]),
+        ("import subprocess; subprocess.run(['true'])", ["another process"]),
+        ("import os; os.system('true')", ["another process"]),
+        ("import os; pid = os.fork(); pid or os._exit(0)", ["another process"]),
+        ("import socket; socket.socket().connect_ex(('127.0.0.1', 9))", ["the network"]),
+    ],
+)
+def test_means_to_read_what_is_not_seen_are_named(tmp_path, body, unseen):
+    (tmp_path / "data.py").write_text(f"def read():\n    {body}\n")
+    command = [sys.executable, "-P", "-c", UNSEEN, str(tmp_path)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == str(unseen)
 
 
 def test_records_are_merged():
