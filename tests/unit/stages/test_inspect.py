@@ -20,7 +20,7 @@ from edgekd.domain.recipe import Assistant, Data, Distill, EntryPoint, Recipe, S
 from edgekd.errors import RecipeError
 from edgekd.ports import Context
 from edgekd.stages import inspect
-from edgekd.store.digests import listing_digest
+from edgekd.store.digests import env_digest, listing_digest
 from tests import toy
 from tests.processes import run_step
 
@@ -172,7 +172,7 @@ def test_the_record_holds_what_all_phases_read(runs):
     assert record.files["undeclared.npy"] == hashlib.sha256((folder / "undeclared.npy").read_bytes()).hexdigest()
     assert record.files["gone.csv"] is None
     assert record.listings == {"listed": listing_digest(folder / "listed")}
-    assert record.env == {"TOY_FILE": hashlib.sha256(b"undeclared.npy").hexdigest()}
+    assert record.env == {"TOY_FILE": env_digest("undeclared.npy", b"")}
     assert record.modules == {"hypothesis": version("hypothesis")}
 
 
