@@ -62,8 +62,7 @@ class Data:
         splits: Function that returns a mapping from split to torch data set of ``(input, label)`` items. Splits: train,
             validation, calibration (from train), evaluation, and optionally unlabelled (items are inputs).
         max_overlap: How many samples of one split may also be in another, byte for byte.
-        reads: Files, folders and globs, relative to the recipe's folder, that compiled code or another process reads: edgekd does not
-            see these, and a change of them would go unnoticed.
+        reads: Files, folders and globs (from the recipe's folder) that compiled code or another process reads, which edgekd cannot see.
     """
 
     splits: EntryPoint
@@ -121,8 +120,7 @@ class Teacher:
         model: Function that returns the module.
         weights: Weights of the module: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads (``.pt``, ``.pth``,
             ``.bin``, ``.ckpt``, ...), also with a prefix or in a checkpoint.
-        file: A whole model: TorchScript (``.ts``), ``torch.export`` (``.pt2``), ONNX (``.onnx``), or logits that
-            ``edgekd.save_teacher_logits`` stored (``.safetensors``).
+        file: A whole model: TorchScript (``.ts``), ``torch.export`` (``.pt2``), ONNX, or logits stored by ``save_teacher_logits``.
         trusted: Allows a ``file`` that is a program, TorchScript or ``torch.export``: it can read and write files when it runs.
         train: Trains the module, instead of ``weights``.
         checkpoints: Earlier weights of the same module, the earliest first; each teaches for an equal share of the epochs.

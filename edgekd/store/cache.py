@@ -30,8 +30,8 @@ from edgekd.errors import StorageError, printable
 from edgekd.store import folder as cache_root
 from edgekd.store import locks, pruning
 from edgekd.store.digests import canonical_json, changes, digest, file_digest, first_change, flush, write_atomically
+from edgekd.store.documents import SCHEMA, read_entry, read_json, read_records, read_stats
 from edgekd.store.folder import cache_folder
-from edgekd.store.records import SCHEMA, read_entry, read_json, read_records, read_stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON documents in folders of the user: read without trust, and sealed with a digest of their own content.
+"""JSON documents of the cache and in folders of the user: read without trust, and sealed with a digest of their own content.
 
 A seal shows that a file was damaged or edited, as a checksum does. It is no signature: who edits a file on purpose can seal it again.
 """
@@ -9,16 +9,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from edgekd.domain.artifact import Artifact, CacheEntry
 from edgekd.store.digests import digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+SCHEMA = 1
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FINGERPRINT = 4  # size, time of change, time of change of the inode, inode
 SEAL = "self"
 MAX_BYTES = 64 * 2**20
 
@@ -75,3 +80,86 @@ def is_sealed(document: Mapping[str, Any]) -> bool:
 def as_json(value: object) -> bytes:
     """Return readable JSON."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> object:
+    """Return the content of a JSON file; None if it is no regular file or not valid."""
+    try:
+        content: object = json.loads(read_file(path))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content
+
+
+def read_entry(folder: Path) -> CacheEntry | None:
+    """Return the entry in a folder, if it is complete by names and sizes."""
+    body = read_json(folder / "entry.json")
+    try:
+        if not isinstance(body, dict) or body.pop("self", None) != digest(body) or not _is_entry(body) or body["key"] != folder.name:
+            return None
+        artifacts = {name: Artifact(folder / name, item["sha256"], item["size"]) for name, item in body["files"].items()}
+        if not all(item.path.is_file() and item.path.stat().st_size == item.size_bytes for item in artifacts.values()):
+            return None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return CacheEntry(body["key"], body["material"], artifacts, body["metrics"], tuple(body["notes"]), float(body["seconds"]))
+
+
+def is_key(name: object) -> bool:
+    """Return whether a name is that of an entry."""
+    return isinstance(name, str) and _SHA256.fullmatch(name) is not None
+
+
+def _is_entry(body: dict[str, Any]) -> bool:
+    files, material, notes = body.get("files"), body.get("material"), body.get("notes")
+    return (
+        body.get("schema") == SCHEMA
+        and isinstance(files, dict)
+        and all(map(_is_file_row, files.items()))
+        and isinstance(material, dict)
+        and isinstance(material.get("stage"), str)
+        and isinstance(body.get("metrics"), dict)
+        and isinstance(notes, list)
+        and all(isinstance(note, str) for note in notes)
+        and _is_number(body.get("seconds"))
+    )
+
+
+def _is_file_row(row: tuple[str, object]) -> bool:
+    name, item = row
+    is_name = bool(name) and name not in {".", ".."} and "/" not in name and "\0" not in name
+    return is_name and isinstance(item, dict) and is_key(item.get("sha256")) and isinstance(item.get("size"), int)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the valid records (``ports.Record``) in a file."""
+    records = read_json(path)
+    return [record for record in records if _is_record(record)] if isinstance(records, list) else []
+
+
+def _is_record(record: object) -> bool:
+    parts = ("files", "listings", "env", "modules")
+    return isinstance(record, dict) and record.keys() == set(parts) and all(_is_part(record[name]) for name in parts)
+
+
+def _is_part(part: object) -> bool:
+    return isinstance(part, dict) and all("\0" not in name and (value is None or isinstance(value, str)) for name, value in part.items())
+
+
+def read_stats(path: Path) -> dict[str, list[Any]]:
+    """Return digests of files by path: size, times, inode and SHA-256."""
+    stats = read_json(path)
+    return {name: row for name, row in stats.items() if _is_stat(row)} if isinstance(stats, dict) else {}
+
+
+def _is_stat(row: object) -> bool:
+    return (
+        isinstance(row, list)
+        and len(row) == _FINGERPRINT + 1
+        and all(isinstance(number, int) for number in row[:_FINGERPRINT])
+        and is_key(row[_FINGERPRINT])
+    )

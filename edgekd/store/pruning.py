@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from edgekd.store import locks
-from edgekd.store.records import is_key, read_entry
+from edgekd.store.documents import is_key, read_entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
