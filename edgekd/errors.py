@@ -9,6 +9,7 @@ EdgekdError                     5
     |-- StorageError            5   the cache or the output folder cannot be written or read
     |-- OutOfMemoryError        5   a step needs more memory than there is
     |-- ProcessDiedError        5   the process of a step ended before its result
+    |-- HarnessError            5   a process that measures a model file failed
 
 A message has five parts: what failed, where, the actual value (with its unit), what is allowed, the next command.
 Lower case, no full stop at its end. PASS is 0, FAIL 1, INCONCLUSIVE 4 (domain.verdict); 70 is an internal error
@@ -84,6 +85,19 @@ class ProcessDiedError(StageError):
     def __init__(self, name: str, reason: str, *, in_user_code: bool, temporary: bool = False) -> None:
         super().__init__(f"{name}: {reason}")
         self.reason, self.in_user_code, self.temporary = reason, in_user_code, temporary
+
+
+class HarnessError(StageError):
+    """The process that measures one model file ended or did not reply.
+
+    Args:
+        subject: The id of the model file in the job.
+        reason: What happened.
+    """
+
+    def __init__(self, subject: str, reason: str) -> None:
+        super().__init__(f"measure: {subject}: {reason}")
+        self.subject = subject
 
 
 def printable(text: str, limit: int = 500) -> str:

@@ -132,19 +132,28 @@ def check_left_out(plan: Plan, completed: Mapping[str, CompletedStep]) -> None:
         StageError: if no candidate is left.
     """
     for target in plan.targets:
-        targeted = plan.candidates[target.name]
-        reasons = left_out(targeted, completed)
-        quantize = plan.recipe.overrides_for(target.name).quantize
-        if len(reasons) == len(targeted):
-            listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            raise StageError(f"target {target.name}: no candidate is left: {listing}; change the model")
-        for key, names, kind in (("runtimes", quantize.runtimes, "runtime"), ("schemes", quantize.schemes, "scheme")):
-            for name in () if names == "auto" else names:
-                of_name = [candidate.id for candidate in targeted if getattr(candidate, kind) == name]
-                if of_name and reasons.keys() >= set(of_name):
-                    listing = "; ".join(f"{candidate}: {reasons[candidate]}" for candidate in of_name)
-                    advice = f"change the model, leave '{name}' out, or use quantize.{key} = \"auto\""
-                    raise RecipeError(f"target {target.name}: quantize.{key}: '{name}' cannot be had: {listing}; {advice}")
+        check_reasons(plan, target, left_out(plan.candidates[target.name], completed))
+
+
+def check_reasons(plan: Plan, target: Target, reasons: Mapping[str, str]) -> None:
+    """Check that a target has a candidate left, and one for each runtime and scheme that the recipe names for it.
+
+    Raises:
+        RecipeError: if a runtime or scheme that the recipe names cannot be had.
+        StageError: if no candidate is left.
+    """
+    targeted = plan.candidates[target.name]
+    quantize = plan.recipe.overrides_for(target.name).quantize
+    if len(reasons) == len(targeted):
+        listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise StageError(f"target {target.name}: no candidate is left: {listing}; change the model")
+    for key, names, kind in (("runtimes", quantize.runtimes, "runtime"), ("schemes", quantize.schemes, "scheme")):
+        for name in () if names == "auto" else names:
+            of_name = [candidate.id for candidate in targeted if getattr(candidate, kind) == name]
+            if of_name and reasons.keys() >= set(of_name):
+                listing = "; ".join(f"{candidate}: {reasons[candidate]}" for candidate in of_name)
+                advice = f"change the model, leave '{name}' out, or use quantize.{key} = \"auto\""
+                raise RecipeError(f"target {target.name}: quantize.{key}: '{name}' cannot be had: {listing}; {advice}")
 
 
 def _candidate(entry: RuntimeEntry, scheme: str, io: str, target: Target) -> Candidate:

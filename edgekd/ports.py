@@ -200,6 +200,6 @@ class Device(Protocol):
 
         Raises:
             UnavailableError: if the device cannot be reached or lacks the runtime.
-            StageError: if the harness failed.
+            HarnessError: if the harness of a subject failed.
         """
         ...

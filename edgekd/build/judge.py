@@ -13,6 +13,7 @@ from edgekd.domain.measurement import TEACHER
 from edgekd.domain.units import fraction_to_pp
 from edgekd.domain.verdict import Outcome
 from edgekd.harness import runner
+from edgekd.plan import check_reasons
 from edgekd.report import collect, document, markdown
 from edgekd.report.target_run import read_json, read_scores, teacher_measurement
 from edgekd.stages import gate, measure, package, select
@@ -74,7 +75,11 @@ def _judge(target_run: TargetRun, verdict_key: str, why_not_here: str | None, re
     settings, scores = target_run.settings, read_scores(target_run)
     accuracies = {candidate.id: _accuracy(target_run, candidate, scores, why_not_here) for candidate in target_run.candidates}
     outcomes = {name: gate.accuracy_outcome(settings.budget, accuracy) for name, accuracy in accuracies.items()}
-    measurements = [] if why_not_here else _measure(target_run, outcomes, reporter)
+    measurements: list[Measurement] = []
+    if not why_not_here:
+        measurements, unmeasured = _measure(target_run, outcomes, reporter)
+        target_run = replace(target_run, unmeasured=unmeasured)
+        check_reasons(target_run.plan, target_run.target, target_run.left_out)
     options = [_option(target_run, item, outcomes[item.id], accuracies[item.id], measurements) for item in target_run.candidates]
     choice = select.select(options, settings.quantize.max_float_ops, settings.budget.max_size_kib)
     verdict = _judge_choice(target_run, choice, accuracies[choice.option.candidate.id], measurements, why_not_here)
@@ -129,18 +134,23 @@ def _accuracy(target_run: TargetRun, candidate: Candidate, scores: TargetScores,
     )
 
 
-def _measure(target_run: TargetRun, outcomes: Mapping[str, Outcome], reporter: Reporter) -> list[Measurement]:
-    """Measure the candidates that may ship, and the teacher on their runtimes."""
+def _measure(
+    target_run: TargetRun, outcomes: Mapping[str, Outcome], reporter: Reporter
+) -> tuple[list[Measurement], Mapping[tuple[str, str], str]]:
+    """Measure the candidates that may ship, and the teacher on their runtimes; return also why some cannot be measured."""
     subjects = _subjects(target_run, [item for item in target_run.candidates if outcomes[item.id] is not Outcome.FAIL])
     if not subjects:
-        return []
+        return [], {}
     reporter.log(f"measure: {len(subjects)} settings on {target_run.target.name}, with exclusive access to the machine")
 
     def on_wait(holders: str) -> None:
         reporter.log(f"measure: waits for exclusive access to this machine, which {holders} uses")
 
     with reporter.step(f"measure/{target_run.target.name}") as progress:
-        return measure.measure(subjects, target_run.target.protocol, registry.device("local"), progress, on_wait)
+        measurements, failures = measure.measure_sound(subjects, target_run.target.protocol, registry.device("local"), progress, on_wait)
+    for (name, runtime), reason in failures.items():
+        reporter.log(f"warning: {name} is left out on {runtime}: {reason}; edgekd build --remeasure tries it again")
+    return measurements, failures
 
 
 def _subjects(target_run: TargetRun, candidates: Sequence[Candidate]) -> list[measure.Subject]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from edgekd import registry
-from edgekd.errors import StageError, UnavailableError
+from edgekd.errors import HarnessError, UnavailableError, printable
 from edgekd.harness import runner
 
 if TYPE_CHECKING:
@@ -62,18 +62,17 @@ def measure(job: Mapping[str, Any], progress: Progress) -> Mapping[str, Json]:
         ``after`` (the machine's facts), ``seconds`` between them, and ``cpu_s``: CPU time of the measurement itself.
 
     Raises:
-        StageError: if a harness process fails or hangs.
+        HarnessError: if a harness process fails or hangs; most likely within seconds, since each subject first runs alone.
         UnavailableError: if it lacks the runtime.
     """
     before, cpu_before, started = runner.facts(), _cpu_seconds(), time.monotonic()
     results = {subject["id"]: _Result() for subject in job["subjects"]}
+    for subject in job["subjects"]:
+        results[subject["id"]].peak_rss_bytes = _measure_peak_rss(subject)
     runtimes = sorted({subject["runtime"] for subject in job["subjects"]})
     parts = [(runtime, generation) for runtime in runtimes for generation in range(job["generations"])]
     for number, (runtime, generation) in enumerate(parts):
         subjects = [subject for subject in job["subjects"] if subject["runtime"] == runtime]
-        if generation == 0:
-            for subject in subjects:
-                results[subject["id"]].peak_rss_bytes = _measure_peak_rss(subject)
         now, parts_left = time.monotonic(), len(parts) - number
         deadline = now + (job["max_seconds"] - (now - started)) / parts_left
         order = random.Random(generation)  # noqa: S311  (an order, not a secret)
@@ -214,35 +213,35 @@ class Harness:
         """Send a command and return the reply.
 
         Raises:
-            StageError: if the process has ended or does not reply.
+            HarnessError: if the process has ended or does not reply.
             UnavailableError: if the runtime is missing.
         """
         import select
 
         stdin, stdout = self.process.stdin, self.process.stdout
         if stdin is None or stdout is None:
-            raise StageError(f"measure: {self.subject['id']}: the harness has no pipes")
+            raise HarnessError(self.subject["id"], "the harness has no pipes")
         try:
             stdin.write(json.dumps(command) + "\n")
             stdin.flush()
         except BrokenPipeError:
             raise self._exit_error() from None
         if not select.select([stdout], [], [], TIMEOUT_S)[0]:
-            raise StageError(f"measure: {self.subject['id']}: the harness did not reply to '{command['do']}' within {TIMEOUT_S} s")
+            raise HarnessError(self.subject["id"], f"the harness did not reply to '{command['do']}' within {TIMEOUT_S} s")
         line = stdout.readline()
-        if not line:
+        if not line.endswith("\n"):
             raise self._exit_error()
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def _exit_error(self) -> StageError | UnavailableError:
+    def _exit_error(self) -> HarnessError | UnavailableError:
         code = self.process.wait(TIMEOUT_S)
         self.stderr.seek(0)
         lines = [line.strip() for line in self.stderr.read().decode(errors="replace").splitlines() if line.strip()]
-        last_line = lines[-1] if lines else "none"
+        last_line = printable(lines[-1]) if lines else "none"
         runtime = self.subject["runtime"]
         if "ModuleNotFoundError" in last_line or "ImportError" in last_line:
             package = registry.runtime(runtime).PACKAGE
             return UnavailableError(f"measure: {runtime} cannot be imported ({last_line}); run: pip install {package}")
         status = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        return StageError(f"measure: {self.subject['id']}: the harness ended with {status}; last line of its output: {last_line}")
+        return HarnessError(self.subject["id"], f"the harness ended with {status}; last line of its output: {last_line}")

@@ -265,6 +265,9 @@ def _notes(target_run: TargetRun, measurements: Iterable[Measurement], costs: Ma
         for name, completed in target_run.completed.items()
         if name.startswith("export/teacher/") and completed.why_not is not None
     ]
+    notes += [
+        f"{why_not}; so the speed-up against it is unknown there" for (name, _), why_not in target_run.unmeasured.items() if name == TEACHER
+    ]
     notes += provable.budget_warnings(target_run.plan, target_run.completed) if len(target_run.plan.targets) == 1 else []
     notes += filter(
         None, [_undefined_note(target_run), _capacity_note(target_run), _sizes_note(target_run), cost.break_even_note(target_run, costs)]

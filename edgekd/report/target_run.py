@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TargetRun:
-    """What a verdict is about. ``input_files``: digests of the user's files, for the manifest; ``started``: of the build (monotonic)."""
+    """What a verdict is about. ``input_files``: digests of the user's files, for the manifest; ``started``: of the build (monotonic).
+
+    ``unmeasured``: why the device cannot run a candidate's or the teacher's file, by the subject's name and runtime.
+    """
 
     plan: Plan
     target: Target
@@ -41,6 +44,7 @@ class TargetRun:
     inconclusive_ok: bool
     remeasure: bool
     started: float
+    unmeasured: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def recipe_file(self) -> dict[str, str]:
@@ -60,7 +64,9 @@ class TargetRun:
     @property
     def left_out(self) -> Mapping[str, str]:
         """Return why candidates of the target cannot ship, whatever their accuracy, by their ids."""
-        return left_out(self.plan.candidates[self.target.name], self.completed)
+        candidates = self.plan.candidates[self.target.name]
+        failed = {item.id: self.unmeasured[item.id, item.runtime] for item in candidates if (item.id, item.runtime) in self.unmeasured}
+        return {**failed, **left_out(candidates, self.completed)}
 
     def concerns(self, step: str) -> bool:
         """Return whether a step belongs to this target: the candidates of other targets do not affect its verdict."""

@@ -139,7 +139,7 @@ def _check_latency(name: str, quantile: float, limit: float, evidence: Evidence)
 
 def _check_speedup(limit: float, evidence: Evidence) -> Check:
     if evidence.measurement is None or evidence.teacher is None:
-        missing = evidence.unmeasured if evidence.measurement is None else "the teacher has no model on this runtime"
+        missing = evidence.unmeasured if evidence.measurement is None else "the teacher was not measured on this runtime"
         return Check("min_speedup_x", Outcome.INCONCLUSIVE, limit, "x", reason=f"speed-up is unknown: {missing}", advice=evidence.advice)
     value, interval = intervals.ratio_of_medians(evidence.teacher.blocks_ns, evidence.measurement.blocks_ns)
     return at_least("min_speedup_x", value, interval, limit, "x", "speed-up", "measure longer: protocol.min_seconds")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
-from edgekd.domain.measurement import Measurement
-from edgekd.errors import StageError, StorageError, UsageError
+from edgekd.domain.measurement import TEACHER, Measurement
+from edgekd.errors import HarnessError, StageError, StorageError, UsageError
 from edgekd.store import locks
 from edgekd.store.digests import file_digest
 
@@ -45,7 +45,7 @@ def measure(
 
     Raises:
         UnavailableError: if the device or a runtime is missing.
-        StageError: if the harness fails.
+        HarnessError: if the harness of a subject fails.
     """
     named = _name_subjects(subjects)
     job: dict[str, Any] = {
@@ -69,6 +69,28 @@ def measure(
     environment |= {"device": device.KIND, "generations": GENERATIONS}
     notes = environment_notes(environment, protocol)
     return [_measurement(subject, output["subjects"][name], protocol, environment, notes) for name, subject in named.items()]
+
+
+def measure_sound(
+    subjects: Sequence[Subject], protocol: Protocol, device: Device, progress: Progress, on_wait: Callable[[str], None] | None = None
+) -> tuple[list[Measurement], dict[tuple[str, str], str]]:
+    """Measure the model files that the device can run; nothing if it can run no candidate.
+
+    Returns:
+        The measurements, and why others have none, by the subject's name and runtime.
+
+    Raises:
+        UnavailableError: if the device or a runtime is missing.
+    """
+    failures: dict[tuple[str, str], str] = {}
+    while any(subject.name != TEACHER for subject in subjects):
+        try:
+            return measure(subjects, protocol, device, progress, on_wait), failures
+        except HarnessError as error:
+            failed = _name_subjects(subjects)[error.subject]
+            failures[failed.name, failed.runtime] = str(error)
+        subjects = [subject for subject in subjects if (subject.name, subject.runtime) not in failures]
+    return [], failures
 
 
 def measure_files(

@@ -12,6 +12,7 @@ import pytest
 import edgekd
 from edgekd.build import judge, keys, run
 from edgekd.domain.budget import Budget
+from edgekd.errors import RecipeError, StageError
 from edgekd.harness import runner
 from edgekd.report.target_run import TargetRun
 from tests import outputs, toy
@@ -62,6 +63,38 @@ def test_the_key_of_a_verdict_has_the_version_and_the_code_that_judges(target_ru
     monkeypatch.setattr(keys, "source_digest", lambda roots: str(sorted(roots)))
     assert str(keys.PACKAGE / "stages" / "gate") in str(sorted(keys.PACKAGE / name for name in judge.CODE))
     assert _key(target_run) != key
+
+
+def test_what_cannot_be_measured_is_left_out_of_selection(target_run):
+    first, *others = target_run.candidates
+    failures = {(first.id, first.runtime): "measure: it aborts", ("teacher", first.runtime): "measure: it hangs"}
+    target_run = dataclasses.replace(target_run, unmeasured=failures)
+    assert target_run.left_out == {first.id: "measure: it aborts"}
+    assert list(target_run.candidates) == others
+
+
+def _judge_with_failures(target_run, monkeypatch, failures):
+    """Judge up to the choice, with a device that cannot run some files."""
+    names = {"read_scores": None, "_accuracy": None, "_measure": ([], failures)}
+    for name, value in names.items():
+        monkeypatch.setattr(judge, name, lambda *_, value=value: value)
+    monkeypatch.setattr(judge.gate, "accuracy_outcome", lambda *_: None)
+    return judge._judge(target_run, "key", None, Reporter())
+
+
+def test_an_error_names_all_candidates_when_none_can_be_measured(target_run, monkeypatch):
+    failures = {(item.id, item.runtime): f"measure: {item.id}: it aborts" for item in target_run.candidates}
+    with pytest.raises(StageError) as caught:
+        _judge_with_failures(target_run, monkeypatch, failures)
+    assert "no candidate is left" in str(caught.value)
+    assert all(reason in str(caught.value) for reason in failures.values())
+
+
+def test_a_runtime_that_the_recipe_names_must_be_measured(target_run, monkeypatch):
+    failures = {(item.id, item.runtime): "measure: it aborts" for item in target_run.candidates if item.runtime == "litert"}
+    quantize = dataclasses.replace(target_run.plan.recipe.quantize, runtimes=("litert", "onnxruntime"))
+    with pytest.raises(RecipeError, match="quantize.runtimes: 'litert' cannot be had"):
+        _judge_with_failures(_with_recipe(target_run, quantize=quantize), monkeypatch, failures)
 
 
 def _cached(target_run, key="key", why_not_here=None):

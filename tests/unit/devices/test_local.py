@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgekd.devices import local
-from edgekd.errors import StageError, UnavailableError
+from edgekd.errors import HarnessError, StageError, UnavailableError
 
 
 @pytest.mark.parametrize(("ns", "runs"), [(1, 1000), (50_000, 800), (400_000, 100), (100_000_000, 5)])
@@ -139,6 +139,15 @@ def test_a_hanging_harness_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(local, "TIMEOUT_S", 0.2)
     with pytest.raises(StageError, match=r"measure: m: the harness did not reply to 'open' within 0.2 s"):
         local.measure(_job(_subject(_model(tmp_path / "m.onnx", 4))), lambda share, text: None)
+
+
+def test_a_subject_that_cannot_be_opened_is_reported_before_the_others_are_measured(monkeypatch, tmp_path):
+    (tmp_path / "bad.onnx").write_bytes(b"not a model")
+    subjects = [_subject(_model(tmp_path / "m.onnx", 4)), {**_subject(tmp_path / "bad.onnx"), "id": "bad"}]
+    monkeypatch.setattr(local, "_run_generation", None)
+    with pytest.raises(HarnessError) as caught:
+        local.measure(_job(*subjects), lambda share, text: None)
+    assert caught.value.subject == "bad"
 
 
 def test_a_harness_inherits_no_variable_that_changes_the_numbers(monkeypatch, tmp_path):

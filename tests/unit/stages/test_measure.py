@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from edgekd import config, registry
 from edgekd.domain.target import Protocol
-from edgekd.errors import StageError, UsageError
+from edgekd.errors import HarnessError, StageError, UsageError
 from edgekd.stages import measure
 from edgekd.store.digests import file_digest
 
@@ -97,6 +97,47 @@ def test_measuring_has_exclusive_access_to_the_machine_and_releases_it(model):
     with pytest.raises(StageError, match="it broke"):
         _measure(Scripted(fails=StageError("it broke")), [measure.Subject("m", "litert", model, 1)])
     assert not _shared_waits()
+
+
+class Refusing(Scripted):
+    """A device whose harness ends for the subjects with some word in their ids."""
+
+    def __init__(self, *words):
+        super().__init__()
+        self.words, self.calls = words, 0
+
+    def measure(self, job, progress):
+        self.calls += 1
+        for subject in job["subjects"]:
+            if any(word in subject["id"] for word in self.words):
+                raise HarnessError(subject["id"], "the harness ended with SIGABRT")
+        return super().measure(job, progress)
+
+
+def _measure_sound(device, model, names):
+    subjects = [measure.Subject(name, runtime, model, threads) for name, runtime in names for threads in (1, 4)]
+    measurements, failures = measure.measure_sound(subjects, PROTOCOL, device, lambda share, text: None)
+    return [(item.subject, item.runtime, item.threads) for item in measurements], failures
+
+
+def test_a_candidate_whose_harness_ends_has_no_measurement_and_the_others_have(model):
+    names = [("a", "litert"), ("b", "litert"), ("teacher", "litert")]
+    measured, failures = _measure_sound(Refusing("b on litert, 4"), model, names)
+    assert measured == [("a", "litert", 1), ("a", "litert", 4), ("teacher", "litert", 1), ("teacher", "litert", 4)]
+    assert failures == {("b", "litert"): "measure: b on litert, 4 threads: the harness ended with SIGABRT"}
+
+
+def test_a_teacher_whose_harness_ends_is_measured_on_the_other_runtimes(model):
+    names = [("a", "litert"), ("b", "onnxruntime"), ("teacher", "litert"), ("teacher", "onnxruntime")]
+    measured, failures = _measure_sound(Refusing("teacher on litert"), model, names)
+    assert {(name, runtime) for name, runtime, _ in measured} == {*names} - {("teacher", "litert")}
+    assert list(failures) == [("teacher", "litert")]
+
+
+def test_nothing_is_measured_when_no_candidate_is_left(model):
+    device = Refusing("a on", "b on")
+    measured, failures = _measure_sound(device, model, [("a", "litert"), ("b", "litert"), ("teacher", "litert")])
+    assert (measured, list(failures), device.calls) == ([], [("a", "litert"), ("b", "litert")], 2)
 
 
 def test_waiting_for_the_machine_is_reported(model):
