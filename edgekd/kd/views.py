@@ -38,7 +38,7 @@ def load_augmentation(recipe_dir: Path, entry: EntryPoint) -> Augment:
         outputs = (result,) if isinstance(result, torch.Tensor) else result
         if not isinstance(outputs, tuple | list) or [_signature(item) for item in outputs] != [_signature(item) for item in inputs]:
             raise RecipeError(f"{entry}: changes the shapes or types of its inputs; expected tensors of the same shapes and types")
-        return tuple(outputs)
+        return tuple(item.detach() for item in outputs)  # no gradient flows into an augmentation
 
     return augment
 
