@@ -19,11 +19,15 @@ and 130 an interrupt (``__main__``).
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+_LINE_BREAK = re.compile(r" *[\t\n\v\f\r][ \t\n\v\f\r]*")
 
 
 class EdgekdError(Exception):
@@ -101,9 +105,26 @@ class HarnessError(StageError):
 
 
 def printable(text: str, limit: int = 500) -> str:
-    """Return text of others (an exception, a name, what a process printed) on one line, cut, and without control characters."""
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 4 * limit]).split())
-    return line if len(line) <= limit else f"{line[:limit]} ..."
+    r"""Return text of others (an exception, a file name, a class label, what a process printed) in one line, cut.
+
+    Control characters could change what a terminal shows, so they are escaped; a line break becomes a space.
+
+    >>> printable("a\x1b[2Jb\u202ec\n  d\n")
+    'a\\x1b[2Jb\\u202ec d'
+    """
+    shown = text[: 4 * limit]
+    if not shown.isascii() or not shown.isprintable():
+        shown = "".join(letter if _is_printable(letter) else _escape(letter) for letter in _LINE_BREAK.sub(" ", shown))
+    is_whole = len(shown) <= limit and len(text) <= 4 * limit
+    return shown.rstrip() if is_whole else f"{shown[:limit]}... ({len(text):,} characters)"
+
+
+def _is_printable(letter: str) -> bool:
+    return letter.isprintable() or unicodedata.category(letter) == "Zs"
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape", "surrogatepass").decode()
 
 
 def describe_unexpected(error: BaseException) -> str:

@@ -16,12 +16,12 @@ from edgekd.build.disturbance import with_cache
 from edgekd.build.judge import Result, judge_target
 from edgekd.build.worker import Worker
 from edgekd.domain.verdict import Outcome
-from edgekd.errors import RecipeError, UsageError, did_you_mean
+from edgekd.errors import RecipeError, UsageError, did_you_mean, printable
 from edgekd.harness import runner
 from edgekd.kd.training import distributed
 from edgekd.plan import Plan, resolve
 from edgekd.report import collect, document, provable
-from edgekd.report.plain import plain
+from edgekd.report.plain import MAX_CHARACTERS
 from edgekd.report.target_run import TargetRun
 from edgekd.stages import measure, package
 from edgekd.store import locks
@@ -263,7 +263,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     width = max(len(row["step"]) for row in plan["steps"])
     lines.append("steps")
     lines += [f"  {row['step']:<{width}}  {row.get('outcome', '')} {row.get('reason', '')}".rstrip() for row in plan["steps"]]
-    return list(map(plain, lines))
+    return [printable(line, MAX_CHARACTERS) for line in lines]
 
 
 def measure_files(models: Sequence[Path], target_name: str, threads: Sequence[int], reporter: Reporter) -> list[dict[str, Any]]:

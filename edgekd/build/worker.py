@@ -19,7 +19,7 @@ from socket import socketpair
 from typing import TYPE_CHECKING, Any
 
 from edgekd import errors, usercode
-from edgekd.errors import EdgekdError, ProcessDiedError, StageError, printable
+from edgekd.errors import EdgekdError, OutOfMemoryError, ProcessDiedError, StageError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,6 +178,8 @@ def _unpack(name: str, kind: str, *content: Any) -> Any:
         if isinstance(error_class, type) and issubclass(error_class, EdgekdError):
             raise error_class(*problems)
         raise StageError(f"{name}: {class_name}: {'; '.join(map(str, problems))}")  # a process in which the user's code broke builtins
+    if kind == "memory":
+        raise OutOfMemoryError(f"{name}: there is not enough memory; expected more, or smaller batches")
     description, trace = content
     cause = RuntimeError(f"{name}: in its process:\n{trace}")
     if kind == "os_error":
@@ -187,9 +189,9 @@ def _unpack(name: str, kind: str, *content: Any) -> Any:
 
 def _death(name: str, exit_code: int, running: str | None, printed: bytes, recipe_dir: Path) -> ProcessDiedError:
     """Return the error for a process that ended without a result. ``running``: the entry point whose code ran."""
-    lines = [text for line in printed.decode(errors="replace").splitlines() if (text := printable(line))]
+    lines = [text for line in printed.decode(errors="replace").splitlines() if (text := printable(line.strip()))]
     if exit_code < 0:
-        end = f"was ended by signal {signal.Signals(-exit_code).name}"
+        end = f"was ended by signal {_signal_name(-exit_code)}"
         end += " (was there enough memory?)" if exit_code == -signal.SIGKILL else ""
     else:
         end = f"ended with exit code {exit_code}"
@@ -203,6 +205,10 @@ def _death(name: str, exit_code: int, running: str | None, printed: bytes, recip
     if lines[:fault]:
         reason += f"; its last output: {printable(' | '.join(lines[:fault][-_LAST_LINES:]))}"
     return ProcessDiedError(name, reason, in_user_code=running is not None, temporary=exit_code == -signal.SIGKILL)
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else str(number)  # those for real time have no names
 
 
 def _location(line: str, recipe_dir: Path) -> str | None:

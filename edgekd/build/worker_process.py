@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import usercode
-from edgekd.errors import EdgekdError, OutOfMemoryError
+from edgekd.errors import EdgekdError
 
 _PRELOADED = ("numpy", "torch", "torch._inductor")  # most steps need them; torch loads the last one to be deterministic
 _CHANNEL_DESCRIPTOR = 500
@@ -107,7 +107,7 @@ def _describe(error: BaseException) -> tuple[Any, ...]:
     if problem is not None:
         return "error", "RecipeError", (problem,)
     if isinstance(error, MemoryError):
-        return "error", OutOfMemoryError.__name__, ("there is not enough memory",)
+        return ("memory",)
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, OSError):
         return "os_error", (error.errno, error.strerror, error.filename), trace

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from edgekd.domain.measurement import TEACHER
 from edgekd.domain.units import fraction_to_pp
 from edgekd.domain.verdict import Outcome
+from edgekd.errors import printable
 from edgekd.report import cost, document, provable
-from edgekd.report.plain import plain
 from edgekd.report.target_run import read_json, teacher_measurement
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def input_digests(files: Mapping[str, str | None]) -> dict[str, str]:
         if sha256 is not None:
             parts = PurePath(name).parts
             is_outside = PurePath(name).is_absolute() or ".." in parts
-            digests[plain(f"{parts[-1]}:{sha256[:16]}" if is_outside else name)] = sha256
+            digests[printable(f"{parts[-1]}:{sha256[:16]}" if is_outside else name)] = sha256
     return digests
 
 

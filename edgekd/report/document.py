@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgekd.domain.verdict import Outcome
-from edgekd.errors import UsageError
+from edgekd.errors import UsageError, printable
 from edgekd.report import schema
-from edgekd.report.plain import plain, plain_document
+from edgekd.report.plain import plain_document
 from edgekd.store import documents
 from edgekd.store.digests import file_digest
 
@@ -60,7 +60,7 @@ def recipe_file(recipe: Path, folder: Path) -> dict[str, str]:
     """
     recipe_dir = os.path.realpath(recipe.parent)
     is_below = Path(os.path.realpath(folder)).is_relative_to(recipe_dir)
-    return {"name": plain(recipe.name), "folder": "" if is_below else hashlib.sha256(os.fsencode(recipe_dir)).hexdigest()[:4]}
+    return {"name": printable(recipe.name), "folder": "" if is_below else hashlib.sha256(os.fsencode(recipe_dir)).hexdigest()[:4]}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def read(folder: Path) -> dict[str, Any]:
         document = documents.parse(documents.read_file(path))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{plain(str(path), 300)}: {reason}; expected the folder of a target, as in: edgekd report build/host") from None
+        shown = printable(str(path), 300)
+        raise UsageError(f"{shown}: {reason}; expected the folder of a target, as in: edgekd report build/host") from None
     if document is None:
         raise UsageError(f"{path}: is not a JSON object; build again")
     if type(document.get("schema")) is not int or document["schema"] != SCHEMA:
@@ -87,7 +88,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: was changed after it was written: its content does not match its own digest; build again")
     problem = next(schema.problems(document, definition, definition), None)
     if problem is not None:
-        raise UsageError(f"{path}: is not a report of this version of edgekd: {plain(problem, 200)}; build again")
+        raise UsageError(f"{path}: is not a report of this version of edgekd: {printable(problem, 200)}; build again")
     problem = _why_not_shipped(path.parent, document)
     if problem is not None:
         raise UsageError(f"{path}: says that {document['shipped'] or 'nothing'} ships, but {problem}; build again")

@@ -7,8 +7,9 @@ import re
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from edgekd.errors import printable
 from edgekd.report import text
-from edgekd.report.plain import plain
+from edgekd.report.plain import MAX_CHARACTERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -49,7 +50,8 @@ def _escape(value: Any) -> Any:
         return [_escape(item) for item in value]
     if not isinstance(value, str):
         return value
-    text = _MARKUP.sub(r"\\\g<0>", plain(value)).replace("@", "`@`")  # GitHub notifies a user even if the sign is escaped
+    escaped = _MARKUP.sub(r"\\\g<0>", printable(value, MAX_CHARACTERS))
+    text = escaped.replace("@", "`@`")  # GitHub notifies a user even if the sign is escaped
     return _BLOCK.sub(r"\1\\\2", text)
 
 

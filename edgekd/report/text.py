@@ -9,7 +9,8 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from edgekd.report.plain import plain, plain_lines
+from edgekd.errors import printable
+from edgekd.report.plain import MAX_CHARACTERS, plain_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -150,9 +151,9 @@ def render_measurements(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         p50, p95, p99 = (number(row[name]["ms"]) if row[name]["interval"] else TOO_FEW_RUNS for name in ("p50", "p95", "p99"))
         counts, peak = str(row["runs"]), number(row["peak_rss_mib"])
-        cells.append((plain(row["model"]), row["runtime"], str(row["threads"]), p50, p95, p99, counts, speedup(row["speedup"]), peak))
+        cells.append((printable(row["model"]), row["runtime"], str(row["threads"]), p50, p95, p99, counts, speedup(row["speedup"]), peak))
     notes = sorted({note for row in rows for note in row["notes"]})
-    return _plain_table(cells) + "".join(f"  note: {plain(note)}\n" for note in notes)
+    return _plain_table(cells) + "".join(f"  note: {printable(note, MAX_CHARACTERS)}\n" for note in notes)
 
 
 def _is_terminal(stream: Any) -> bool:
@@ -228,5 +229,5 @@ class _BarReporter:
     @contextmanager
     def step(self, name: str) -> Iterator[Progress]:
         task = self.bars.add_task(name, total=1.0, message="")
-        yield lambda share, text: self.bars.update(task, completed=share, message=plain(text))
+        yield lambda share, text: self.bars.update(task, completed=share, message=printable(text))
         self.bars.remove_task(task)

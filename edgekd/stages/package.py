@@ -18,10 +18,9 @@ import tempfile
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import StorageError, UsageError
+from edgekd.errors import StorageError, UsageError, printable
 from edgekd.report import document
 from edgekd.report.document import MANIFEST, REPORT
-from edgekd.report.plain import plain
 from edgekd.store.digests import file_digest, write_atomically
 from edgekd.store.documents import as_json, is_sealed, read, seal
 
@@ -54,7 +53,7 @@ def check_writable(folder: Path) -> None:
             file.write(b"1")
         free = shutil.disk_usage(folder).free
     except (OSError, ValueError) as error:
-        raise UsageError(f"{plain(str(folder), 300)}: cannot be written: {_reason(error)}; name another output with --out") from None
+        raise UsageError(f"{printable(str(folder), 300)}: cannot be written: {_reason(error)}; name another output with --out") from None
     if free < MIN_FREE_BYTES:
         raise UsageError(
             f"{folder}: has {free // 2**20} MiB free; expected at least {MIN_FREE_BYTES // 2**20} MiB, or another folder with --out"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -28,12 +29,14 @@ def read_running(shared: mmap.mmap) -> str | None:
 
 @contextmanager
 def running(entry: str) -> Iterator[None]:
-    """Note that the user's code of an entry point runs."""
-    outer = _current
+    """Note that the user's code of an entry point runs. A process that this code forks ends where the code returns."""
+    outer, process = _current, os.getpid()
     _write(entry.encode())
     try:
         yield
     finally:
+        if _shared is not None and os.getpid() != process:
+            os._exit(1)  # a copy must not go on with the step: it would write the same files and messages
         _write(outer)
 
 

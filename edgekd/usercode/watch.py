@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _SYSTEM_FOLDERS = ("/proc/", "/sys/", "/dev/")
+_FIXED_VARIABLES = {"PYTHONHASHSEED", "GOMP_SPINCOUNT"}  # build/worker.py sets them for all steps: what the code reads is no input
 _TOOLS = {"edgekd", "numpy", "torch"}  # their versions are in the keys of the steps
 _SAFETENSORS = ("safetensors", "safetensors.numpy", "safetensors.torch")  # modules that name the function safe_open
 _HANDLERS = {  # audit event -> the watcher's method
@@ -170,7 +171,7 @@ class Watcher:
         self._created_folders.add(_absolute(arguments[0]))
 
     def _on_environ(self, name: object) -> None:
-        if self._reads is not None and isinstance(name, str) and _is_called_by_user():
+        if self._reads is not None and isinstance(name, str) and name not in _FIXED_VARIABLES and _is_called_by_user():
             self._reads.env.add(name)
 
     def _on_stat(self, file: object) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from edgekd import usercode
+from edgekd.build import worker as worker_module
 from edgekd.build import worker_process
 from edgekd.build.worker import Worker
-from edgekd.errors import ProcessDiedError, RecipeError, StageError, UnavailableError, printable
+from edgekd.errors import OutOfMemoryError, ProcessDiedError, RecipeError, StageError, UnavailableError
 
 PROGRAM = """\
 import signal, sys
@@ -52,6 +53,7 @@ def facts(progress):
         "arguments": sys.argv[1:],
         "first_folder": sys.path[0],
         "torch": "torch" in sys.modules,
+        "threads_of_helper": len(list(Path(f"/proc/{os.getppid()}/task").iterdir())),
     }
 
 
@@ -123,6 +125,15 @@ def use_spawn(progress):
         return pool.apply(abs, (-3,))
 
 
+def fork_in_user_code(path, progress):
+    with usercode.running("models.py:student"):
+        copy = os.fork()
+    with Path(path).open("a") as file:
+        file.write("once")
+    os.waitpid(copy, 0)
+    return 1
+
+
 @pytest.fixture(scope="module")
 def environment():
     """Return an environment in which other processes can import this module."""
@@ -159,6 +170,7 @@ def test_the_environment_is_that_of_the_build_with_a_fixed_hash_seed(worker, mon
     assert result["spin_count"] == expected
     assert result["variable"] == (value if name == "TOY_VARIABLE" else None)
     assert result["torch"]
+    assert result["threads_of_helper"] == 1  # a fork loses all others
     assert result["arguments"] == []
     assert result["first_folder"] not in {"", str(Path.cwd() / "edgekd")}
 
@@ -197,7 +209,7 @@ def test_errors_arrive_as_they_are(worker, kind, arguments):
 
 def test_exceptions_are_the_user_s_edgekd_s_or_the_machine_s():
     assert worker_process._describe(RecipeError("a", "b")) == ("error", "RecipeError", ("a", "b"))
-    assert worker_process._describe(MemoryError()) == ("error", "OutOfMemoryError", ("there is not enough memory",))
+    assert worker_process._describe(MemoryError()) == ("memory",)
     assert worker_process._describe(OSError(28, "No space left", "x"))[:2] == ("os_error", (28, "No space left", "x"))
     assert worker_process._describe(KeyError("x"))[0] == "bug"
     try:
@@ -206,6 +218,11 @@ def test_exceptions_are_the_user_s_edgekd_s_or_the_machine_s():
         kind, name, (text,) = worker_process._describe(error)
     assert (kind, name) == ("error", "RecipeError")
     assert text.endswith("the code raised KeyError: 'x'")
+
+
+def test_too_little_memory_is_an_error_of_the_step():
+    with pytest.raises(OutOfMemoryError, match=r"^step/x: there is not enough memory; expected more, or smaller batches$"):
+        worker_module._unpack("step/x", "memory")
 
 
 def break_files(progress):
@@ -248,7 +265,7 @@ def test_an_early_end_is_an_error_with_the_last_output(worker, how):
     with pytest.raises(ProcessDiedError) as caught:
         _call(worker, end, how)
     assert caught.value.reason.startswith(f"{'' if 'closerange' in how else 'models.py:student: '}the process {ENDS[how]}")
-    assert "; its last output: first | second [31mred [0m | third" in caught.value.reason
+    assert "; its last output: first | second \\x1b[31mred\\x1b[0m | third" in caught.value.reason
     assert str(caught.value) == f"step/x: {caught.value.reason}"
     assert caught.value.exit_code == 5
     assert caught.value.in_user_code == ("closerange" not in how)
@@ -266,6 +283,11 @@ def test_threads_and_processes_of_the_user_s_code_end_with_the_call(worker):
     pid = _call(worker, leave_a_process)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_copy_that_user_code_forks_does_not_go_on_with_the_step(worker, tmp_path):
+    assert _call(worker, fork_in_user_code, str(tmp_path / "file")) == 1
+    assert (tmp_path / "file").read_text() == "once"
 
 
 def test_output_is_read_and_forgotten(worker, capfd):
@@ -289,11 +311,6 @@ def test_the_process_ends_with_the_build(tmp_path, environment, sent):
     assert select.select([child], [], [], TIMEOUT_SECONDS)[0]
     os.close(child)
     os.close(pipe)
-
-
-def test_text_of_others_is_shown_on_one_line_without_control_characters():
-    assert printable("a\x1b]0;title\x07b\r\n\tc \u202e") == "a ]0;title b c"
-    assert printable("x" * 600) == "x" * 500 + " ..."
 
 
 def test_a_process_that_reports_nothing_for_too_long_is_ended():

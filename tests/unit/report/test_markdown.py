@@ -6,8 +6,8 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
+from edgekd.errors import printable
 from edgekd.report import markdown
-from edgekd.report.plain import plain
 
 
 def _tables(text):
@@ -109,7 +109,7 @@ STRUCTURE = {
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_text_of_others_is_shown_as_it_is(text, kind):
     shown, parts = _shown(markdown._escape(text), kind)
-    assert shown == plain(text)
+    assert shown == printable(text)
     assert parts <= {"text", "text_special", "code_inline"}
     assert ("code_inline" in parts) == ("@" in text)
     assert "@s" not in markdown._escape(text)

@@ -67,6 +67,7 @@ def read():
     os.environ["TOY_SET"] = "1"
     assert os.environ.get("TOY_SET") == "1"
     assert os.getenv("TOY_UNSET") is None
+    os.getenv("PYTHONHASHSEED"), os.getenv("GOMP_SPINCOUNT")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "scratch.txt").write_text("x")
         assert [path.read_text() for path in Path(folder).iterdir()] == ["x"]
