@@ -53,7 +53,7 @@ def one_line_errors(problem: str, *passed: type[Exception]) -> Iterator[None]:
     """Turn whatever a converter, quantizer or runtime raises into an error of one line, except for ``passed``.
 
     Raises:
-        StageError: ``problem`` and the first line of what was raised at first.
+        StageError: ``problem`` and the first line of what was raised at first, with the second if the first is a heading.
     """
     try:
         yield
@@ -64,4 +64,5 @@ def one_line_errors(problem: str, *passed: type[Exception]) -> Iterator[None]:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        raise StageError(f"{problem}: {printable(lines[0] if lines else type(cause).__name__)}") from error
+        head = lines[:2] if lines and lines[0].endswith(":") else lines[:1]  # a heading alone says nothing
+        raise StageError(f"{problem}: {printable(' '.join(head) or type(cause).__name__)}") from error

@@ -144,9 +144,6 @@ def check_reasons(plan: Plan, target: Target, reasons: Mapping[str, str]) -> Non
     """
     targeted = plan.candidates[target.name]
     quantize = plan.recipe.overrides_for(target.name).quantize
-    if len(reasons) == len(targeted):
-        listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise StageError(f"target {target.name}: no candidate is left: {listing}; change the model")
     for key, names, kind in (("runtimes", quantize.runtimes, "runtime"), ("schemes", quantize.schemes, "scheme")):
         for name in () if names == "auto" else names:
             of_name = [candidate.id for candidate in targeted if getattr(candidate, kind) == name]
@@ -154,6 +151,9 @@ def check_reasons(plan: Plan, target: Target, reasons: Mapping[str, str]) -> Non
                 listing = "; ".join(f"{candidate}: {reasons[candidate]}" for candidate in of_name)
                 advice = f"change the model, leave '{name}' out, or use quantize.{key} = \"auto\""
                 raise RecipeError(f"target {target.name}: quantize.{key}: '{name}' cannot be had: {listing}; {advice}")
+    if len(reasons) == len(targeted):
+        listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise StageError(f"target {target.name}: no candidate is left: {listing}; change the model")
 
 
 def _candidate(entry: RuntimeEntry, scheme: str, io: str, target: Target) -> Candidate:
