@@ -101,7 +101,7 @@ def test_the_notes_of_baselines_and_their_soft_targets_are_not_repeated():
         "pseudo_labels": ("distill/pseudo_labels/0",),
     }
     recipe = SimpleNamespace(methods=methods, sizes={}, distill=SimpleNamespace(augment=None, break_even_inferences=None))
-    target_run = SimpleNamespace(completed=completed, plan=SimpleNamespace(recipe=recipe, targets=()))
+    target_run = SimpleNamespace(completed=completed, plan=SimpleNamespace(recipe=recipe, targets=()), unmeasured={})
     notes = collect._notes(target_run, [], {"break_even_inferences": None})
     expected = ["soft_targets", "distill/search", "distill/search/label_smoothing/0", "distill"]
     assert notes[:-1] == [f"of {name}" for name in expected]
