@@ -7,7 +7,7 @@ a budget that compares it with such a teacher is met. Only the labels show it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from edgekd.kd.output_spec import MULTICLASS, MULTILABEL, REGRESSION, OutputSpec, label_rows, logit_rows, parse_labels
@@ -24,6 +24,7 @@ _USEFUL_AUC = 0.75  # mean area under the ROC curve of a teacher that ranks samp
 _USEFUL_CORRELATION = 0.5
 _USEFUL_ACCURACY = 0.5  # in another order of the classes
 _MIN_SAMPLES = 8
+_MIN_CERTAIN = 30  # fewer do not say how often the commonest class occurs: no teacher is refused for them
 _MIN_ORDER_SAMPLES = 20
 _MAX_ORDER_CLASSES = 2000  # an assignment of more takes too long
 _MAX_SHOWN_CLASSES = 32
@@ -49,6 +50,12 @@ def quality_problems(spec: OutputSpec, outputs: np.ndarray, labels: np.ndarray) 
     Shapes:
         outputs: (n, C); labels: (n,), (n, heads), (n, labels) or (n, numbers).
     """
+    problems = _problems(spec, outputs, labels)
+    return problems if len(outputs) >= _MIN_CERTAIN else [replace(problem, is_worthless=False) for problem in problems]
+
+
+def _problems(spec: OutputSpec, outputs: np.ndarray, labels: np.ndarray) -> list[Problem]:
+    """Return the problems, however few the samples are."""
     import numpy as np
     import torch
 

@@ -124,7 +124,7 @@ def test_the_caller_sets_the_epoch():
         ([{"kind": "kld"}], r"losses\[0\].kind: 'kld' is not a loss; .*did you mean 'kl'"),
         ([{"kind": "kl", "alpha": 1}], r"losses\[0\].alpha: unknown key; "),
         ([{"weight": 1.0}], r"losses\[0\].kind: missing; expected one of attention, block"),
-        ([{"kind": "kl", "temperature": 0}], r"losses\[0\].temperature: 0 is out of range; expected more than 0"),
+        ([{"kind": "kl", "temperature": 0}], r"losses\[0\].temperature: 0 is out of range; expected a number from 0.01 to 1000"),
         ([{"kind": "kl", "temperature": float("nan")}], r"losses\[0\].temperature: nan; expected "),
         ([{"kind": "ce"}, {"kind": "kl", "weight": -1}], r"losses\[1\].weight: -1 is out of range; expected more than 0"),
         ([{"kind": "kl", "weight": "auto"}], r"losses\[0\]: a value is 'auto', which a search chooses in recipes only"),
