@@ -15,13 +15,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from edgekd import usercode
 from edgekd.cli import main
 from edgekd.domain.losses import LOSSES
 from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import EdgekdError
 from edgekd.kd import modules
 from edgekd.kd.teachers.stored import save_teacher_logits
+from tests import teachers
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"
 MORE_MODELS = '''
@@ -127,27 +127,12 @@ def right_digit(outputs, labels):
 def near(outputs, labels):
     return (abs(outputs[:, 0] - labels) < 0.1).astype(float)
 '''
-
-
-def heads_loss(*widths):
-    """Return the sum of the cross-entropies of several softmaxes side by side."""
-    return lambda outputs, labels: sum(
-        torch.nn.functional.cross_entropy(logits, labels[:, head]) for head, logits in enumerate(outputs.split(widths, dim=1))
-    )
-
-
-# outputs that are not one softmax: data, score, width, lines of [student], losses; how the teacher is trained is in TEACHER_LOSSES
+# outputs that are not one softmax: data, score, width, lines of [student], losses; the loss of the teacher is in tests/teachers.py
 OUTPUTS = {
     "multilabel": ("bits", "right_bits", 4, 'task = "multilabel"', '{ kind = "ce" }, { kind = "kl", weight = 0.05 }'),
     "heads": ("parity_and_digit", "right_digit", 12, "heads = [2, 10]", '{ kind = "ce" }, { kind = "kl", weight = 0.05 }'),
     "tokens": ("tokens", "right_tokens", 8, "heads = [2, 2, 2, 2]", '{ kind = "ce" }, { kind = "dkd", weight = 0.05 }'),
     "regression": ("value", "near", 1, 'task = "regression"', '{ kind = "mse_labels" }, { kind = "mse", weight = 0.01 }'),
-}
-TEACHER_LOSSES = {
-    "multilabel": lambda outputs, labels: torch.nn.functional.binary_cross_entropy_with_logits(outputs, labels.float()),
-    "heads": heads_loss(2, 10),
-    "tokens": heads_loss(2, 2, 2, 2),
-    "regression": lambda outputs, labels: torch.nn.functional.mse_loss(outputs[:, 0], labels),
 }
 TAPS = 'taps = [{ student = "6", teacher = "5" }]'
 ROWS = ("teacher = large_rows", "student = small_rows")
@@ -193,7 +178,7 @@ def project(tmp_path_factory):
     (folder / "edgekd.toml").write_text(
         text.replace("[distill]", "[distill]\nthreads = 1").replace("epochs = 4", "epochs = 4\nthreads = 1")
     )
-    middle = train(folder, "middle", "splits", torch.nn.functional.cross_entropy)
+    middle = teachers.train(folder, "middle", "splits", torch.nn.functional.cross_entropy)
     modules.save_weights(middle, folder / "middle.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
@@ -208,21 +193,6 @@ def project(tmp_path_factory):
     yield folder
     for name in ("models", "data"):
         sys.modules.pop(name, None)
-
-
-def train(folder, model, splits, loss):
-    """Return a module of the example after a few epochs: a teacher that is not trained is refused."""
-    torch.manual_seed(0)
-    module = modules.build_module(folder, EntryPoint("models.py", model))
-    samples = usercode.load_function(folder, EntryPoint("data.py", splits))()["train"]
-    images, labels = (torch.stack([torch.as_tensor(sample[part]) for sample in samples]) for part in (0, 1))
-    optimizer = torch.optim.AdamW(module.parameters(), 0.003)
-    for _ in range(4):
-        for rows in torch.randperm(len(images)).split(64):
-            optimizer.zero_grad()
-            loss(module(images[rows]), labels[rows]).backward()
-            optimizer.step()
-    return module.eval()
 
 
 def build(project, monkeypatch, text, until="distill"):
@@ -273,7 +243,7 @@ def test_a_student_with_other_outputs_learns(project, monkeypatch, name):
         for role, inputs in (("teacher", 64 * 4 * 4), ("student", 16 * 2 * 2))
     )
     (project / "models.py").write_text((EXAMPLE / "models.py").read_text() + MORE_MODELS + functions)
-    teacher = train(project, f"teacher_{width}", splits, TEACHER_LOSSES[name])
+    teacher = teachers.train(project, f"teacher_{width}", splits, teachers.LOSSES[name])
     modules.save_weights(teacher, project / "wide.safetensors")
     text = recipe(project, losses, "", (f"teacher = teacher_{width}", f"student = student_{width}"))
     start, end = text.index("[teacher.train]"), text.index("[student]")
