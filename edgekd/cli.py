@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekd import __version__
-from edgekd.domain.rules import MAX_THREADS
+from edgekd.domain.units import MAX_THREADS
 from edgekd.errors import EdgekdError, StorageError, UsageError, printable
 
 if TYPE_CHECKING:

@@ -14,8 +14,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
-from socket import socketpair
 from typing import TYPE_CHECKING, Any
 
 from edgekd import errors, usercode
@@ -23,6 +21,7 @@ from edgekd.errors import EdgekdError, OutOfMemoryError, ProcessDiedError, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from multiprocessing.connection import Connection
     from pathlib import Path
 
     from edgekd.ports import Progress
@@ -114,6 +113,10 @@ class Worker:
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
         if self._helper is not None and self._channel is not None:
             return self._helper, self._channel
+        # imported only when a step runs: a build with nothing to do starts no process
+        from multiprocessing.connection import Connection
+        from socket import socketpair
+
         mine, theirs = socketpair()
         # -P: no module in the current folder can replace one of edgekd's; -u: what is printed before a crash is not lost
         options = [str(theirs.fileno()), str(os.getpid()), *(["persistent"] if self._persistent else [])]
@@ -137,6 +140,8 @@ class Worker:
         Raises:
             TimeoutError: if none comes in time.
         """
+        from multiprocessing.connection import wait
+
         sources: list[Any] = [channel, helper.stdout]
         started = time.monotonic()
         while True:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgekd.domain.units import MAX_THREADS
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
@@ -20,7 +22,6 @@ class Between:
 
 
 Positive = Between(0, above=True)
-MAX_THREADS = 1024  # of one process; more than any CPU has, and few enough to start
 Threads = Between(1, MAX_THREADS)
 
 

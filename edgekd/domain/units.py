@@ -6,6 +6,7 @@ from __future__ import annotations
 NS_PER_MS = 1_000_000
 BYTES_PER_KIB = 1024
 BYTES_PER_MIB = 1024 * 1024
+MAX_THREADS = 1024  # of one process; more than any CPU has, and few enough to start
 
 
 def ns_to_ms(value_ns: float) -> float:

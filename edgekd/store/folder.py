@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import stat
 from pathlib import Path
 
@@ -109,5 +108,5 @@ def read_secret(root: Path) -> bytes:
             secret = path.read_bytes()
             if len(secret) == _SECRET_BYTES:
                 return secret
-        write_atomically(path, secrets.token_bytes(_SECRET_BYTES), mode=0o600)
+        write_atomically(path, os.urandom(_SECRET_BYTES), mode=0o600)
     return path.read_bytes()
