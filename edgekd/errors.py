@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+MAX_CHARACTERS = 2000  # of one text of others in a report
 _LINE_BREAK = re.compile(r" *[\t\n\v\f\r][ \t\n\v\f\r]*")
 
 

@@ -16,12 +16,11 @@ from edgekd.build.disturbance import with_cache
 from edgekd.build.judge import Result, judge_target
 from edgekd.build.worker import Worker
 from edgekd.domain.verdict import Outcome
-from edgekd.errors import RecipeError, UsageError, did_you_mean, printable
+from edgekd.errors import MAX_CHARACTERS, RecipeError, UsageError, did_you_mean, printable
 from edgekd.harness import runner
 from edgekd.kd.training import distributed
 from edgekd.plan import Plan, resolve
 from edgekd.report import collect, document, provable
-from edgekd.report.plain import MAX_CHARACTERS
 from edgekd.report.target_run import TargetRun
 from edgekd.stages import measure, package
 from edgekd.store import locks

@@ -6,14 +6,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgekd.domain.verdict import Outcome
-from edgekd.errors import UsageError, printable
+from edgekd.errors import MAX_CHARACTERS, UsageError, printable
 from edgekd.report import schema
-from edgekd.report.plain import plain_document
 from edgekd.store import documents
 from edgekd.store.digests import file_digest
 
@@ -146,3 +146,23 @@ def exit_code(document: Mapping[str, Any], *, inconclusive_ok: bool = False) -> 
     """Return the exit code of a report's outcome; 0 for INCONCLUSIVE if that is allowed."""
     outcome = Outcome(document["outcome"])
     return 0 if outcome is Outcome.INCONCLUSIVE and inconclusive_ok else outcome.exit_code
+
+
+def plain_document(value: Any) -> Any:
+    """Return a JSON value with all its texts printable, and the user's home folder as ``~``."""
+    if isinstance(value, str):
+        return printable(_without_home(value), MAX_CHARACTERS)
+    if isinstance(value, dict):
+        return {plain_document(key): plain_document(item) for key, item in value.items()}
+    return [plain_document(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _without_home(text: str) -> str:
+    home = _home()
+    return text if home is None or home not in text else re.sub(rf"{re.escape(home)}(?=/|$|\W)", "~", text)
+
+
+@functools.cache
+def _home() -> str | None:
+    home = os.path.expanduser("~")  # noqa: PTH111  (Path.home raises where there is none)
+    return home if len(home) > 1 and home.startswith("/") else None

@@ -7,9 +7,8 @@ import re
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import printable
+from edgekd.errors import MAX_CHARACTERS, printable
 from edgekd.report import text
-from edgekd.report.plain import MAX_CHARACTERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

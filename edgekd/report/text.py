@@ -9,8 +9,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import printable
-from edgekd.report.plain import MAX_CHARACTERS, plain_lines
+from edgekd.errors import MAX_CHARACTERS, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -231,3 +230,10 @@ class _BarReporter:
         task = self.bars.add_task(name, total=1.0, message="")
         yield lambda share, text: self.bars.update(task, completed=share, message=printable(text))
         self.bars.remove_task(task)
+
+
+def plain_lines(text: str) -> list[str]:
+    """Return the lines of a text, each printable; further lines than 100 are counted only."""
+    lines = text.split("\n")
+    shown = [printable(line, MAX_CHARACTERS) for line in lines[:100]]
+    return shown if len(lines) == len(shown) else [*shown, f"... ({len(lines):,} lines)"]

@@ -102,3 +102,12 @@ def test_every_part_of_a_report_is_required(report, tmp_path):
         (tmp_path / "report.json").write_text(json.dumps({key: value for key, value in report.items() if key != name}))
         with pytest.raises(UsageError, match=rf"is not a complete report: {name} missing"):
             document.read(tmp_path)
+
+
+def test_a_document_has_no_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    document._home.cache_clear()
+    content = {"/home/someone/x": ["in '/home/someone/a.onnx'", "/home/someone", "/home/someone2/a", 1, None, "\x1b"]}
+    assert document.plain_document(content) == {"~/x": ["in '~/a.onnx'", "~", "/home/someone2/a", 1, None, "\\x1b"]}
+    monkeypatch.undo()
+    document._home.cache_clear()

@@ -158,3 +158,8 @@ def test_the_plain_verdict_imports_nothing_heavy():
     )
     process = subprocess.run([sys.executable, "-c", program, str(GOLDEN / "report_pass.json")], capture_output=True, text=True, check=True)
     assert process.stdout.splitlines()[-1] == "[]"
+
+
+def test_lines_stay_lines_and_many_are_counted():
+    assert text.plain_lines("a\x1b\nb\r\nc") == ["a\\x1b", "b", "c"]
+    assert text.plain_lines("a\n" * 1000)[-1] == "... (1,001 lines)"
