@@ -8,7 +8,6 @@ changes (modules, global settings of torch, the environment, its streams) ends w
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from edgekd import errors, usercode
+from edgekd.build import messages
 from edgekd.errors import EdgekdError, OutOfMemoryError, ProcessDiedError, StageError, printable
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SPIN_COUNT = "2000"
 _OUTPUT_BYTES = 65536  # the end of what a process prints: enough for the tracebacks of all its threads
 _LAST_LINES = 3
+# what a process sends, and how many values come with it
+_KINDS = {"progress": 2, "ended": 2, "returned": 1, "error": 2, "memory": 0, "os_error": 2, "bug": 2}
 
 
 class Worker:
@@ -50,7 +52,8 @@ class Worker:
     def call(self, name: str, function: Callable[..., Any], *arguments: Any, progress: Progress, max_silence_s: float | None = None) -> Any:
         """Return ``function(*arguments, progress=progress)``, computed in another process.
 
-        The function is one of a module; it, its arguments and its result are pickled. What it prints is shown only if the process dies.
+        The function is one of a module; its arguments and its result are what :mod:`~edgekd.build.messages` can carry. What it prints is
+        shown only if the process dies.
 
         Args:
             name: What is run, for error messages.
@@ -69,7 +72,7 @@ class Worker:
         self._printed = b""
         result: tuple[Any, ...] = ()
         try:
-            channel.send_bytes(pickle.dumps((function, arguments, _environment())))
+            channel.send_bytes(messages.encode((function.__module__, function.__qualname__, arguments, _environment())))
             while True:
                 kind, *content = self._receive(helper, channel, max_silence_s)
                 if kind == "progress":
@@ -84,7 +87,7 @@ class Worker:
             self.close()
             reason = f"the process was ended: it reported nothing for {max_silence_s:g} s"
             raise ProcessDiedError(name, reason, in_user_code=False, temporary=True) from None
-        except (OSError, EOFError, pickle.UnpicklingError):
+        except (OSError, EOFError, messages.MessageError):
             self.close()
             content = [helper.returncode, None]
         except BaseException:
@@ -139,6 +142,7 @@ class Worker:
 
         Raises:
             TimeoutError: if none comes in time.
+            MessageError: if it is not one of a process.
         """
         from multiprocessing.connection import wait
 
@@ -151,7 +155,7 @@ class Worker:
             if helper.stdout in ready and not self._read_output(helper):
                 sources.remove(helper.stdout)
             if channel in ready:
-                message = channel.recv()
+                message = _check(messages.decode(channel.recv_bytes()))
                 if message[0] != "progress":
                     with suppress(BlockingIOError):
                         self._read_output(helper)
@@ -173,16 +177,22 @@ def _environment() -> dict[str, str]:
     return environment
 
 
+def _check(message: Any) -> tuple[Any, ...]:
+    if not isinstance(message, tuple) or not message or _KINDS.get(message[0]) != len(message) - 1:
+        raise messages.MessageError(f"not a message of a process: {message!r:.100}")
+    return message
+
+
 def _unpack(name: str, kind: str, *content: Any) -> Any:
     """Return the result of a call, or raise its error."""
     if kind == "returned":
         return content[0]
     if kind == "error":
         class_name, problems = content
-        error_class = getattr(errors, class_name, None)
+        error_class = getattr(errors, str(class_name), None)
         if isinstance(error_class, type) and issubclass(error_class, EdgekdError):
             raise error_class(*problems)
-        raise StageError(f"{name}: {class_name}: {'; '.join(map(str, problems))}")  # a process in which the user's code broke builtins
+        raise StageError(f"{name}: {class_name}: {'; '.join(map(str, problems))}")
     if kind == "memory":
         raise OutOfMemoryError(f"{name}: there is not enough memory; expected more, or smaller batches")
     description, trace = content

@@ -6,6 +6,7 @@ It runs no code of torch itself, so it has no threads that a fork would lose and
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import faulthandler
 import fcntl
@@ -13,7 +14,6 @@ import gc
 import importlib
 import mmap
 import os
-import pickle
 import signal
 import sys
 import time
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import usercode
+from edgekd.build import messages
 from edgekd.errors import EdgekdError
 
 _PRELOADED = ("numpy", "torch", "torch._inductor")  # most steps need them; torch loads the last one to be deterministic
@@ -31,6 +32,7 @@ _CHANNEL_DESCRIPTOR = 500
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _SECONDS_BETWEEN_MESSAGES = 0.1
+_BUILTINS = dict(vars(builtins))  # the user's code may replace them
 
 
 def main(descriptor: int, parent: int, *, persistent: bool) -> None:
@@ -62,7 +64,7 @@ def main(descriptor: int, parent: int, *, persistent: bool) -> None:
                 os._exit(1)
         _, status = os.waitpid(child, 0)
         _end_children()
-        channel.send(("ended", os.waitstatus_to_exitcode(status), usercode.read_running(running)))
+        channel.send_bytes(messages.encode(("ended", os.waitstatus_to_exitcode(status), usercode.read_running(running))))
 
 
 def _serve(channel: Connection, call: bytes, *, persistent: bool) -> None:
@@ -81,22 +83,26 @@ def _serve(channel: Connection, call: bytes, *, persistent: bool) -> None:
 
 
 def _run(channel: Connection, call: bytes) -> bytes:
-    """Return the pickled result of a call."""
+    """Return the message with the result of a call."""
     last_time, last_text = 0.0, ""
 
     def progress(share: float, text: str) -> None:
         nonlocal last_time, last_text
         if text != last_text or time.monotonic() - last_time >= _SECONDS_BETWEEN_MESSAGES:
             last_time, last_text = time.monotonic(), text
-            channel.send(("progress", share, text))
+            channel.send_bytes(messages.encode(("progress", share, text)))
 
     try:
-        function, arguments, environment = pickle.loads(call)  # noqa: S301  (written by the parent process)
+        module, name, arguments, environment = messages.decode(call)
         os.environ.clear()
         os.environ.update(environment)
-        return pickle.dumps(("returned", function(*arguments, progress=progress)))
+        function = getattr(importlib.import_module(module), name)
+        result = ("returned", function(*arguments, progress=progress))
+        vars(builtins).update(_BUILTINS)
+        return messages.encode(result)
     except BaseException as error:  # noqa: BLE001  (the outermost level of this process)
-        return pickle.dumps(_describe(error))
+        vars(builtins).update(_BUILTINS)
+        return messages.encode(_describe(error))
 
 
 def _describe(error: BaseException) -> tuple[Any, ...]:

@@ -32,6 +32,8 @@ _OTHER_FILES = (  # first bytes of files that are often taken for weights
 )
 _SCRIPT = "is a TorchScript archive, a program; name it teacher.file, with the suffix .ts and trusted = true, or save its weights: {save}"
 _PROGRAM = "is a program of torch.export; name it teacher.file, with the suffix .pt2 and trusted = true, or save its weights: {save}"
+# classes without code of their own that checkpoints hold beside the weights (Lightning's hyper-parameters), and how torch may load them
+_HARMLESS = {"argparse.Namespace": "import argparse, torch; torch.serialization.add_safe_globals([argparse.Namespace])"}
 _HEAD = 512
 _TAR_MAGIC = slice(257, 262)
 _MAX_EXPANSION = 8  # torch does not compress, so that weights unpack to what the file has
@@ -105,10 +107,11 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         names = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"more than tensors ({names[1]})" if names else "more than tensors"
-        trusted = f"torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'teacher.pth')"
-        raise RecipeError(
-            f"{path.name}: holds {what} and would run code when it is loaded, so it is refused; "
-            f"save only the weights: {_SAVE}, or as .safetensors; from a checkpoint that you trust: {trusted}"
-        ) from error
+        remedy = f"save only the weights where the model was trained: {_SAVE}, or as .safetensors"
+        if names and (allow := _HARMLESS.get(names[1])):
+            remedy = (
+                f"save only the weights: {allow}; torch.save(torch.load({path.name!r}, weights_only=True)['state_dict'], 'teacher.pth')"
+            )
+        raise RecipeError(f"{path.name}: holds {what} and would run code when it is loaded, so it is refused; {remedy}") from error
     except (*_UNREADABLE, struct.error, zipfile.BadZipFile, MemoryError) as error:
         raise RecipeError(f"{path.name}: cannot be read as weights ({type(error).__name__}); save model.state_dict() again") from error

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekd import usercode
+from edgekd import errors, usercode
 from edgekd.build import worker as worker_module
 from edgekd.build import worker_process
 from edgekd.build.worker import Worker
@@ -90,7 +91,7 @@ def close_streams(how, progress):
 
 
 def raise_error(kind, arguments, progress):
-    raise kind(*arguments)
+    raise getattr(errors, kind, KeyError)(*arguments)
 
 
 def end(how, progress):
@@ -201,7 +202,7 @@ def test_a_persistent_worker_uses_one_process(environment, monkeypatch):
 )
 def test_errors_arrive_as_they_are(worker, kind, arguments):
     with pytest.raises(kind) as caught:
-        _call(worker, raise_error, kind, arguments)
+        _call(worker, raise_error, kind.__name__, arguments)
     assert type(caught.value) is kind
     assert str(caught.value) == "\n".join(arguments)
     assert getattr(caught.value, "problems", arguments) == arguments
@@ -213,7 +214,7 @@ def test_exceptions_are_the_user_s_edgekd_s_or_the_machine_s():
     assert worker_process._describe(OSError(28, "No space left", "x"))[:2] == ("os_error", (28, "No space left", "x"))
     assert worker_process._describe(KeyError("x"))[0] == "bug"
     try:
-        raise_error(KeyError, ("x",), None)
+        raise_error("KeyError", ("x",), None)
     except KeyError as error:  # raised in a file of the user
         kind, name, (text,) = worker_process._describe(error)
     assert (kind, name) == ("error", "RecipeError")
@@ -237,6 +238,19 @@ def test_files_that_are_written_and_closed_by_number_leave_the_channel_alone(wor
     assert _call(worker, break_files) == "returned"
 
 
+def send_something_else(content, progress):
+    """Write to the channel, as the user's code could."""
+    os.write(worker_process._CHANNEL_DESCRIPTOR, struct.pack("!i", len(content)) + content.encode())
+    return 1
+
+
+@pytest.mark.parametrize("content", ["", "null", '{"tuple": ["returned"]}', '{"tuple": ["unknown", 1]}', '{"os:system": {}}'])
+def test_a_message_that_is_none_ends_the_step_and_runs_nothing(worker, content):
+    with pytest.raises(ProcessDiedError):
+        _call(worker, send_something_else, content)
+    assert _call(worker, double, 1) == 2
+
+
 def break_builtins(progress):
     import builtins
 
@@ -244,8 +258,8 @@ def break_builtins(progress):
     raise KeyError("x")
 
 
-def test_an_error_of_a_process_without_sound_builtins_is_a_failure_of_the_step(worker):
-    with pytest.raises(StageError, match=r"^step/x: KeyError: "):
+def test_an_error_of_a_process_whose_builtins_are_replaced_is_described_all_the_same(worker):
+    with pytest.raises(RecipeError, match=r"the code raised KeyError: 'x'$"):
         _call(worker, break_builtins)
 
 
