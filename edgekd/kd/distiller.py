@@ -16,13 +16,13 @@ from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError
 from edgekd.kd import losses as registry
 from edgekd.kd.losses import taps
+from edgekd.kd.output_spec import TORCH_IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LABELS, TEACHER_LOGITS = "labels", "teacher_logits"  # keys of a batch that is a mapping; all others are inputs
 ATTENTION_MASK = "attention_mask"  # an input that says which tokens are padding
-IGNORED = -100  # labels that other libraries ignore
 _MATRIX = 2
 DEFAULT_LOSSES = ({"kind": "kl", "weight": 0.9}, {"kind": "ce", "weight": 0.1})
 
@@ -188,7 +188,7 @@ def _check_labels(labels: Tensor, logits: Tensor, kinds: set[str]) -> Tensor:
         raise RecipeError(f"labels are {str(labels.dtype).removeprefix('torch.')}; expected class ids, int64")
     if labels.device.type == "meta":  # without values
         return labels.long()
-    is_wrong = (labels >= logits.shape[-1]) | ((labels < registry.UNLABELLED) & (labels != IGNORED))
+    is_wrong = (labels >= logits.shape[-1]) | ((labels < registry.UNLABELLED) & (labels != TORCH_IGNORED))
     if bool(is_wrong.any()):
         classes = logits.shape[-1]
         raise RecipeError(

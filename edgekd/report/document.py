@@ -71,7 +71,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / REPORT if os.path.isdir(folder) else folder  # noqa: PTH112  (Path.is_dir raises for a name that is too long)
     try:
-        document = documents.parse(documents.read_file(path))
+        document = documents.parse_mapping(documents.read_file(path))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         shown = printable(str(path), 300)

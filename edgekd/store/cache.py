@@ -18,7 +18,6 @@ lie in the folder are ignored, and nothing follows a symbolic link out of it.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import time
@@ -30,7 +29,7 @@ from edgekd.errors import StorageError, printable
 from edgekd.store import folder as cache_root
 from edgekd.store import locks, pruning
 from edgekd.store.digests import canonical_json, changes, digest, file_digest, first_change, flush, write_atomically
-from edgekd.store.documents import SCHEMA, read_entry, read_json, read_records, read_stats
+from edgekd.store.documents import SCHEMA, as_json, read, read_entry, read_records, read_stats, seal
 from edgekd.store.folder import cache_folder
 
 if TYPE_CHECKING:
@@ -203,8 +202,7 @@ class Cache:
             "notes": list(result.notes),
             "seconds": round(seconds, 3),
         }
-        content = json.dumps({**body, "self": digest(body)}, indent=1, sort_keys=True) + "\n"
-        write_atomically(out / "entry.json", content.encode(), mode=0o600)
+        write_atomically(out / "entry.json", as_json(seal(body)), mode=0o600)
         flush(out)
 
     def _move(self, out: Path, key: str) -> None:
@@ -239,8 +237,7 @@ class Cache:
 
     def last_material(self, name: str) -> Mapping[str, Any] | None:
         """Return the key material of the last run under a name, to explain a miss."""
-        material = read_json(self._material_path(name))
-        return material if isinstance(material, dict) else None
+        return read(self._material_path(name))
 
     def save_material(self, name: str, material: Mapping[str, Any]) -> None:
         """Store the key material of a run under a name."""

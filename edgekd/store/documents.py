@@ -47,19 +47,24 @@ def read_file(path: Path) -> bytes:
         os.close(descriptor)
 
 
-def parse(content: bytes) -> dict[str, Any] | None:
-    """Return the mapping of a JSON document, or None if it is anything else."""
+def parse(content: bytes) -> Any:
+    """Return the value of a JSON document; None if it is not valid."""
     try:
-        value = json.loads(content)
+        return json.loads(content)
     except (ValueError, RecursionError):
         return None
+
+
+def parse_mapping(content: bytes) -> dict[str, Any] | None:
+    """Return the mapping of a JSON document, or None if it is anything else."""
+    value = parse(content)
     return value if isinstance(value, dict) else None
 
 
 def read(path: Path) -> dict[str, Any] | None:
     """Return the mapping of a JSON file, or None if there is none."""
     with suppress(OSError):
-        return parse(read_file(path))
+        return parse_mapping(read_file(path))
     return None
 
 
@@ -82,25 +87,16 @@ def as_json(value: object) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def read_json(path: Path) -> object:
-    """Return the content of a JSON file; None if it is no regular file or not valid."""
-    try:
-        content: object = json.loads(read_file(path))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content
-
-
 def read_entry(folder: Path) -> CacheEntry | None:
     """Return the entry in a folder, if it is complete by names and sizes."""
-    body = read_json(folder / "entry.json")
+    body = read(folder / "entry.json")
+    if body is None or not is_sealed(body) or not _is_entry(body) or body.get("key") != folder.name:
+        return None
     try:
-        if not isinstance(body, dict) or body.pop("self", None) != digest(body) or not _is_entry(body) or body["key"] != folder.name:
-            return None
         artifacts = {name: Artifact(folder / name, item["sha256"], item["size"]) for name, item in body["files"].items()}
         if not all(item.path.is_file() and item.path.stat().st_size == item.size_bytes for item in artifacts.values()):
             return None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
     return CacheEntry(body["key"], body["material"], artifacts, body["metrics"], tuple(body["notes"]), float(body["seconds"]))
 
@@ -137,8 +133,10 @@ def _is_number(value: object) -> bool:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the valid records (``ports.Record``) in a file."""
-    records = read_json(path)
-    return [record for record in records if _is_record(record)] if isinstance(records, list) else []
+    with suppress(OSError):
+        records = parse(read_file(path))
+        return [record for record in records if _is_record(record)] if isinstance(records, list) else []
+    return []
 
 
 def _is_record(record: object) -> bool:
@@ -152,8 +150,7 @@ def _is_part(part: object) -> bool:
 
 def read_stats(path: Path) -> dict[str, list[Any]]:
     """Return digests of files by path: size, times, inode and SHA-256."""
-    stats = read_json(path)
-    return {name: row for name, row in stats.items() if _is_stat(row)} if isinstance(stats, dict) else {}
+    return {name: row for name, row in (read(path) or {}).items() if _is_stat(row)}
 
 
 def _is_stat(row: object) -> bool:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 _TYPED_DATA = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
-_MIN_ELEMENT_BITS, _MAX_ELEMENT_BITS = 2, 64
+_MIN_ELEMENT_BITS, _MAX_ELEMENT_BITS = 2, 64  # int2, and a value of double_data
 
 
 def read_onnx(path: Path) -> bytes:
@@ -57,11 +57,9 @@ def _size_problem(tensor: Any) -> str | None:
     count = math.prod(tensor.dims)
     if any(size < 0 for size in tensor.dims):
         return f"has the shape {list(tensor.dims)}"
-    values = sum(
-        len(getattr(tensor, name)) for name in ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
-    )
-    stored = 8 * len(tensor.raw_data) + 64 * values  # bits: no element has fewer than 2 (int2), and complex ones take two values
-    return f"has the shape {list(tensor.dims)} and only {stored // 8} bytes" if 2 * count > max(stored, 0) else None
+    values = sum(len(getattr(tensor, name)) for name in _TYPED_DATA)
+    stored = 8 * len(tensor.raw_data) + _MAX_ELEMENT_BITS * values
+    return f"has the shape {list(tensor.dims)} and only {stored // 8} bytes" if _MIN_ELEMENT_BITS * count > stored else None
 
 
 def _tensors(model: Any) -> Iterator[Any]:

@@ -25,25 +25,17 @@ class BadSampleError(Exception):
     """A sample is not what it should be; the message says what it is and what is expected."""
 
 
-class SampleDigester:
-    """Digests of samples, as they are stored."""
+def sample_digest(arrays: Sequence[np.ndarray], specs: Sequence[TensorSpec]) -> bytes:
+    """Return the digest of a sample's inputs, as they are stored."""
+    import numpy as np
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        import numpy as np
-
-        self._dtypes = [np.dtype(spec.dtype) for spec in specs]
-
-    def digest(self, arrays: Sequence[np.ndarray]) -> bytes:
-        """Return the digest of a sample's inputs."""
-        import numpy as np
-
-        hasher = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-        for array, dtype in zip(arrays, self._dtypes, strict=True):
-            hasher.update(np.ascontiguousarray(array, dtype=dtype).data)
-        return hasher.digest()
+    hasher = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for array, spec in zip(arrays, specs, strict=True):
+        hasher.update(np.ascontiguousarray(array, dtype=spec.dtype).data)
+    return hasher.digest()
 
 
-class InputWriter(SampleDigester):
+class InputWriter:
     """Writes the inputs of one split, ``SPLIT.inputs.I.npy``, chunk by chunk; a full disk is an ``OSError``.
 
     ``chunk_rows`` is the number of samples in a chunk. ``digests`` are of the bytes of each written sample.
@@ -53,7 +45,8 @@ class InputWriter(SampleDigester):
     def __init__(self, out: Path, split: str, specs: Sequence[TensorSpec], count: int) -> None:
         import numpy as np
 
-        super().__init__(specs)
+        self._specs = specs
+        self._dtypes = [np.dtype(spec.dtype) for spec in specs]
         self._shapes = [spec.shape[1:] for spec in specs]
         row_bytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in zip(self._dtypes, self._shapes, strict=True))
         self.chunk_rows = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes))
@@ -88,7 +81,7 @@ class InputWriter(SampleDigester):
                 finite &= np.isfinite(column).reshape(len(column), -1).all(axis=1)
             file.write(column.data.cast("B") if column.size else b"")
         self.not_finite += [len(self.digests) + int(row) for row in np.flatnonzero(~finite)]
-        self.digests += [self.digest([column[row] for column in inputs]) for row in range(len(inputs[0]))]
+        self.digests += [sample_digest([column[row] for column in inputs], self._specs) for row in range(len(inputs[0]))]
 
 
 def input_array(part: Any, spec: TensorSpec, *, batch: bool = False) -> np.ndarray:

@@ -47,8 +47,7 @@ class InspectParams:
 
     ``teachers``, ``assistants`` and ``sizes`` are the further networks of ``[distill]``; ``tapped_losses`` are its losses with taps,
     as ``Loss.to_dict`` returns them. ``views`` is the augmentation of ``[distill]``, ``augment`` that of ``[teacher.train]``.
-    ``reads`` are the files that
-    the recipe declares. ``metric`` is None for top-1 and for a score per sample.
+    ``reads`` are the files that the recipe declares. ``metric`` is None for top-1 and for a score per sample.
     """
 
     splits: str

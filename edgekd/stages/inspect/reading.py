@@ -12,11 +12,11 @@ from edgekd.errors import RecipeError
 from edgekd.stages.inspect.arrays import (
     BadSampleError,
     InputWriter,
-    SampleDigester,
     check_labels,
     describe_rows,
     input_array,
     label_array,
+    sample_digest,
     stack_labels,
 )
 
@@ -169,7 +169,7 @@ class SplitReader:
         for index in _rows_to_repeat(self.count):
             arrays, label = self._read_sample(index)
             is_same_label = label is None or np.array_equal(label, self.labels[index])
-            if writer.digest(arrays) != writer.digests[index] or not is_same_label:
+            if sample_digest(arrays, self.specs) != writer.digests[index] or not is_same_label:
                 raise RecipeError(
                     f"{self.where}: sample {index} differs when it is read twice; return each sample unchanged: "
                     "augmentation belongs in teacher.train.augment or distill.augment"
@@ -182,7 +182,6 @@ class SplitReader:
         if not self.count:
             return None
         columns = usercode.call_user_code(_columns, self.settings.entry, self.data, what=f"reading {self.name}")
-        digester = SampleDigester(self.specs)
         rows = _rows_to_repeat(self.count) if columns is None else range(self.count)
         try:
             if columns is not None:
@@ -196,7 +195,7 @@ class SplitReader:
                     else ([array[row] for array in arrays], None if labels is None else labels[row])
                 )
                 is_same_label = label is None or stored.labels is None or np.array_equal(label, stored.labels[row])
-                if digester.digest(sample) != stored.digests[row] or not is_same_label:
+                if sample_digest(sample, self.specs) != stored.digests[row] or not is_same_label:
                     return row
         except BadSampleError:
             return 0

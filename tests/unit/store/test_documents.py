@@ -13,7 +13,7 @@ SEALED = documents.seal({"outcome": "FAIL", "numbers": [1, 2.5, None], "text": "
 
 def test_a_sealed_document_is_read_back_however_it_is_formatted():
     assert documents.is_sealed(SEALED)
-    assert documents.parse(json.dumps(SEALED, indent=3).encode()) == SEALED
+    assert documents.parse_mapping(json.dumps(SEALED, indent=3).encode()) == SEALED
     assert documents.seal(SEALED) == SEALED
 
 
@@ -47,7 +47,7 @@ def test_a_document_without_a_part_is_not_sealed(name):
     ids=range(10),
 )
 def test_content_that_is_not_a_json_object_is_none(content):
-    assert documents.parse(content) is None
+    assert documents.parse_mapping(content) is None
 
 
 def test_only_regular_files_are_read(tmp_path):
