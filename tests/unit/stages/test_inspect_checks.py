@@ -14,31 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from edgekd import usercode
-from edgekd.domain.recipe import TensorSpec
 from edgekd.errors import RecipeError
 from edgekd.stages.inspect import checks
-from edgekd.stages.inspect.params import CheckContext, InspectParams, TeacherParams
+from edgekd.stages.inspect.params import CheckContext
+from tests.unit.stages.toy_params import PARAMS
 
 HEAD = "import torch\nfrom torch import nn\n"
-PARAMS = InspectParams(
-    splits="data.py:splits",
-    max_overlap=0,
-    inputs=(TensorSpec("x", (1, 4)),),
-    student="models.py:net",
-    task="multiclass",
-    heads=(),
-    teacher=TeacherParams("models.py:net", None, None, trained_here=False),
-    checkpoints=(),
-    teachers=(),
-    assistants=(),
-    sizes=(),
-    tapped_losses=(),
-    pseudo_labels=False,
-    metric=None,
-    score=None,
-    augment=None,
-    views=None,
-)
 NET = "class Net(nn.Linear):\n    def forward(self, x):\n        return {}\ndef net():\n    return Net(4, 3)\n"
 
 

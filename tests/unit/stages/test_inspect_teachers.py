@@ -14,28 +14,15 @@ from edgekd import usercode
 from edgekd.domain.recipe import EntryPoint, TensorSpec
 from edgekd.errors import RecipeError
 from edgekd.stages.inspect import checks
-from edgekd.stages.inspect.params import CheckContext, InspectParams, TeacherParams
+from edgekd.stages.inspect.params import CheckContext, TeacherParams
+from tests.unit.stages import toy_params
 
 HEAD = "import torch\nfrom torch import nn\nfrom torch.nn import functional as F\n"
 COUNT = 300
-PARAMS = InspectParams(
-    splits="data.py:splits",
-    max_overlap=0,
+PARAMS = replace(
+    toy_params.PARAMS,
     inputs=(TensorSpec("x", (1, 3)),),
-    student="models.py:net",
-    task="multiclass",
-    heads=(),
     teacher=TeacherParams("models.py:net", "w.safetensors", None, trained_here=False),
-    checkpoints=(),
-    teachers=(),
-    assistants=(),
-    sizes=(),
-    tapped_losses=(),
-    pseudo_labels=False,
-    metric=None,
-    score=None,
-    augment=None,
-    views=None,
 )
 NET = "class Net(nn.Linear):\n    def forward(self, x):\n        {}\ndef net():\n    return Net(3, 3)\n"
 LABELS = np.arange(COUNT) % 3
