@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "edgekd"
@@ -31,3 +32,11 @@ def test_a_unit_test_is_where_its_module_is():
         if not any(stem == name or stem.startswith(f"{name}_") for name in names):
             outside.append(str(path.relative_to(PACKAGE.parent)))
     assert outside == []
+
+
+def test_no_folder_of_tests_is_skipped(pytestconfig):
+    """Pytest skips folders by their names, ``build`` by default, without a word."""
+    folders = {part for path in (PACKAGE.parent / "tests").rglob("test_*.py") for part in path.relative_to(PACKAGE.parent).parts[:-1]}
+    patterns = pytestconfig.getini("norecursedirs")
+    assert "build" in folders
+    assert [name for name in sorted(folders) if any(fnmatch(name, pattern) for pattern in patterns)] == []
