@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import statistics
 from typing import TYPE_CHECKING, Any
@@ -47,11 +48,13 @@ def _escape(value: Any) -> Any:
         return {_escape(key): _escape(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_escape(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    escaped = _MARKUP.sub(r"\\\g<0>", printable(value, MAX_CHARACTERS))
-    text = escaped.replace("@", "`@`")  # GitHub notifies a user even if the sign is escaped
-    return _BLOCK.sub(r"\1\\\2", text)
+    return _escape_text(value) if isinstance(value, str) else value
+
+
+@functools.cache  # most texts of a report are the keys of its rows
+def _escape_text(content: str) -> str:
+    escaped = _MARKUP.sub(r"\\\g<0>", printable(content, MAX_CHARACTERS))
+    return _BLOCK.sub(r"\1\\\2", escaped.replace("@", "`@`"))  # GitHub notifies a user even if the sign is escaped
 
 
 def _section(title: str, content: str) -> str:

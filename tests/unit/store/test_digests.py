@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+from importlib import metadata
 
 import pytest
 
@@ -62,3 +63,38 @@ def test_each_kind_of_change_is_described(tmp_path, monkeypatch):
 
     record["modules"]["numpy"] = "0.1"
     assert digests.first_change(record, tmp_path).startswith("numpy 0.1 -> ")
+
+
+def test_tool_versions_are_those_that_importlib_metadata_finds():
+    installed = {item.metadata["Name"]: item.version for item in reversed(list(metadata.distributions()))}
+
+    assert {name: digests.tool_version(name) for name in installed} == installed
+    assert digests.tool_version("No.Such_Package") is None
+
+
+@pytest.fixture
+def no_known_versions():
+    def forget():
+        for function in (digests.tool_version, digests._wheel_versions):
+            function.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("no_known_versions")
+def test_the_version_of_the_distribution_that_is_imported_counts(tmp_path, monkeypatch):
+    for name in ("first/some_tool-2.0+cpu.dist-info", "second/some_tool-1.0.dist-info"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr("sys.path", [str(tmp_path / name) for name in ("absent", "first", "second")])
+    assert digests.tool_version("Some.Tool") == "2.0+cpu"
+
+
+@pytest.mark.usefixtures("no_known_versions")
+def test_a_distribution_that_is_no_wheel_has_a_version(tmp_path, monkeypatch):
+    folder = tmp_path / "from_debian-3.1.egg-info"
+    folder.mkdir()
+    (folder / "PKG-INFO").write_text("Name: from_debian\nVersion: 3.1\n")
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    assert digests.tool_version("from-debian") == "3.1"
