@@ -125,7 +125,7 @@ class Reader:
             if isinstance(rule, Between):
                 below = rule.low is not None and (value <= rule.low if rule.above else value < rule.low)
                 if below or (rule.high is not None and value > rule.high):
-                    self.problem(key, f"{value:g} is out of range; expected {_describe_range(rule)}")
+                    self.problem(key, f"{_describe_number(value)} is out of range; expected {_describe_range(rule)}")
                     return True
             elif isinstance(rule, OneOf) and value not in rule.choices:
                 self.problem(key, f"{_describe_value(value)} is not {rule.what}; {expected_one_of(value, rule.choices)}")
@@ -192,11 +192,16 @@ def _describe_hint(hint: Any) -> str:
 
 
 def _describe_range(rule: Between) -> str:
-    if rule.low == rule.high:
-        return f"{rule.low:g}"
+    low, high = map(_describe_number, (rule.low, rule.high))
+    if low == high:
+        return low
     if rule.high is None:
-        return f"more than {rule.low:g}" if rule.above else f"at least {rule.low:g}"
-    return f"more than {rule.low:g}, at most {rule.high:g}" if rule.above else f"a number from {rule.low:g} to {rule.high:g}"
+        return f"more than {low}" if rule.above else f"at least {low}"
+    return f"more than {low}, at most {high}" if rule.above else f"a number from {low} to {high}"
+
+
+def _describe_number(value: float | None) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def read_toml(path: Path, what: str, advice: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _FRESH_NOISE = 0.05  # the most that is added to parameters that are all the same
 _LOGITS_AXES = 2
+_BATCH = 64  # samples that are run alone and together
 _TOLERANCE = 1e-2  # of the largest output, for a sample alone and in a batch; rounding stays far below
 
 
@@ -152,13 +153,7 @@ def _check_network(check: CheckContext, entry: EntryPoint, role: str) -> tuple[n
             f"{entry}: the {role} in eval mode returns different outputs for the same input; expected the same (dropout written by hand?)"
         )
     _check_loadable(check, entry, module, (batch, logits), role)
-    alone = _logits(module, entry, [array[:1] for array in batch])
-    _output_shape(alone, str(entry))
-    if np.abs(alone[0] - logits[0]).max() > _TOLERANCE * np.abs(logits).max():
-        raise RecipeError(
-            f"{entry}: the {role} returns different outputs for a sample alone and in a batch of two; expected the same "
-            "(an operation over axis 0, which is the batch?)"
-        )
+    _check_alone(check, entry, module, role)
     doubt = probability_problem(OutputSpec(check.params.task, check.params.heads), logits, trained=False)
     if doubt is not None and doubt.is_worthless and role != "student":
         raise RecipeError(f"{entry}: the {role} {doubt.text}")
@@ -166,6 +161,21 @@ def _check_network(check: CheckContext, entry: EntryPoint, role: str) -> tuple[n
         check.notes.append(f"warning: the {role} {entry} {doubt.text}")
     _check_gradient(module, entry, batch, role)
     return module, {"parameters": modules.parameter_count(module), "outputs": outputs}
+
+
+def _check_alone(check: CheckContext, entry: EntryPoint, module: nn.Module, role: str) -> None:
+    """Refuse a module that mixes the samples of a batch: it computes something else on a device, which runs one at a time."""
+    import numpy as np
+
+    batch = check.batch(_BATCH)
+    logits = _logits(module, entry, batch)
+    alone = np.concatenate([_logits(module, entry, [array[row : row + 1] for array in batch]) for row in range(_BATCH)])
+    _output_shape(alone, str(entry))
+    if np.abs(alone - logits).max() > _TOLERANCE * np.abs(logits).max():
+        raise RecipeError(
+            f"{entry}: the {role} returns different outputs for a sample alone and in a batch of {_BATCH}; expected the same "
+            "(an operation over axis 0, which is the batch?)"
+        )
 
 
 def _save_fresh_weights(check: CheckContext, module: nn.Module, entry: EntryPoint) -> None:

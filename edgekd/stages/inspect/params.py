@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Json
     from edgekd.domain.recipe import Teacher, TensorSpec
 
-_BATCH = 2  # samples that networks are checked on
-
 
 @dataclass(frozen=True, slots=True)
 class TeacherParams:
@@ -100,9 +98,9 @@ class CheckContext:
         paths = [self.out / f"{split}.inputs.{index}.npy" for index in range(len(self.params.inputs))]
         return [np.array(np.load(path, mmap_mode="r")[list(rows)]) for path in paths]
 
-    def batch(self) -> list[np.ndarray]:
-        """Return a batch of two samples."""
+    def batch(self, size: int = 2) -> list[np.ndarray]:
+        """Return the first samples of the evaluation split, again from the first if it has fewer."""
         import numpy as np
 
         labels = np.load(self.out / "evaluation.labels.npy", mmap_mode="r")
-        return self.samples([0, min(_BATCH, len(labels)) - 1])
+        return self.samples((np.arange(size) % len(labels)).tolist())

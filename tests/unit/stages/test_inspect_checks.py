@@ -103,7 +103,14 @@ BAD_STUDENTS = {
     "mixes samples": (
         NET.format("super().forward(x).softmax(0)"),
         (
-            "models.py:net: the student returns different outputs for a sample alone and in a batch of two; expected the same "
+            "models.py:net: the student returns different outputs for a sample alone and in a batch of 64; expected the same "
+            "(an operation over axis 0, which is the batch?)"
+        ),
+    ),
+    "mixes samples of larger batches": (
+        NET.format("super().forward(x)[:, :] + (len(x) > 60)"),
+        (
+            "models.py:net: the student returns different outputs for a sample alone and in a batch of 64; expected the same "
             "(an operation over axis 0, which is the batch?)"
         ),
     ),
