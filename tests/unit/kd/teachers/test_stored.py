@@ -6,6 +6,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from edgekd.errors import RecipeError
+from edgekd.kd.soft_targets import storage
+from edgekd.kd.teachers import stored
 from edgekd.kd.teachers.stored import save_teacher_logits, teacher_from_stored_logits
 
 
@@ -58,9 +60,40 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
     save_teacher_logits(path, duplicated, np.concatenate([logits, logits[3:4]]))
     assert np.array_equal(teacher_from_stored_logits(path)(inputs), logits)
     path.unlink()
-    with pytest.raises(RecipeError, match="occurs twice, with different logits"):
+    with pytest.raises(RecipeError, match=r"a.safetensors: sample 20 occurs twice, with different logits: \S+ and \S+ for class \d"):
         save_teacher_logits(path, duplicated, np.concatenate([logits, logits[4:5]]))
     assert not path.exists()
+
+
+def _another_batch(logits):
+    return logits + np.float32(1e-6) * np.abs(logits).max()
+
+
+def _float16(logits):
+    return logits.astype(np.float16).astype(np.float32)
+
+
+@pytest.mark.parametrize("compute", [_another_batch, _float16, lambda logits: _float16(_another_batch(logits))])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_duplicates_may_differ_as_logits_of_another_batch_or_in_float16_do(tmp_path, compute, scale):
+    inputs, logits = samples(20)
+    logits *= np.float32(scale)
+    duplicated = [np.concatenate([item, item]) for item in inputs]
+    save_teacher_logits(tmp_path / "a.safetensors", duplicated, np.concatenate([logits, compute(logits)]))
+    assert np.array_equal(teacher_from_stored_logits(tmp_path / "a.safetensors")(inputs), logits)
+
+
+def test_a_duplicate_that_differs_by_more_than_the_tolerance_of_soft_targets_is_refused(tmp_path):
+    assert stored.TOLERANCE == storage.TOLERANCE
+    logits = np.array([[10.0, -3.0]] * 2, np.float32)
+    inputs = [np.ones((2, 3), np.float32)]
+    logits[1, 1] += 0.009  # allowed: 0.01 for the largest, and 0.0015 for the rounding
+    save_teacher_logits(tmp_path / "a.safetensors", inputs, logits)
+    logits[1, 1] += 0.004
+    with pytest.raises(RecipeError, match=r"sample 1 occurs twice, .*: -2.987 and -3 for class 1; allowed is a difference of 0.011"):
+        save_teacher_logits(tmp_path / "b.safetensors", inputs, logits)
+    with pytest.raises(RecipeError, match="sample 1 occurs twice"):  # numbers of a regression of a small unit
+        save_teacher_logits(tmp_path / "b.safetensors", inputs, np.float32([[2e-4, 1e-4], [1e-4, 1e-4]]))
 
 
 @pytest.mark.parametrize(
