@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,19 +108,41 @@ def run_stage(
 ) -> StageResult:
     """Run a step in this process, with the other ranks if its stage is shared.
 
+    Two metrics are added, of this process: ``cpu_seconds``, and ``waited_seconds``, which its threads were ready to run while others
+    had the cores. A report says by them that the machine was busy.
+
     Raises:
         EdgekdError: what the stage raised; a StageError for what nothing expects, most likely of a module or tensor of the user.
     """
     if _is_shared(step):
         distributed.broadcast((step, inputs, recipe_dir, work))
+    before = processor_seconds()
     try:
-        return STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, work, progress, secret))
+        result = STAGES[step.stage].run(step, inputs, Context(recipe_dir, out, work, progress, secret))
     except (EdgekdError, OSError, MemoryError):
         raise
     except Exception as error:
         if usercode.describe_user_error(error) is not None:  # raised by the user's code; the worker names its line
             raise
         raise StageError(f"{step.id}: {describe_unexpected(error)}; check what the recipe's functions return, or report this") from error
+    cpu, waited = (
+        None if start is None or end is None else round(max(0.0, end - start), 3)
+        for start, end in zip(before, processor_seconds(), strict=True)
+    )
+    return replace(result, metrics={**result.metrics, "cpu_seconds": cpu, "waited_seconds": waited})
+
+
+def processor_seconds() -> tuple[float, float | None]:
+    """Return the CPU time of this process and its children, and how long its threads waited for a core, None if the kernel does not say.
+
+    Threads that have ended are missing in the second: those of torch live as long as the process.
+    """
+    times = os.times()
+    waited_ns: list[int] = []
+    for path in Path("/proc/self/task").glob("*/schedstat"):  # time on a core and time in the queue, in ns; number of times
+        with suppress(OSError, ValueError, IndexError):  # the thread has just ended
+            waited_ns.append(int(path.read_text().split()[1]))
+    return times.user + times.system + times.children_user + times.children_system, sum(waited_ns) / 1e9 if waited_ns else None
 
 
 def end_ranks(progress: Progress) -> None:

@@ -109,6 +109,18 @@ class Loss:
         optional |= {"teacher": self.teacher} if self.teacher != FROZEN else {}
         return {"kind": self.kind, "weight": self.weight, **optional, **self.options}
 
+    def describe(self) -> str:
+        """Return the loss as reports show it: its weight, its kind, and the options that are neither 0 nor false.
+
+        >>> Loss("kl", 0.9, temperature=2.0, standardize=True).describe(), Loss("ce").describe()
+        ('0.9 kl (temperature 2, standardize)', 'ce')
+        """
+        options = {name: value for name, value in self.to_dict().items() if value and name not in {"kind", "weight", "taps"}}
+        values = {name: f" {value:g}" if type(value) is float else f" {value}" for name, value in options.items()}
+        parts = [name + ("" if options[name] is True else values[name]) for name in options]
+        weight = "" if self.weight == 1 else f"{self.weight:g} "
+        return weight + self.kind + (f" ({', '.join(parts)})" if parts else "")
+
     def is_active_in(self, epoch: int) -> bool:
         """Return whether the term is active in an epoch, from 0; there is no last epoch's model in the first."""
         return (self.epochs is None or self.epochs[0] <= epoch + 1 <= self.epochs[1]) and (epoch > 0 or self.teacher != LAST_EPOCH)

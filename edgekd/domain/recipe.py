@@ -14,7 +14,7 @@ from edgekd.domain.scheme import SCHEMES
 
 DTYPES = ("float32", "int32", "int64")
 DISTILLED = "distilled"
-BASELINES = {"no_teacher": 0.0, "label_smoothing": 0.1}  # students trained in the same manner without a teacher; their label smoothing
+BASELINES = {"no_teacher": 0.0, "label_smoothing": 0.1}  # students without a teacher; their label smoothing, where none is searched
 PSEUDO_LABELS = "pseudo_labels"  # the baseline that learns from predictions of the baseline no_teacher
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("auto", "float32", "bfloat16")

@@ -221,7 +221,7 @@ def _accuracy_drop_by_stage(scores: TargetScores, chosen: Candidate) -> list[dic
 
 
 def _distillation(target_run: TargetRun, scores: TargetScores) -> dict[str, Any] | None:
-    """Return whether distillation helped, and how long it took; None if the recipe has no baselines."""
+    """Return whether distillation helped, with the losses and the time of each method; None if the recipe has no baselines."""
     from edgekd.stats.distillation import judge_distillation
 
     recipe = target_run.plan.recipe
@@ -240,6 +240,7 @@ def _distillation(target_run: TargetRun, scores: TargetScores) -> dict[str, Any]
         calibrated=recipe.evaluate.metric == "top1" and recipe.evaluate.score is None,
     )
     for row in verdict["methods"]:
+        row["losses"] = entries[row["method"]][0].metrics["losses"]  # with what a search chose
         row["seconds"] = sum(entry.seconds for entry in entries[row["method"]])
     return verdict
 
@@ -270,7 +271,14 @@ def _notes(target_run: TargetRun, measurements: Iterable[Measurement], costs: Ma
     ]
     notes += provable.budget_warnings(target_run.plan, target_run.completed) if len(target_run.plan.targets) == 1 else []
     notes += filter(
-        None, [_undefined_note(target_run), _capacity_note(target_run), _sizes_note(target_run), cost.break_even_note(target_run, costs)]
+        None,
+        [
+            _undefined_note(target_run),
+            _capacity_note(target_run),
+            _sizes_note(target_run),
+            cost.break_even_note(target_run, costs),
+            cost.busy_note(costs),
+        ],
     )
     notes += sorted({note for measurement in measurements for note in measurement.notes})
     return notes

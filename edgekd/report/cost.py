@@ -12,30 +12,67 @@ from edgekd.report.target_run import teacher_measurement
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from edgekd.domain.artifact import CacheEntry
     from edgekd.domain.measurement import Measurement
     from edgekd.report.target_run import TargetRun
 
+BUSY_SHARE = 0.1  # of the time in which threads could have run: on a quiet machine they wait for less than 1 % of it
+BUSY_SECONDS = 1.0
 PARTS = ("teach", "soft_targets", "search", "distill", "sizes", "baselines")
 
 
 def training_cost(target_run: TargetRun, chosen: Measurement | None, measurements: Sequence[Measurement]) -> dict[str, Any]:
     """Return the cost by parts, and the number of inferences on the device that save as much time, compared with the teacher.
 
-    ``samples`` counts every pass over a sample, in training or through the teacher; ``bytes`` are those in the cache.
+    ``samples`` counts every pass over a sample, in training or through the teacher; ``bytes`` are those in the cache. Times are those
+    when a step ran: ``seconds`` that passed, ``cpu_seconds``, and ``waited_seconds`` of its threads for a core; None if unknown.
     """
     from edgekd.stats import intervals
 
-    rows: dict[str, dict[str, Any]] = {name: {"part": name, "seconds": 0.0, "samples": 0, "bytes": 0} for name in PARTS}
+    entries: dict[str, list[CacheEntry]] = {name: [] for name in PARTS}
     for name, completed in target_run.completed.items():
         if (part := _cost_part(name, completed.step.stage)) is not None:
-            rows[part]["seconds"] += completed.entry.seconds
-            rows[part]["samples"] += completed.entry.metrics.get("samples", 0)
-            rows[part]["bytes"] += sum(artifact.size_bytes for artifact in completed.entry.artifacts.values())
-    parts = [{**row, "seconds": round(row["seconds"], 3)} for row in rows.values() if row["bytes"]]
+            entries[part].append(completed.entry)
+    parts = [_part_row(part, steps) for part, steps in entries.items() if steps]
     teacher = teacher_measurement(chosen, measurements)
     saved_ns = 0.0 if teacher is None or chosen is None else intervals.median(teacher.samples_ns()) - intervals.median(chosen.samples_ns())
     seconds = sum(row["seconds"] for row in parts)
     return {"parts": parts, "break_even_inferences": math.ceil(seconds * 1e9 / saved_ns) if saved_ns > 0 else None}
+
+
+def _part_row(part: str, entries: Sequence[CacheEntry]) -> dict[str, Any]:
+    metrics: list[Mapping[str, Any]] = [entry.metrics for entry in entries]
+
+    def total(name: str) -> float | None:
+        values = [item.get(name) for item in metrics]
+        return None if None in values else round(sum(values), 3)  # type: ignore[arg-type]  # numbers
+
+    return {
+        "part": part,
+        "seconds": round(sum(entry.seconds for entry in entries), 3),
+        "cpu_seconds": total("cpu_seconds"),
+        "waited_seconds": total("waited_seconds"),
+        "samples": sum(item.get("samples", 0) for item in metrics),
+        "bytes": sum(artifact.size_bytes for entry in entries for artifact in entry.artifacts.values()),
+    }
+
+
+def busy_note(cost: Mapping[str, Any]) -> str | None:
+    """Return a note that training took longer than its CPU time explains, because other processes had the cores, or None.
+
+    Where the kernel does not say how long threads waited for a core, it is at least the time that passed without CPU time.
+    """
+    texts = []
+    for row in cost["parts"]:
+        seconds, cpu, waited = row["seconds"], row["cpu_seconds"], row["waited_seconds"]
+        if cpu is None:  # a step of an older cache
+            continue
+        waited = max(0.0, seconds - cpu) if waited is None else waited
+        if waited > max(BUSY_SECONDS, BUSY_SHARE * (cpu + waited)):
+            texts.append(
+                f"{row['part']} {seconds:.0f} s, with {cpu:.0f} s of CPU time and {waited:.0f} s in which threads waited for a core"
+            )
+    return f"the machine was busy, so training took longer than it needs: {'; '.join(texts)}" if texts else None
 
 
 def break_even_note(target_run: TargetRun, cost: Mapping[str, Any]) -> str | None:

@@ -95,6 +95,7 @@ def _distillation(document: Mapping[str, Any]) -> str:
     cells = (
         (
             row["method"],
+            row["losses"],
             f"{100 * statistics.mean(row['accuracies']):.2f}",
             f"{100 * statistics.stdev(row['accuracies']):.2f}",
             gains.get(row["method"], ""),
@@ -104,7 +105,7 @@ def _distillation(document: Mapping[str, Any]) -> str:
         )
         for row in verdict["methods"]
     )
-    head = ("method", "accuracy %", "std between seeds", "gain of distillation pp", "calibration error %", "log loss", "seconds")
+    head = ("method", "losses", "accuracy %", "std between seeds", "gain of distillation pp", "calibration error %", "log loss", "seconds")
     flags = _list(verdict["flags"])
     return f"{text.distillation_line(document)}.\n\n{_table(head, cells)}" + (f"\n{flags}" if flags else "")
 
@@ -175,8 +176,17 @@ def _classes(document: Mapping[str, Any]) -> str:
 
 
 def _cost(cost: Mapping[str, Any]) -> str:
-    cells = ((row["part"], f"{row['seconds']:.0f}", f"{row['samples']:,}", f"{row['bytes'] / 2**20:.1f}") for row in cost["parts"])
-    return _table(("part", "seconds", "samples", "MiB in the cache"), cells)
+    cells = (
+        (
+            row["part"],
+            f"{row['seconds']:.0f}",
+            *("unknown" if row[name] is None else f"{row[name]:.0f}" for name in ("cpu_seconds", "waited_seconds")),
+            f"{row['samples']:,}",
+            f"{row['bytes'] / 2**20:.1f}",
+        )
+        for row in cost["parts"]
+    )
+    return _table(("part", "seconds", "CPU seconds", "seconds threads waited for a core", "samples", "MiB in the cache"), cells)
 
 
 def _steps(document: Mapping[str, Any]) -> str:

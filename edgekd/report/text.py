@@ -115,8 +115,9 @@ def distillation_line(document: Mapping[str, Any]) -> str | None:
         return None
     baseline = verdict["baseline"]
     gain = next(row for row in verdict["gains"] if row["baseline"] == baseline)
+    losses = next(row["losses"] for row in verdict["methods"] if row["method"] == baseline)
     value = estimate(f"{gain['pp']:+.2f} pp", gain["interval_pp"])
-    comparison = f"{value} over the baseline '{baseline}', {verdict['seeds']} seeds"
+    comparison = f"{value} over the baseline '{baseline}' (its loss: {losses}), {verdict['seeds']} seeds"
     gap = "" if verdict["gap_closed"] is None else f"; {100 * verdict['gap_closed']:.0f} % of the gap to the teacher closed"
     return f"distillation {verdict['outcome']}: {comparison}{gap}"
 

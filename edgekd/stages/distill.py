@@ -228,7 +228,8 @@ def _train(name: str, params: StudentParams, inputs: Mapping[str, Artifact], con
     best = best_epoch(curve)
     document = {"best_epoch": best.epoch, "epochs": [asdict(result) for result in curve]}
     (context.out / "curve.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    return StageResult({**asdict(best), "samples": len(curve) * len(job.train)}, tuple(notes))
+    losses = " + ".join(loss.describe() for loss in params.losses)
+    return StageResult({**asdict(best), "samples": len(curve) * len(job.train), "losses": losses}, tuple(notes))
 
 
 def _search(name: str, params: SearchParams, inputs: Mapping[str, Artifact], context: Context) -> StageResult:

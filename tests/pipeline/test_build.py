@@ -286,6 +286,7 @@ def test_baselines_show_whether_distillation_helped(project):
     }  # the student that ships is not trained again
     verdict = project.report()["distillation"]
     assert [row["method"] for row in verdict["methods"]] == ["distilled", "no_teacher", "label_smoothing"]
+    assert [row["losses"] for row in verdict["methods"]] == ["0.9 kl (temperature 4) + 0.1 ce", "ce", "ce (label_smoothing 0.1)"]
     assert all(len(row["accuracies"]) == 2 and row["ece"] > 0 for row in verdict["methods"])
     assert f"distillation {verdict['outcome']}: " in process.stdout
     assert "## Did distillation help?" in (project.out() / "report.md").read_text()

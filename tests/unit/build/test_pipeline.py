@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -103,6 +107,43 @@ def test_steps_run_in_order_and_their_files_are_stored(build, ran):
     assert ran == ["first", "second/x"]
     assert completed["second/x"].entry.artifacts["text"].path.read_text() == "aa"
     assert not completed["second/x"].hit
+
+
+def test_the_processor_time_of_a_step_and_its_children_is_stored(build, monkeypatch):
+    def work(step, inputs, context):
+        deadline = time.process_time() + 0.2
+        while time.process_time() < deadline:
+            pass
+        subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.2: pass"], check=True)
+        time.sleep(0.3)
+        (context.out / "text").write_text("")
+        return StageResult(metrics={"times": 1})
+
+    monkeypatch.setattr(pipeline.STAGES["second"], "run", work)
+    entry = pipeline.run(_plan(), build)["second/x"].entry
+    assert entry.metrics["times"] == 1
+    assert 0.35 < entry.metrics["cpu_seconds"] < entry.seconds - 0.25
+    assert 0 <= entry.metrics["waited_seconds"] < entry.seconds
+
+
+def test_threads_that_wait_for_a_core_are_counted():
+    """Two processes share one core: each has half of it, and waits as long."""
+    code = "import os, time\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    core = min(os.sched_getaffinity(0))
+    with subprocess.Popen([sys.executable, "-c", code.format(core=core)]) as other:
+        before, affinity = pipeline.processor_seconds(), os.sched_getaffinity(0)
+        try:
+            os.sched_setaffinity(0, [core])
+            deadline = time.process_time() + 0.3
+            while time.process_time() < deadline:
+                pass
+        finally:
+            os.sched_setaffinity(0, affinity)
+            other.kill()
+    after = pipeline.processor_seconds()
+    if after[1] is None:
+        pytest.skip("this kernel keeps no account of waiting threads")
+    assert after[1] - before[1] > 0.1
 
 
 def test_a_second_run_takes_all_from_the_cache(build, ran):

@@ -102,7 +102,7 @@ def test_the_notes_of_baselines_and_their_soft_targets_are_not_repeated():
     }
     recipe = SimpleNamespace(methods=methods, sizes={}, distill=SimpleNamespace(augment=None, break_even_inferences=None))
     target_run = SimpleNamespace(completed=completed, plan=SimpleNamespace(recipe=recipe, targets=()), unmeasured={})
-    notes = collect._notes(target_run, [], {"break_even_inferences": None})
+    notes = collect._notes(target_run, [], {"break_even_inferences": None, "parts": []})
     expected = ["soft_targets", "distill/search", "distill/search/label_smoothing/0", "distill"]
     assert notes[:-1] == [f"of {name}" for name in expected]
     assert notes[-1] == "the teacher has no litert model, so the speed-up against it is unknown there: no such op"

@@ -28,7 +28,9 @@ def _target_run(limit=None):
     completed = {}
     for name, (stage, seconds, samples, size) in STEPS.items():
         entry = SimpleNamespace(
-            seconds=seconds, metrics={"samples": samples} if samples else {}, artifacts={"file": SimpleNamespace(size_bytes=size)}
+            seconds=seconds,
+            metrics={"cpu_seconds": 1.5 * seconds, "waited_seconds": seconds / 4, **({"samples": samples} if samples else {})},
+            artifacts={"file": SimpleNamespace(size_bytes=size)},
         )
         completed[name] = SimpleNamespace(step=SimpleNamespace(stage=stage), entry=entry)
     recipe = SimpleNamespace(distill=SimpleNamespace(break_even_inferences=limit))
@@ -51,6 +53,36 @@ def test_each_step_counts_in_its_part_of_the_cost():
         "baselines": (48.75, 4880, 488),
     }
     assert costs["break_even_inferences"] is None
+    assert [(row["cpu_seconds"], row["waited_seconds"]) for row in costs["parts"][:3]] == [(12.0, 2.0), (6.0, 1.0), (3.0, 0.5)]
+
+
+def test_processor_time_is_unknown_where_that_of_one_step_is():
+    target_run = _target_run()
+    del target_run.completed["distill/autotune"].entry.metrics["cpu_seconds"]
+    rows = {row["part"]: row for row in cost.training_cost(target_run, None, [])["parts"]}
+    assert (rows["distill"]["cpu_seconds"], rows["distill"]["waited_seconds"]) == (None, 0.281)
+    assert cost.busy_note({"parts": [rows["distill"]]}) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cpu", "waited", "is_busy"),
+    [
+        (100.0, 99.0, 0.2, False),  # one thread, quiet
+        (100.0, 180.0, 5.0, False),  # two threads
+        (200.0, 100.0, 95.0, True),  # one thread, and two other processes on its cores
+        (200.0, 190.0, 100.0, True),  # two threads beside one busy process: no core of this one is idle, and the time is twice as long
+        (0.4, 0.1, 0.3, False),  # too short to matter
+        (200.0, 100.0, None, True),  # the kernel keeps no account
+        (100.0, 180.0, None, False),
+    ],
+)
+def test_a_busy_machine_is_noted_with_its_part_of_the_cost(seconds, cpu, waited, is_busy):
+    row = {"part": "distill", "seconds": seconds, "cpu_seconds": cpu, "waited_seconds": waited}
+    note = cost.busy_note({"parts": [{**row, "part": "teach", "seconds": 10.0, "cpu_seconds": 10.0, "waited_seconds": 0.0}, row]})
+    assert (note is not None) == is_busy
+    if note is not None:
+        expected = f"distill {seconds:.0f} s, with {cpu:.0f} s of CPU time and {waited or 100.0:.0f} s in which threads waited for a core"
+        assert note == f"the machine was busy, so training took longer than it needs: {expected}"
 
 
 @pytest.mark.parametrize(("student_ns", "expected"), [(1_000_000, 66_875), (2_000_000, None)])

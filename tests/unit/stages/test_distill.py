@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edgekd.domain.artifact import Artifact
-from edgekd.domain.losses import Loss
+from edgekd.domain.losses import Loss, Tap
 from edgekd.domain.recipe import Baselines, Teacher
 from edgekd.errors import RecipeError
 from edgekd.kd import data, modules
@@ -138,6 +138,32 @@ def test_a_baseline_needs_no_teacher(folder):
     assert result.metrics["validation_accuracy"] > 0.5
 
 
+def test_the_losses_of_a_student_are_named_as_a_search_chose_them(folder):
+    searched = recipe(losses=(replace(KL, temperature="auto"), CE), baselines=Baselines(seeds=2))
+    step = next(step for step in distill.steps(searched, []) if step.id == "distill/label_smoothing/0")
+    chosen = {"losses": [Loss("ce", label_smoothing=0.3).to_dict()]}
+    (folder / "chosen.json").write_text(json.dumps(chosen))
+    inputs = {name: item for name, item in artifacts(folder).items() if "soft_targets" not in name}
+    inputs["chosen"] = Artifact(folder / "chosen.json", "", 0)
+    for name in ("out", "work"):
+        (folder / name).mkdir()
+    result = distill.run(step, inputs, Context(folder, folder / "out", folder / "work", lambda *_: None))
+    assert result.metrics["losses"] == "ce (label_smoothing 0.3)"
+
+
+@pytest.mark.parametrize(
+    ("loss", "description"),
+    [
+        (Loss("ce"), "ce"),
+        (Loss("kl", 0.9, temperature=2.0, standardize=True), "0.9 kl (temperature 2, standardize)"),
+        (Loss("kl", 2, epochs=(1, 3), teacher="ema", temperature=0.5), "2 kl (epochs [1, 3], teacher ema, temperature 0.5)"),
+        (Loss("attention", 100.0, taps=(Tap("a", "b"),)), "100 attention (over channels)"),
+    ],
+)
+def test_a_loss_is_described_by_its_weight_and_what_it_does_not_leave_out(loss, description):
+    assert loss.describe() == description
+
+
 def test_a_baseline_takes_as_many_steps_as_the_student_that_learns_from_unlabelled_samples_too(folder):
     inputs = artifacts(folder, unlabelled=200)
     distilled = jobs.training_set(inputs, [KL, CE], "distill.losses")
@@ -169,7 +195,8 @@ def test_a_student_is_distilled_and_loaded_again(folder):
     result, files = run(folder, recipe(), artifacts(folder))
     assert sorted(files) == ["curve.json", "student.safetensors"]
     curve = json.loads(files["curve.json"])
-    assert result.metrics == {**curve["epochs"][curve["best_epoch"] - 1], "samples": 8 * 60}
+    losses = " + ".join(loss.describe() for loss in recipe().distill.losses)
+    assert result.metrics == {**curve["epochs"][curve["best_epoch"] - 1], "samples": 8 * 60, "losses": losses}
     assert result.metrics["validation_accuracy"] > 0.6
     module = modules.load_module(folder, entry("student"), folder / "out" / "student.safetensors")
     with torch.no_grad():
