@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import config, registry
@@ -18,6 +20,7 @@ from edgekd.report import collect, document, markdown
 from edgekd.report.target_run import read_json, read_scores, teacher_measurement
 from edgekd.stages import gate, measure, package, select
 from edgekd.store import locks
+from edgekd.store.arrays import open_array
 from edgekd.store.digests import digest, tool_version
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 # the modules and packages that decide a verdict or write its report: their source is part of the key of a cached verdict
 CODE = (
     *("__init__", "build/judge", "config/profiles", "devices", "domain", "harness", "plan", "report", "runtimes"),
-    *("stages/gate", "stages/measure", "stages/package", "stages/select", "stats", "store/documents"),
+    *("stages/gate", "stages/measure", "stages/package", "stages/select", "stats", "store/arrays", "store/documents"),
 )
 
 
@@ -138,9 +141,16 @@ def _measure(
     target_run: TargetRun, outcomes: Mapping[str, Outcome], reporter: Reporter
 ) -> tuple[list[Measurement], Mapping[tuple[str, str], str]]:
     """Measure the candidates that may ship, and the teacher on their runtimes; return also why some cannot be measured."""
-    subjects = _subjects(target_run, [item for item in target_run.candidates if outcomes[item.id] is not Outcome.FAIL])
-    if not subjects:
+    candidates = [item for item in target_run.candidates if outcomes[item.id] is not Outcome.FAIL]
+    if not candidates:
         return [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure_subjects(target_run, _subjects(target_run, candidates, _write_samples(target_run, Path(folder))), reporter)
+
+
+def _measure_subjects(
+    target_run: TargetRun, subjects: Sequence[measure.Subject], reporter: Reporter
+) -> tuple[list[Measurement], Mapping[tuple[str, str], str]]:
     reporter.log(f"measure: {len(subjects)} settings on {target_run.target.name}, with exclusive access to the machine")
 
     def on_wait(holders: str) -> None:
@@ -153,9 +163,19 @@ def _measure(
     return measurements, failures
 
 
-def _subjects(target_run: TargetRun, candidates: Sequence[Candidate]) -> list[measure.Subject]:
+def _write_samples(target_run: TargetRun, folder: Path) -> list[Path]:
+    """Write the samples that a measurement runs, as the plain arrays that the harness reads; return their paths."""
+    import numpy as np
+
+    paths = []
+    for path in target_run.evaluation_inputs():
+        paths.append(folder / path.name)
+        np.save(paths[-1], open_array(path)[: runner.MAX_SAMPLES], allow_pickle=False)
+    return paths
+
+
+def _subjects(target_run: TargetRun, candidates: Sequence[Candidate], inputs: Sequence[Path]) -> list[measure.Subject]:
     """Return the model files to measure: each candidate, and the teacher, at each of their thread counts."""
-    inputs = target_run.evaluation_inputs()
     subjects = [
         measure.Subject(candidate.id, candidate.runtime, target_run.model_file(candidate).path, threads, inputs)
         for candidate in candidates

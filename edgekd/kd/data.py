@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,11 +12,11 @@ from edgekd.kd.losses import UNLABELLED
 from edgekd.kd.output_spec import MULTICLASS_OUTPUT, OutputSpec
 from edgekd.kd.soft_targets import storage
 from edgekd.kd.teachers.ensemble import ensemble_logits
+from edgekd.store.arrays import open_array
 from edgekd.store.digests import digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     import numpy as np
     from torch import Tensor
@@ -88,7 +87,7 @@ def split_references(recipe: Recipe, split: str, *, labels: bool = False) -> dic
 def load_arrays(artifacts: Mapping[str, Artifact], split: str) -> list[np.ndarray]:
     """Return the inputs of a split, one array (n, ...) for each input of the student."""
     count = sum(name.startswith(f"{split}.inputs.") for name in artifacts)
-    return [_load_array(artifacts[f"{split}.inputs.{index}"].path) for index in range(count)]
+    return [open_array(artifacts[f"{split}.inputs.{index}"].path).load() for index in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,13 +187,3 @@ def concatenate(first: Samples, second: Samples) -> Samples:
     is_same_shape = second.labels.shape[1:] == first.labels.shape[1:]
     labels = second.labels if is_same_shape else torch.full((len(second), *first.labels.shape[1:]), missing)
     return Samples(inputs, torch.cat([first.labels, labels.to(first.labels.dtype)]), teacher_logits)
-
-
-def _load_array(path: Path) -> np.ndarray:
-    """Return an array: in memory if it takes less than half of the free memory, otherwise mapped from its file."""
-    import numpy as np
-
-    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # copy-on-write: torch wants writable arrays; nothing writes to them
-    array: np.ndarray = np.load(path, mmap_mode="c" if path.stat().st_size > free_bytes // 2 else None, allow_pickle=False)
-    return array

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edgekd.ports import Context
 
 NAME = "distill"
-CODE: tuple[str, ...] = ("stages/distill", "kd", "usercode", "domain/losses")
+CODE: tuple[str, ...] = ("stages/distill", "kd", "store/arrays", "usercode", "domain/losses")
 TOOLS = ("torch", "numpy", "safetensors")
 
 

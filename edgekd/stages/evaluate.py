@@ -15,6 +15,7 @@ from edgekd.harness import runner
 from edgekd.plan import quantized_candidates, runtimes_of
 from edgekd.ports import Context, StageResult, Step
 from edgekd.stats import jackknife
+from edgekd.store.arrays import open_array
 from edgekd.usercode import metrics
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ CODE: tuple[str, ...] = (
     "stats/intervals",
     "stats/jackknife",
     "stats/paired",
+    "store/arrays",
     "usercode",
 )
 BATCH = 256  # of models in PyTorch; model files run one sample at a time
@@ -99,8 +101,7 @@ def run(step: Step[EvaluateParams], inputs: Mapping[str, Artifact], context: Con
     import numpy as np
 
     params, path = step.params, inputs["model"].path
-    samples = [artifact.path for name, artifact in inputs.items() if name.startswith("inputs.")]
-    arrays = [np.load(sample, mmap_mode="r", allow_pickle=False) for sample in samples]
+    arrays = [open_array(artifact.path).load() for name, artifact in inputs.items() if name.startswith("inputs.")]
     labels = np.load(inputs["labels"].path, allow_pickle=False)
     groups = np.load(inputs["groups"].path, allow_pickle=False)
     outputs = _run_in_torch(params, path, context, arrays) if params.runtime is None else _run_on_runtime(params, path, context, arrays)

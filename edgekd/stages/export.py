@@ -17,6 +17,7 @@ from edgekd.errors import StageError
 from edgekd.harness import runner
 from edgekd.plan import DRY_RUN, is_dry_run, runtimes_of
 from edgekd.ports import Context, StageResult, Step
+from edgekd.store.arrays import open_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ CODE: tuple[str, ...] = (
     "kd/modules",
     "kd/reproducible",
     "kd/teachers",
+    "store/arrays",
     "usercode",
 )
 PARITY_SAMPLES = 64
@@ -167,10 +169,8 @@ def _user_location(error: BaseException) -> str:
 
 
 def _parity_samples(inputs: Mapping[str, Artifact]) -> list[np.ndarray]:
-    import numpy as np
-
     paths = [artifact.path for name, artifact in inputs.items() if name.startswith("inputs.")]
-    return [np.array(np.load(path, mmap_mode="r", allow_pickle=False)[:PARITY_SAMPLES]) for path in paths]
+    return [open_array(path)[:PARITY_SAMPLES] for path in paths]
 
 
 def _check_parity(

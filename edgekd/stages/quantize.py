@@ -13,6 +13,7 @@ from edgekd.errors import StageError
 from edgekd.harness import runner
 from edgekd.plan import DRY_RUN, dry_run_of, is_dry_run, quantized_candidates
 from edgekd.ports import Context, StageResult, Step
+from edgekd.store.arrays import open_array
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from edgekd.ports import Runtime
 
 NAME = "quantize"
-CODE: tuple[str, ...] = ("stages/quantize", "domain/scheme", "harness/runner")
+CODE: tuple[str, ...] = ("stages/quantize", "domain/scheme", "harness/runner", "store/arrays")
 DRY_RUN_SAMPLES = 8
 MAX_SAMPLES = 512  # evenly spaced over a larger calibration set, so that none of its classes is lost if it is sorted by class
 
@@ -92,9 +93,8 @@ def _calibration_samples(inputs: Mapping[str, Artifact], count: int) -> list[lis
     arrays = []
     for name, artifact in inputs.items():
         if name.startswith("calibration."):
-            stored = np.load(artifact.path, mmap_mode="r", allow_pickle=False)
-            rows = np.linspace(0, len(stored) - 1, min(len(stored), count)).round().astype(int)
-            arrays.append(np.array(stored[rows]))
+            stored = open_array(artifact.path)
+            arrays.append(stored[np.linspace(0, len(stored) - 1, min(len(stored), count)).round().astype(int)])
     return [[array[row : row + 1] for array in arrays] for row in range(len(arrays[0]))] if arrays else []
 
 

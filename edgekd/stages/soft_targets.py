@@ -45,6 +45,7 @@ CODE: tuple[str, ...] = (
     "kd/training/distributed",
     "kd/training/execution",
     "kd/views",
+    "store/arrays",
     "usercode",
     "domain/losses",
 )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgekd.ports import Context
 
 NAME = "teach"
-CODE: tuple[str, ...] = ("stages/teach", "kd", "usercode", "domain/losses")
+CODE: tuple[str, ...] = ("stages/teach", "kd", "store/arrays", "usercode", "domain/losses")
 TOOLS = ("torch", "numpy", "safetensors")
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgekd.domain.scheme import DYNAMIC_INT8, FLOAT32, STATIC_INT8
-from edgekd.errors import UnavailableError
+from edgekd.errors import StageError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,10 +27,22 @@ QUANTIZE_TOOLS = ("ai-edge-quantizer", "ai-edge-litert", "numpy")
 
 
 def export(model: Any, inputs: Sequence[TensorSpec], path: Path, *, rewrite: bool = True) -> tuple[str, ...]:  # noqa: ARG001  (the protocol's signature)
-    """Write a float32 TFLite file, as litert-torch converts it, and return notes."""
-    from edgekd.runtimes.litert import convert
+    """Write a float32 TFLite file, as litert-torch converts it, and return notes; inputs keep torch's layout, int64 becomes int32.
 
-    convert.export(model, inputs, path)
+    Raises:
+        StageError: if the converter refuses the model.
+    """
+    import torch
+
+    from edgekd.capture import capture_output, one_line_errors
+
+    if isinstance(model, torch.jit.ScriptModule):
+        raise StageError("litert-torch cannot convert TorchScript; save the model with torch.export.save, or as weights")
+    samples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
+    with capture_output(), one_line_errors("litert-torch refuses the model"):
+        import litert_torch
+
+        litert_torch.convert(model, samples).export(str(path))
     return ()
 
 

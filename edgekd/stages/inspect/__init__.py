@@ -25,6 +25,7 @@ CODE: tuple[str, ...] = (
     "kd/reproducible",
     "kd/teachers",
     "domain/losses",
+    "store/arrays",
     "store/digests",
 )
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from edgekd.store.arrays import open_array
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
@@ -93,10 +95,8 @@ class CheckContext:
 
     def samples(self, rows: Sequence[int], split: str = "evaluation") -> list[np.ndarray]:
         """Return inputs of a split, one array (n, ...) for each input of the student."""
-        import numpy as np
-
         paths = [self.out / f"{split}.inputs.{index}.npy" for index in range(len(self.params.inputs))]
-        return [np.array(np.load(path, mmap_mode="r")[list(rows)]) for path in paths]
+        return [open_array(path)[list(rows)] for path in paths]
 
     def batch(self, size: int = 2) -> list[np.ndarray]:
         """Return the first samples of the evaluation split, again from the first if it has fewer."""

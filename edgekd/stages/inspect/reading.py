@@ -19,6 +19,7 @@ from edgekd.stages.inspect.arrays import (
     sample_digest,
     stack_labels,
 )
+from edgekd.store.arrays import compact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -91,6 +92,8 @@ class SplitReader:
                 problems.append(f"{self.where}: {error}")
         if problems:
             raise RecipeError(*problems)
+        for index in range(len(self.specs)):
+            compact(self.settings.out / f"{self.name}.inputs.{index}.npy")
         if labels is not None:
             import numpy as np
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from edgekd.domain.artifact import Artifact
 from edgekd.errors import RecipeError
 from edgekd.kd import data
+from edgekd.store import arrays
 from tests.stored import store
 
 
@@ -54,10 +57,21 @@ def test_an_array_larger_than_free_memory_is_mapped_and_gives_the_same_batch(tmp
     artifacts = store_artifacts(tmp_path, train__inputs__0=np.arange(12, dtype=np.float32).reshape(6, 2))
     rows = torch.tensor([5, 0, 3])
     expected = data.load_split(artifacts, "train").pick(rows)
-    monkeypatch.setattr(data.os, "sysconf", lambda _: 1)
+    monkeypatch.setattr(os, "sysconf", lambda _: 1)
     mapped = data.load_arrays(artifacts, "train")[0]
     assert isinstance(mapped, np.memmap)
     assert torch.equal(data.load_split(artifacts, "train").pick(rows).inputs[0], expected.inputs[0])
+
+
+def test_compact_inputs_are_loaded_as_plain_ones(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 3, 8, 8)) / np.float32(255)
+    artifacts = store_artifacts(tmp_path, train__inputs__0=pixels.astype(np.float32))
+    plain, path = data.load_split(artifacts, "train"), artifacts["train.inputs.0"].path
+    before = path.stat().st_size
+    monkeypatch.setattr(arrays, "MIN_BYTES", 0)
+    arrays.compact(path)
+    assert path.stat().st_size < 0.3 * before
+    assert torch.equal(data.load_split(artifacts, "train").inputs[0], plain.inputs[0])
 
 
 def test_a_view_has_its_own_inputs_and_the_teachers_logits_for_them(tmp_path):

@@ -145,7 +145,7 @@ def test_the_artifacts_and_their_shapes(runs):
     codes = [f"{name}.code.json" for name in ("augment", "data", "metric", "student", "teacher", "views")]
     assert other_files == sorted([*codes, "metric.parts.json", "student.fresh.safetensors", "summary.json", "teacher.safetensors"])
     summary = _json(folder, "summary.json")
-    assert summary == result.metrics
+    assert summary.items() <= result.metrics.items()
     assert summary["classes"] == 3
     assert summary["groups"] == 2
     assert summary["teacher"] == {"parameters": 15, "outputs": [3]}
