@@ -16,7 +16,7 @@ from edgekd.kd.output_spec import OutputSpec
 from edgekd.stages.inspect.teachers import check_teacher_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from torch import nn
@@ -56,6 +56,7 @@ def check_teacher(check: CheckContext, teacher: TeacherParams, name: str) -> dic
         parameters, predict = modules.parameter_count(module), teacher_from_module(module, entry)
         modules.save_weights(module, check.out / f"{name}.safetensors")
     outputs = check_teacher_outputs(check, predict, teacher.name, may_refuse=not name.startswith("checkpoint."))
+    _check_extremes(check, predict)
     return {"parameters": parameters, "outputs": [int(outputs.shape[1])]}
 
 
@@ -159,8 +160,25 @@ def _check_network(check: CheckContext, entry: EntryPoint, role: str) -> tuple[n
         raise RecipeError(f"{entry}: the {role} {doubt.text}")
     if doubt is not None:
         check.notes.append(f"warning: the {role} {entry} {doubt.text}")
+    _check_extremes(check, lambda arrays: _logits(module, entry, arrays))
     _check_gradient(module, entry, batch, role)
     return module, {"parameters": modules.parameter_count(module), "outputs": outputs}
+
+
+def _check_extremes(check: CheckContext, run: Callable[[list[np.ndarray]], object]) -> None:
+    """Run a network on the samples that hold the lowest and the highest integer of each split: a token may be outside its vocabulary."""
+    import numpy as np
+
+    for index, spec in enumerate(check.params.inputs):
+        for path in sorted(check.out.glob(f"*.inputs.{index}.npy")):
+            array, split = np.load(path, mmap_mode="r"), path.name.partition(".")[0]
+            for position in (int(array.argmin()), int(array.argmax())) if array.size and array.dtype.kind in "iu" else ():
+                row = position // array[0].size
+                try:
+                    run(check.samples([row], split))
+                except RecipeError as error:
+                    value = array.reshape(-1)[position]
+                    raise RecipeError(f"{error} (with sample {row} of {split}, where input '{spec.name}' holds {value})") from None
 
 
 def _check_alone(check: CheckContext, entry: EntryPoint, module: nn.Module, role: str) -> None:

@@ -256,6 +256,39 @@ def test_a_payload_in_a_whole_model_never_runs(suffix, check, tmp_path):
     assert not ran.exists()
 
 
+TOKENS = "def net():\n    return nn.Sequential(nn.Embedding(50, 3), nn.Flatten(), nn.Linear(12, 3))\n"
+INDEX_ERROR = "raised IndexError: index out of range in self"
+
+
+def _save_tokens(folder, split=None, token=0):
+    """Four tokens of each sample, from which its label follows; one of sample 13 of a split is replaced."""
+    for name in ("train", "validation", "evaluation"):
+        ids = np.arange(80).reshape(20, 4) % 48
+        ids[13, 2] = token if name == split else ids[13, 2]
+        np.save(folder / "out" / f"{name}.inputs.0.npy", ids)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "evaluation"])
+@pytest.mark.parametrize("token", [50, -1])
+def test_one_token_outside_of_the_vocabulary_of_a_student_is_named(split, token, check, tmp_path):
+    _save_tokens(tmp_path)
+    assert _student(check, TOKENS)[0]["outputs"] == [3]
+    _save_tokens(tmp_path, split, token)
+    where = f"(with sample 13 of {split}, where input 'x' holds {token})"
+    assert _refusal(checks.check_student, check(TOKENS), [0, 1]) == f"models.py: forward() of what net() made {INDEX_ERROR} {where}"
+
+
+def test_one_token_outside_of_the_vocabulary_of_a_teacher_is_named(check, tmp_path):
+    weights = {"0.weight": torch.eye(3)[torch.arange(50) // 4 % 3], "2.weight": torch.eye(3).repeat(1, 4), "2.bias": torch.zeros(3)}
+    save_file(weights, tmp_path / "w.safetensors")
+    teacher = replace(PARAMS.teacher, weights="w.safetensors")
+    _save_tokens(tmp_path)
+    assert checks.check_teacher(check(TOKENS), teacher, "teacher")["outputs"] == [3]
+    _save_tokens(tmp_path, "evaluation", 50)
+    where = "(with sample 13 of evaluation, where input 'x' holds 50)"
+    assert _refusal(checks.check_teacher, check(TOKENS), teacher, "teacher") == f"models.py: net() {INDEX_ERROR} {where}"
+
+
 BATCH = "models.py:augment: returned {}; expected a batch of the same shapes and types as its input (float32 [2, 4])"
 BAD_AUGMENTS = {
     "crops": ("x[:, 1:]", BATCH.format("Tensor of shape [2, 3]")),
