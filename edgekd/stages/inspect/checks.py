@@ -149,6 +149,7 @@ def _check_network(check: CheckContext, entry: EntryPoint, role: str) -> tuple[n
         raise RecipeError(f"{entry}: {problem}")
     logits = _logits(module, entry, batch)
     outputs = _output_shape(logits, str(entry))
+    _check_extremes(check, lambda arrays: _logits(module, entry, arrays))
     if not np.array_equal(logits, _logits(module, entry, batch)):
         raise RecipeError(
             f"{entry}: the {role} in eval mode returns different outputs for the same input; expected the same (dropout written by hand?)"
@@ -160,7 +161,6 @@ def _check_network(check: CheckContext, entry: EntryPoint, role: str) -> tuple[n
         raise RecipeError(f"{entry}: the {role} {doubt.text}")
     if doubt is not None:
         check.notes.append(f"warning: the {role} {entry} {doubt.text}")
-    _check_extremes(check, lambda arrays: _logits(module, entry, arrays))
     _check_gradient(module, entry, batch, role)
     return module, {"parameters": modules.parameter_count(module), "outputs": outputs}
 
