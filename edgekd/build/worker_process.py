@@ -71,6 +71,7 @@ def _serve(channel: Connection, call: bytes, *, persistent: bool) -> None:
     """Run a call and send its result; a persistent process waits for the next one."""
     faulthandler.enable(file=2)
     usercode.protect_streams()
+    usercode.quieten_libraries()
     own = os.getpid()
     while True:
         message = _run(channel, call)

@@ -95,6 +95,29 @@ def is_user_file(path: str) -> bool:
     return not f"{path}{os.sep}".startswith(("<", *_library_folders()))
 
 
+def quieten_libraries() -> None:
+    """Drop the warnings of installed packages in this process, by ``warnings`` and by ``logging``; their errors and all of the user's stay.
+
+    Packages warn of each other when they are imported (torchao and torch: four lines in each step), and the last lines that a process
+    prints are the reason that a message has for its end.
+    """
+    import logging
+    import warnings
+
+    show_warning, call_handlers = warnings.showwarning, logging.Logger.callHandlers
+
+    def show_users_warning(message: Warning | str, category: type[Warning], filename: str, *arguments: Any, **options: Any) -> None:
+        if is_user_file(filename):
+            show_warning(message, category, filename, *arguments, **options)
+
+    def call_handlers_for_users(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR or is_user_file(record.pathname):
+            call_handlers(logger, record)
+
+    warnings.showwarning = show_users_warning
+    logging.Logger.callHandlers = call_handlers_for_users  # type: ignore[method-assign,assignment]  # packages have handlers of their own
+
+
 def is_user_module(module: object) -> bool:
     """Return whether a module was imported from the user's files."""
     spec = getattr(module, "__spec__", None)

@@ -6,7 +6,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import edgekd
@@ -15,6 +17,7 @@ from edgekd.domain.budget import Budget
 from edgekd.errors import RecipeError, StageError
 from edgekd.harness import runner
 from edgekd.report.target_run import TargetRun
+from edgekd.store import arrays
 from tests import outputs, toy
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -63,6 +66,17 @@ def test_the_key_of_a_verdict_has_the_version_and_the_code_that_judges(target_ru
     monkeypatch.setattr(keys, "source_digest", lambda roots: str(sorted(roots)))
     assert str(keys.PACKAGE / "stages" / "gate") in str(sorted(keys.PACKAGE / name for name in judge.CODE))
     assert _key(target_run) != key
+
+
+def test_the_harness_gets_plain_arrays_of_the_samples_that_it_runs(tmp_path, monkeypatch):
+    pictures = (np.random.default_rng(0).integers(0, 256, (200, 1, 8, 8)) / 255).astype(np.float32)
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "evaluation.inputs.0.npy"
+    np.save(path, pictures)
+    monkeypatch.setattr(arrays, "MIN_BYTES", 0)
+    arrays.compact(path)
+    (written,) = judge._write_samples(SimpleNamespace(evaluation_inputs=lambda: [path]), tmp_path / "out")
+    assert np.load(written, allow_pickle=False).tobytes() == pictures[: runner.MAX_SAMPLES].tobytes()
 
 
 def test_what_cannot_be_measured_is_left_out_of_selection(target_run):

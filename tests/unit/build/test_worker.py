@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def raise_error(kind, arguments, progress):
 
 def end(how, progress):
     sys.stdout.write("first\nsecond \x1b[31mred\x1b[0m\n")
+    warnings.warn_explicit("dropped: it is a library's", UserWarning, subprocess.__file__, 1)
     sys.stderr.write("third\n")
     with usercode.running("models.py:student"):
         exec(how, {"os": os})  # noqa: S102  (a line of the user's)

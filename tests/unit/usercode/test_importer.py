@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import os
 import py_compile
+import subprocess
 import sys
 from pathlib import Path
 
@@ -225,3 +226,39 @@ def test_files_of_python_packages_and_edgekd_are_not_the_users(tmp_path):
     assert usercode.is_user_file("/usr/share/datasets/x.gz")
     libraries = [os.__file__, pytest.__file__, usercode.__file__, str(Path(pytest.__file__).parents[1]), "<string>"]
     assert not [path for path in libraries if usercode.is_user_file(path)]
+
+
+LIBRARY = """
+import logging, warnings
+warnings.warn("a library's warning")
+logging.getLogger("library").warning("a library's logged warning")
+logging.getLogger("with_handler").addHandler(logging.StreamHandler())
+logging.getLogger("with_handler").warning("a library's logged warning")
+logging.getLogger("library").error("a library's error")
+"""
+USERS = """
+import library, logging, warnings
+print("printed", flush=True)
+warnings.warn("careful")
+logging.getLogger("users").warning("logged by a logger")
+logging.warning("logged")
+"""
+
+
+def test_warnings_of_libraries_are_dropped_and_their_errors_and_all_of_the_users_are_shown(tmp_path):
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "library.py").write_text(LIBRARY)
+    (tmp_path / "users.py").write_text(USERS)
+    path = os.pathsep.join([str(tmp_path / "site-packages"), str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
+    program = f"import runpy; from edgekd import usercode; usercode.quieten_libraries(); runpy.run_path({str(tmp_path / 'users.py')!r})"
+    environment = {**os.environ, "PYTHONPATH": path}
+    process = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert process.stdout == "printed\n"
+    shown = [line.removeprefix(f"{tmp_path}/") for line in process.stderr.splitlines()]
+    assert shown == [
+        "a library's error",
+        "users.py:4: UserWarning: careful",
+        '  warnings.warn("careful")',
+        "logged by a logger",
+        "WARNING:root:logged",
+    ]
