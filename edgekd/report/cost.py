@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edgekd.domain.measurement import Measurement
     from edgekd.report.target_run import TargetRun
 
-BUSY_SHARE = 0.1  # of the time in which threads could have run: on a quiet machine they wait for less than 1 % of it
+BUSY_SHARE = 0.1  # of the time in which threads could have run; on a machine with a core for each of them they hardly wait
 BUSY_SECONDS = 1.0
 PARTS = ("teach", "soft_targets", "search", "distill", "sizes", "baselines")
 
