@@ -27,7 +27,8 @@ class Step(Generic[P]):
 
     ``id`` is unique in a plan and starts with the stage's name (``quantize/litert/static_wi8_ai8/ptq``).
     ``params`` is a frozen dataclass of JSON values: all that may change the output. ``inputs`` maps the stage's names to artifacts of
-    other steps, ``"step id:file name"``. ``tools`` are the distributions whose versions affect the bytes.
+    other steps, ``"step id:file name"``. ``tools`` are the distributions whose versions affect the bytes. ``threads`` is how many CPU
+    threads the stage may use where no byte depends on it: neither of the key nor of the step's identity.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Step(Generic[P]):
     params: P
     inputs: Mapping[str, str] = field(default_factory=dict)
     tools: tuple[str, ...] = ()
+    threads: int = field(default=1, compare=False)
 
     @property
     def producers(self) -> set[str]:

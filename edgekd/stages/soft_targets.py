@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from edgekd.domain.recipe import EntryPoint
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
     from edgekd.domain.recipe import Recipe
     from edgekd.domain.target import Target
     from edgekd.kd.soft_targets.storage import Header, Recompute, SoftTargets
+    from edgekd.kd.teachers.layouts import Padding, Submit
     from edgekd.kd.views import Augment
     from edgekd.ports import Context, Progress
 
     Teacher = Callable[[list[np.ndarray]], np.ndarray]
+    Predict = Callable[[list[np.ndarray], range], Callable[[], np.ndarray]]
 
 NAME = "soft_targets"
 CODE: tuple[str, ...] = (
@@ -50,9 +53,10 @@ CODE: tuple[str, ...] = (
     "domain/losses",
 )
 SPLITS = ("train", "validation", "unlabelled")
-BATCH_SIZE = 128
+BATCH_SIZE, MIN_BATCH_SIZE, ACCELERATOR_BATCH_SIZE = 64, 8, 128
+BATCH_NUMBERS = 2**18  # in the inputs of a batch on a CPU: larger ones do not fit its caches, and take memory in each thread
 _QUALITY_NUMBERS = 2**25  # outputs on validation samples that the teacher is judged by
-CHUNK = 16 * BATCH_SIZE  # samples; a kill loses at most the work of one chunk
+CHUNK = 2048  # samples that are stored at once; the next ones are computed meanwhile, so a kill loses at most the work of two chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +72,17 @@ class SoftTargetParams:
     output: OutputSpec
     soft_target_storage: str
     mode: ExecutionMode
-    threads: int
     instruction_set: str
 
 
 def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[SoftTargetParams]]:
-    """Return a step for each teacher. Its key has nothing of the distillation: the teacher does not run again for another temperature."""
+    """Return a step for each teacher. Its key has nothing of the distillation: the teacher does not run again for another temperature.
+
+    Nor has it the number of threads: each batch is computed by one thread, so the logits are the same bits for any number.
+    """
     del targets  # soft targets do not depend on them
     machine, distill = runner.facts(), recipe.distill
+    threads = distributed.world(distill.threads, machine["cores"])["threads"]
     accelerator, accelerator_name = [*execution.allowed_devices("distill", distill.accelerator).items()][-1]
     planned = []
     for name, source in recipe.soft_target_sources.items():
@@ -88,14 +95,13 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[SoftTargetPara
             mode=execution.DEFAULT_MODE
             if source.model is None
             else ExecutionMode(accelerator=accelerator, accelerator_name=accelerator_name),
-            threads=distributed.world(None, machine["cores"])["threads"],
             instruction_set=machine["instruction_set"],
         )
         inputs = {"teacher": source.artifact, "code": source.code, "views.code": "inspect:views.code.json"}
         for split in SPLITS:
             inputs |= data.split_references(recipe, split, labels=split == "validation")
         runtime = ("onnxruntime",) if source.artifact.endswith(".onnx") else ()
-        planned.append(Step(name, NAME, params, inputs, ("torch", "numpy", "safetensors", *runtime)))
+        planned.append(Step(name, NAME, params, inputs, ("torch", "numpy", "safetensors", *runtime), threads))
     return planned
 
 
@@ -103,20 +109,28 @@ def run(step: Step[SoftTargetParams], inputs: Mapping[str, Artifact], context: C
     """Run the teacher; write ``SPLIT.soft_targets.safetensors`` for each split (``kd.soft_targets.storage``), one view of validation."""
     from edgekd.kd import views
     from edgekd.kd.reproducible import deterministic
+    from edgekd.kd.teachers import layouts
 
     params = step.params
     augment = None if params.augment is None else views.load_augmentation(context.recipe_dir, EntryPoint.parse(params.augment))
     splits = {split: data.load_arrays(inputs, split) for split in SPLITS}
-    with deterministic(params.threads, params.mode.accelerator):
-        teacher, notes = _load_teacher(params, inputs, context.recipe_dir, [array[:BATCH_SIZE] for array in splits["train"]])
-        classes = teacher([array[:1] for array in splits["train"]]).shape[1]
+    entry = None if params.model is None else EntryPoint.parse(params.model)
+    with deterministic(1, params.mode.accelerator):  # one thread per batch
+        batch = [array[:BATCH_SIZE] for array in splits["train"]]
+        teachers, notes = layouts.load_teachers(
+            context.recipe_dir, entry, inputs["teacher"].path, params.mode.accelerator, step.threads, batch
+        )
+        padding, further_notes = layouts.removable_padding(teachers[0], splits["train"])
+        classes = teachers[0]([array[:1] for array in batch]).shape[1]
         headers = {split: _header(params, inputs, split, len(arrays[0]), classes) for split, arrays in splits.items()}
         progress = _RowProgress(context.progress, sum(header.rows for header in headers.values()))
         recompute: dict[str, Recompute] = {}
-        for split, arrays in splits.items():
-            make_view = _view_cache(arrays, split, None if split == "validation" else augment)
-            _fill(teacher, headers[split], make_view, _partial_file(context, split), progress)
-            recompute[split] = _recompute(teacher, make_view)
+        with layouts.run_in_threads(teachers, entry) as submit:
+            for split, arrays in splits.items():
+                make_view = _view_cache(arrays, split, None if split == "validation" else augment)
+                predict = partial(_predict, submit, padding, _batch_size(params, arrays))
+                _fill(predict, headers[split], make_view, _partial_file(context, split), progress)
+                recompute[split] = _recompute(teachers[0], make_view)
         if distributed.rank():  # the first rank has the files
             return StageResult()
         soft_targets = {}
@@ -125,34 +139,11 @@ def run(step: Step[SoftTargetParams], inputs: Mapping[str, Artifact], context: C
             storage.finish(_partial_file(context, split), header, path)
             soft_targets[split] = storage.open_expected(path, header, recompute[split])
     labels = _class_labels(inputs)
+    notes += further_notes
     notes += _shift_warnings(soft_targets, labels) if params.output.is_single_softmax else []
     notes += _quality_warnings(step, soft_targets["validation"], inputs)
     metrics = {"samples": progress.total, "classes": classes, "validation_accuracy": _accuracy(soft_targets["validation"], labels)}
     return StageResult(metrics, tuple(notes))
-
-
-def _load_teacher(
-    params: SoftTargetParams, inputs: Mapping[str, Artifact], recipe_dir: Path, batch: list[np.ndarray]
-) -> tuple[Teacher, list[str]]:
-    """Return the teacher, and a warning if it runs on the CPU because the accelerator fails or returns other logits for a batch."""
-    import numpy as np
-
-    from edgekd.kd.teachers.load import load_teacher
-
-    entry, path = None if params.model is None else EntryPoint.parse(params.model), inputs["teacher"].path
-    cpu_teacher, accelerator = load_teacher(recipe_dir, entry, path), params.mode.accelerator
-    if accelerator == execution.CPU:
-        return cpu_teacher, []
-    try:
-        teacher = load_teacher(recipe_dir, entry, path, accelerator)
-        logits, expected = teacher(batch), cpu_teacher(batch)
-        difference = float((np.abs(logits - expected) / np.maximum(1.0, np.abs(expected).max(axis=1, keepdims=True))).max())
-        if difference <= storage.TOLERANCE:
-            return teacher, []
-        why = f"its logits differ by {difference:.2g} of the largest"
-    except (RecipeError, RuntimeError, AssertionError) as error:  # no driver, not enough memory, an unsupported operator
-        why = str(error).splitlines()[0]
-    return cpu_teacher, [f"warning: the teacher runs on the CPU, not on {accelerator}: {why}"]
 
 
 def _header(params: SoftTargetParams, inputs: Mapping[str, Artifact], split: str, samples: int, classes: int) -> Header:
@@ -186,15 +177,21 @@ def _view_cache(arrays: list[np.ndarray], split: str, augment: Augment | None) -
     return make_view
 
 
-def _fill(teacher: Teacher, header: Header, make_view: Callable[[int], list[np.ndarray]], path: Path, progress: _RowProgress) -> None:
-    """Store the logits of a split, from where a run that was killed stopped."""
+def _fill(predict: Predict, header: Header, make_view: Callable[[int], list[np.ndarray]], path: Path, progress: _RowProgress) -> None:
+    """Store the logits of a split, from where a run that was killed stopped; meanwhile the next ones are computed."""
     is_first = distributed.rank() == 0
     stored = distributed.broadcast_number(storage.begin(path, header) if is_first else 0)
     progress.stored += stored
+    pending: deque[tuple[int, range, Callable[[], np.ndarray]]] = deque()
+    submitted = stored
     while stored < header.rows:
-        view, first = divmod(stored, header.samples)
-        rows = range(first, min(header.samples, (first // CHUNK + 1) * CHUNK))
-        logits = _predict(teacher, make_view(view), rows)
+        while submitted < header.rows and submitted - stored <= CHUNK:
+            view, first = divmod(submitted, header.samples)
+            rows = range(first, min(header.samples, (first // CHUNK + 1) * CHUNK))
+            pending.append((view, rows, predict(make_view(view), rows)))
+            submitted += len(rows)
+        view, rows, wait_for_logits = pending.popleft()
+        logits = wait_for_logits()
         stored = storage.append(path, header, stored, logits) if is_first else stored + len(rows)
         progress.stored += len(rows)
         which = f", view {view + 1} of {header.views}" if header.views > 1 else ""
@@ -206,17 +203,47 @@ def _recompute(teacher: Teacher, make_view: Callable[[int], list[np.ndarray]]) -
     return lambda view, rows: teacher([array[rows] for array in make_view(view)])
 
 
-def _predict(teacher: Teacher, arrays: list[np.ndarray], rows: range) -> np.ndarray:
-    """Return the logits of rows; each rank runs the teacher on its share of the batches."""
+def _batch_size(params: SoftTargetParams, arrays: list[np.ndarray]) -> int:
+    """Return how many samples are run at once: a function of their size alone, because other batches give other bits."""
+    if params.mode.accelerator != execution.CPU:
+        return ACCELERATOR_BATCH_SIZE
+    numbers = sum(array[:1].size for array in arrays)
+    return max(MIN_BATCH_SIZE, min(BATCH_SIZE, BATCH_NUMBERS // max(1, numbers)))
+
+
+def _predict(submit: Submit, padding: Padding | None, batch_size: int, arrays: list[np.ndarray], rows: range) -> Callable[[], np.ndarray]:
+    """Begin to compute the logits of rows, and return a function that waits for them. Rows of similar length share a batch.
+
+    Each rank runs the teacher on its share of the batches.
+    """
     import numpy as np
     import torch
 
-    batches = [slice(start, min(start + BATCH_SIZE, rows.stop)) for start in range(rows.start, rows.stop, BATCH_SIZE)]
+    from edgekd.kd.teachers import layouts
+
+    order = np.arange(rows.start, rows.stop)
+    if padding is not None:
+        lengths = layouts.token_lengths([array[rows.start : rows.stop] for array in arrays], padding)
+        order = order[(-lengths).argsort(kind="stable")]
+
+    def make_batch(batch_rows: np.ndarray) -> list[np.ndarray]:
+        batch = [array[batch_rows] for array in arrays]
+        return batch if padding is None else padding.remove(batch)
+
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     shards = [batches[distributed.shard(len(batches), rank)] for rank in range(distributed.world_size())]
-    sizes = [sum(batch.stop - batch.start for batch in shard) for shard in shards]
+    sizes = [sum(map(len, shard)) for shard in shards]
     shard = shards[distributed.rank()] or batches[:1]  # a rank without a batch needs the shape of the logits all the same
-    logits = np.concatenate([teacher([array[batch] for array in arrays]) for batch in shard])
-    return distributed.all_gather(torch.from_numpy(logits[: sizes[distributed.rank()]]), sizes).numpy()
+    parts = [submit(partial(make_batch, batch_rows)) for batch_rows in shard]
+
+    def wait_for_logits() -> np.ndarray:
+        logits = np.concatenate([part.result() for part in parts])
+        gathered = distributed.all_gather(torch.from_numpy(logits[: sizes[distributed.rank()]]), sizes).numpy()
+        in_order = np.empty_like(gathered)
+        in_order[order - rows.start] = gathered
+        return in_order
+
+    return wait_for_logits
 
 
 def _partial_file(context: Context, split: str) -> Path:

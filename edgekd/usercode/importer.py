@@ -77,7 +77,7 @@ def call_user_code(function: Callable[..., Any], entry: EntryPoint, *arguments: 
     Raises:
         RecipeError: if it raises anything but an interrupt, or tries to end the process.
     """
-    with _user_errors(entry, what or f"{entry.function}()"), _in_recipe_dir():
+    with _user_errors(entry, what or f"{entry.function}()"), in_recipe_dir():
         return function(*arguments)
 
 
@@ -216,7 +216,7 @@ def _load_module(path: Path, entry: EntryPoint) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        with _user_errors(entry, "importing it"), _in_recipe_dir():
+        with _user_errors(entry, "importing it"), in_recipe_dir():
             spec.loader.exec_module(module)
     except BaseException:
         sys.modules.pop(name, None)
@@ -244,7 +244,7 @@ def describe_user_error(error: BaseException) -> str | None:
     return None if location is None else f"{location}: {_describe_error(error, 'the code')}"
 
 
-def _in_recipe_dir() -> contextlib.AbstractContextManager[None]:
+def in_recipe_dir() -> contextlib.AbstractContextManager[None]:
     """Return a context in which the recipe's folder is the current one, so that relative paths mean the same in every stage."""
     return contextlib.chdir(_search_folders[0]) if _search_folders else contextlib.nullcontext()
 

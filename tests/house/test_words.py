@@ -139,7 +139,7 @@ def test_text_uses_the_words_of_the_field(texts, pattern):
         "cached verdict": "edgekd/build/judge.py",
         "calibration set": "edgekd/stages/quantize.py",
         "dry run": "edgekd/kd/training/dry_run.py",
-        "ensemble": "edgekd/kd/teachers/ensemble.py",
+        "ensemble": "edgekd/kd/data.py",
         "feature": "edgekd/kd/losses/features.py",
         "domain shift|distribution shift": "edgekd/kd/soft_targets/shift.py",
         "confidence": "edgekd/kd/soft_targets/shift.py",

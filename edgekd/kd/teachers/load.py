@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgekd import usercode
@@ -19,35 +22,84 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
-    from torch import nn
+    from torch import Tensor, nn
 
     Predict = Callable[[list[np.ndarray]], np.ndarray]  # a batch: one array (n, ...) for each input -> logits (n, C), float32
 
 
-def teacher_from_module(module: nn.Module, entry: EntryPoint, device: str = "cpu") -> Predict:
-    """Return a module, which is on ``device``, as a teacher: in eval mode (even if its own code leaves it), without gradients."""
-    import torch
+@dataclass(frozen=True, slots=True)
+class ModuleTeacher:
+    """A module, which is on ``device``, as a teacher: in eval mode (even if its own code leaves it), without gradients.
 
+    With ``channels_last``, the images that it gets are in that memory format.
+    """
+
+    module: nn.Module
+    entry: EntryPoint
+    device: str = "cpu"
+    channels_last: bool = False
+
+    def __call__(self, batch: list[np.ndarray]) -> np.ndarray:
+        """Return the logits of a batch."""
+        import torch
+
+        inputs = _tensors(batch, self.device, channels_last=self.channels_last)
+        with torch.inference_mode():
+            output = usercode.call_user_code(self.module.eval(), self.entry, *inputs)
+        return _check_logits(output, len(batch[0]), str(self.entry))
+
+
+def teacher_from_module(module: nn.Module, entry: EntryPoint, device: str = "cpu", *, channels_last: bool = False) -> ModuleTeacher:
+    """Return a module, which is on ``device``, as a teacher; with ``channels_last``, its weights get that memory format too."""
     module.eval()
     for parameter in module.parameters():  # a TorchScript module has no requires_grad_
         parameter.requires_grad = False
-
-    def predict(batch: list[np.ndarray]) -> np.ndarray:
-        # torch.tensor copies: equal alignment gives equal bits, and the arrays may be read-only
-        with torch.inference_mode():
-            output = usercode.call_user_code(module.eval(), entry, *[torch.tensor(item, device=device) for item in batch])
-        return _check_logits(output, len(batch[0]), str(entry))
-
-    return predict
+    return ModuleTeacher(_in_memory_format(module, channels_last=channels_last), entry, device, channels_last)
 
 
-def teacher_from_torchscript(path: Path) -> Predict:
-    """Return a TorchScript file as a teacher.
+def copy_teacher(teacher: Predict) -> Predict:
+    """Return a teacher that another thread can run at the same time; it shares the parameters.
+
+    A module of the user's may store tensors in itself while it runs, so it is copied; a file that is a whole model does not.
+    It has to have run before: modules with ``torch.nn.utils.weight_norm`` cannot be copied until then.
+
+    Raises:
+        RecipeError: if the module cannot be copied.
+    """
+    import torch
+
+    if not isinstance(teacher, ModuleTeacher) or isinstance(teacher.module, torch.jit.ScriptModule):
+        return teacher
+    shared = {id(parameter): parameter for parameter in teacher.module.parameters()}
+    module = usercode.call_user_code(
+        copy.deepcopy, teacher.entry, teacher.module, shared, what=f"copying what {teacher.entry.function}() made"
+    )
+    return replace(teacher, module=module)
+
+
+def _in_memory_format(module: nn.Module, *, channels_last: bool) -> nn.Module:
+    import torch
+
+    return module.to(memory_format=torch.channels_last) if channels_last else module  # type: ignore[call-overload]  # an overload torch forgot
+
+
+def _tensors(batch: list[np.ndarray], device: str = "cpu", *, channels_last: bool) -> list[Tensor]:
+    """Return inputs as tensors, images in the memory format."""
+    import torch
+
+    image_axes = 4
+    # torch.tensor copies: equal alignment gives equal bits, and the arrays may be read-only
+    tensors = [torch.tensor(item, device=device) for item in batch]
+    return [item.contiguous(memory_format=torch.channels_last) if channels_last and item.ndim == image_axes else item for item in tensors]
+
+
+def teacher_from_torchscript(path: Path, *, channels_last: bool = False) -> Predict:
+    """Return a TorchScript file as a teacher; ``channels_last`` as in :func:`teacher_from_module`.
 
     Raises:
         RecipeError: if it cannot be loaded.
     """
-    return teacher_from_module(load_torchscript(path), EntryPoint(path.name, "forward"))
+    return teacher_from_module(load_torchscript(path), EntryPoint(path.name, "forward"), channels_last=channels_last)
 
 
 def load_torchscript(path: Path) -> nn.Module:
@@ -67,8 +119,10 @@ def load_torchscript(path: Path) -> nn.Module:
     return module.eval()
 
 
-def teacher_from_exported_program(path: Path) -> Predict:
+def teacher_from_exported_program(path: Path, *, channels_last: bool = False) -> Predict:
     """Return a ``torch.export`` file as a teacher; one with a fixed batch of 1 is run sample by sample.
+
+    With ``channels_last``, its weights and the images that it gets are in that memory format.
 
     Raises:
         RecipeError: if it cannot be loaded, could run code, or has another fixed batch.
@@ -76,12 +130,12 @@ def teacher_from_exported_program(path: Path) -> Predict:
     import torch
 
     module, fixed_batch = load_exported_program(path)
-    entry = EntryPoint(path.name, "forward")
+    entry, module = EntryPoint(path.name, "forward"), _in_memory_format(module, channels_last=channels_last)
 
     def predict(batch: list[np.ndarray]) -> np.ndarray:
         # an exported module has no eval mode: it was traced in one; no_grad, as its in-place checks refuse inference tensors
         with torch.no_grad():
-            output = usercode.call_user_code(module, entry, *[torch.tensor(item) for item in batch])
+            output = usercode.call_user_code(module, entry, *_tensors(batch, channels_last=channels_last))
         return _check_logits(output, len(batch[0]), path.name)
 
     return _for_any_batch(predict, fixed_batch, path.name)
@@ -191,7 +245,9 @@ def load_exported_module(path: Path) -> nn.Module:
     return load_torchscript(path) if path.suffix == ".ts" else load_exported_program(path)[0]
 
 
-def load_teacher(recipe_dir: Path, entry: EntryPoint | None, artifact: Path, device: str = "cpu") -> Predict:
+def load_teacher(
+    recipe_dir: Path, entry: EntryPoint | None, artifact: Path, device: str = "cpu", *, channels_last: bool = False
+) -> Predict:
     """Return the frozen teacher as a callable: a batch of inputs -> float32 logits.
 
     Args:
@@ -199,6 +255,7 @@ def load_teacher(recipe_dir: Path, entry: EntryPoint | None, artifact: Path, dev
         entry: The function that makes the module, for weights; None for a file that is a whole model.
         artifact: ``.safetensors`` (weights, or stored logits), ``.ts`` (TorchScript), ``.pt2`` (torch.export) or ``.onnx``.
         device: The device of a module made by ``entry``, as torch names it; whole models run on the CPU.
+        channels_last: The memory format of images, where torch runs the teacher; the logits differ in their last bits.
 
     Raises:
         RecipeError: if it cannot be loaded, or could run code of its own; the callable, if the output is not logits.
@@ -207,10 +264,11 @@ def load_teacher(recipe_dir: Path, entry: EntryPoint | None, artifact: Path, dev
         inputs: one array (n, ...) for each input of the student, in order; logits: (n, C).
     """
     if entry is not None:
-        return teacher_from_module(modules.load_frozen_module(recipe_dir, entry, artifact).to(device), entry, device)
-    loaders = {
-        ".ts": teacher_from_torchscript,
-        ".pt2": teacher_from_exported_program,
+        module = modules.load_frozen_module(recipe_dir, entry, artifact).to(device)
+        return teacher_from_module(module, entry, device, channels_last=channels_last)
+    loaders: dict[str, Callable[[Path], Predict]] = {
+        ".ts": partial(teacher_from_torchscript, channels_last=channels_last),
+        ".pt2": partial(teacher_from_exported_program, channels_last=channels_last),
         ".onnx": teacher_from_onnx,
         ".safetensors": stored.teacher_from_stored_logits,
     }
