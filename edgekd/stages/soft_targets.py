@@ -117,9 +117,8 @@ def run(step: Step[SoftTargetParams], inputs: Mapping[str, Artifact], context: C
     entry = None if params.model is None else EntryPoint.parse(params.model)
     with deterministic(1, params.mode.accelerator):  # one thread per batch
         batch = [array[:BATCH_SIZE] for array in splits["train"]]
-        teachers, notes = layouts.load_teachers(
-            context.recipe_dir, entry, inputs["teacher"].path, params.mode.accelerator, step.threads, batch
-        )
+        accelerator = None if params.mode.accelerator == execution.CPU else params.mode.accelerator
+        teachers, notes = layouts.load_teachers(context.recipe_dir, entry, inputs["teacher"].path, accelerator, step.threads, batch)
         padding, further_notes = layouts.removable_padding(teachers[0], splits["train"])
         classes = teachers[0]([array[:1] for array in batch]).shape[1]
         headers = {split: _header(params, inputs, split, len(arrays[0]), classes) for split, arrays in splits.items()}

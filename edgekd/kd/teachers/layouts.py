@@ -18,7 +18,6 @@ from edgekd import usercode
 from edgekd.errors import RecipeError
 from edgekd.kd.soft_targets import storage
 from edgekd.kd.teachers.load import copy_teacher, load_teacher
-from edgekd.kd.training.execution import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +52,7 @@ class Padding:
 
 
 def load_teachers(
-    recipe_dir: Path, entry: EntryPoint | None, path: Path, device: str, threads: int, batch: Batch
+    recipe_dir: Path, entry: EntryPoint | None, path: Path, accelerator: str | None, threads: int, batch: Batch
 ) -> tuple[list[Predict], list[str]]:
     """Return the teacher once for each thread, and a warning for each layout in which it fails or returns other logits for a batch.
 
@@ -64,7 +63,7 @@ def load_teachers(
         recipe_dir: The folder of the user's code.
         entry: The function that makes the module, or None for a file that is a whole model.
         path: The teacher's weights or file.
-        device: ``cpu``, or an accelerator as torch names it.
+        accelerator: The one to run on, as torch names it; None for the CPU.
         threads: How many batches may run at once.
         batch: Samples on which logits are compared.
 
@@ -76,11 +75,11 @@ def load_teachers(
     load = partial(load_teacher, recipe_dir, entry, path)
     teacher, warnings, image_axes = load(), [], 4
     expected = teacher(batch)
-    if device != CPU:
-        accelerated = _in_layout(lambda: load(device), batch, expected)
+    if accelerator is not None:
+        accelerated = _in_layout(lambda: load(accelerator), batch, expected)
         if not isinstance(accelerated, str):
             return [accelerated], []
-        warnings.append(f"warning: the teacher runs on the CPU, not on {device}: {accelerated}")
+        warnings.append(f"warning: the teacher runs on the CPU, not on {accelerator}: {accelerated}")
     if any(array.ndim == image_axes for array in batch) and path.suffix != ".onnx":
         channels_last = _in_layout(lambda: load(channels_last=True), batch, expected)
         if isinstance(channels_last, str):
