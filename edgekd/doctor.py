@@ -31,7 +31,6 @@ PACKAGES = {
     "onnx": ("onnx", BUILD, "pip install 'edgekd[build]'"),
     "onnxscript": ("onnxscript", BUILD, "pip install 'edgekd[build]'"),
     "onnxsim": ("onnxsim", BUILD, "pip install 'edgekd[build]'"),
-    "optuna": ("optuna", BUILD, "pip install 'edgekd[build]'"),
     "litert-torch": ("litert_torch", BUILD, "pip install 'edgekd[build]'"),
     "ai-edge-quantizer": ("ai_edge_quantizer", BUILD, "pip install 'edgekd[build]'"),
     "safetensors": ("safetensors", BUILD, "pip install 'edgekd[build]'"),

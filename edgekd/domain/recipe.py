@@ -59,8 +59,7 @@ class Data:
     """The data sets.
 
     Attributes:
-        splits: Function that returns a mapping from split to torch data set of ``(input, label)`` items. Splits: train,
-            validation, calibration (from train), evaluation, and optionally unlabelled (items are inputs).
+        splits: Function that maps train, validation, calibration, evaluation and unlabelled to data sets of ``(input, label)``.
         max_overlap: How many samples of one split may also be in another, byte for byte.
         reads: Files, folders and globs (from the recipe's folder) that compiled code or another process reads, which edgekd cannot see.
     """
@@ -72,7 +71,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """Options of every training: one-cycle learning rate; the epoch is chosen on the validation split.
+    """Options of every training, with a one-cycle learning rate.
 
     Attributes:
         epochs: Number of epochs.
@@ -212,7 +211,8 @@ class Distill(TrainingOptions):
         teacher_weighting: Weights of an ensemble: those of the teachers, or for each sample also their confidence.
         assistants: Networks between teacher and student, as a chain.
         search_share: Epochs that the search for "auto" values may take, as a share of ``epochs``.
-        break_even_inferences: End training after as many epochs as this number of inferences on the device pays for (an estimate).
+        ships: "best": a student of the labels alone if it is as good on validation (default with "auto"); or always "distilled".
+        break_even_inferences: End training after as many epochs as so many inferences on the device pay for (an estimate).
         sizes: Students of other widths or depths, distilled in the same manner; the report shows which would be large enough.
         soft_target_storage: "auto" stores a sample of the logits if there are more than 256 classes, "dense" stores all.
         baselines: Students without a teacher, for comparison.
@@ -223,7 +223,8 @@ class Distill(TrainingOptions):
     teachers: tuple[Teacher, ...] = ()
     teacher_weighting: Annotated[str, OneOf("a teacher weighting", ("fixed", "confidence"))] = "fixed"
     assistants: tuple[Assistant, ...] = ()
-    search_share: Annotated[float, Positive] = 1.0
+    search_share: Annotated[float, Positive] = 3.0
+    ships: Annotated[str, OneOf("what ships", ("best", "distilled"))] | None = None
     break_even_inferences: Annotated[int, Between(1)] | None = None
     sizes: tuple[EntryPoint, ...] = ()
     soft_target_storage: Annotated[str, OneOf("a storage", ("auto", "dense"))] = "auto"
@@ -252,8 +253,7 @@ class Evaluate:
     """How outputs are scored.
 
     Attributes:
-        metric: "top1", or a function ``metric(outputs, labels) -> float`` of the whole set, higher for better
-            outputs and at most 1; its interval is from its values without one group at a time.
+        metric: "top1", or a function ``metric(outputs, labels) -> float`` of the whole set, at most 1, higher for better outputs.
         score: Function ``score(outputs, labels) -> array (n,)`` that scores each sample from 0 to 1.
     """
 

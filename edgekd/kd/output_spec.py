@@ -74,6 +74,19 @@ def count_correct(spec: OutputSpec, outputs: Tensor, labels: Tensor) -> tuple[in
     return correct, labelled
 
 
+def sample_scores(spec: OutputSpec, outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the share of each sample's labels that are predicted, (n,) float64; nan for a sample without one, and for regression."""
+    import torch
+
+    hits = torch.zeros(len(outputs), dtype=torch.float64)
+    labelled = torch.zeros_like(hits)
+    if spec.task != REGRESSION:
+        for logits, targets in zip(logit_rows(spec, outputs), label_rows(spec, labels), strict=True):
+            hits += (logits.argmax(dim=1) == targets).reshape(len(outputs), -1).sum(dim=1)
+            labelled += (targets != UNLABELLED).reshape(len(outputs), -1).sum(dim=1)
+    return hits / labelled
+
+
 def parse_labels(spec: OutputSpec, labels: np.ndarray) -> Tensor | None:
     """Return stored labels as training takes them, or None if they do not fit the spec (they are for a metric of the user's)."""
     import torch

@@ -214,10 +214,10 @@ def _details(document: Mapping[str, Any]) -> list[str]:
 
 
 def _training(curve: Mapping[str, Any]) -> str:
-    best = next(epoch for epoch in curve["epochs"] if epoch["epoch"] == curve["best_epoch"])
-    accuracy = best["validation_accuracy"]
-    result = f"loss of {best['validation_loss']:.4g}" if accuracy is None else f"accuracy of {100 * accuracy:.2f} %"
-    return f"trained for {len(curve['epochs'])} epochs; epoch {best['epoch']} is the best, with a validation {result}"
+    last = curve["epochs"][-1]
+    accuracy = last["validation_accuracy"]
+    result = f"loss of {last['validation_loss']:.4g}" if accuracy is None else f"accuracy of {100 * accuracy:.2f} %"
+    return f"trained for {len(curve['epochs'])} epochs; a validation {result} after the last"
 
 
 def _break_even(cost: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from edgekd.domain.losses import AUTO, TAPPED, Loss
+from edgekd.domain.losses import AUTO, LABEL_LOSSES, TAPPED, Loss
 from edgekd.domain.recipe import BASELINES, DISTILLED, PSEUDO_LABELS
 from edgekd.harness import runner
 from edgekd.kd import data
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from edgekd.domain.artifact import Artifact
-    from edgekd.domain.recipe import Recipe
+    from edgekd.domain.recipe import Distill, Recipe
     from edgekd.domain.target import Target
+    from edgekd.kd.training.search import SearchResult
     from edgekd.ports import Context
 
 NAME = "distill"
-CODE: tuple[str, ...] = ("stages/distill", "kd", "store/arrays", "usercode", "domain/losses")
+CODE: tuple[str, ...] = ("stages/distill", "kd", "store/arrays", "usercode", "domain/losses", "stats/intervals", "stats/paired")
 TOOLS = ("torch", "numpy", "safetensors")
 
 
@@ -82,7 +83,7 @@ def _student_steps(recipe: Recipe, params: StudentParams, inputs: Mapping[str, s
     if recipe.distill.break_even_inferences is not None:
         before = [_break_even_step(recipe, student)]
         student = replace(student, inputs={**inputs, "epochs": f"{before[0].id}:{EPOCHS_FILE}"})
-    *searches, student = _with_search(recipe, student)
+    *searches, student = _with_search(recipe, student, labels_only=_may_ship_labels_only(recipe.distill))
     sizes = [  # with what a search chose for the student
         replace(
             student,
@@ -104,13 +105,20 @@ def _break_even_step(recipe: Recipe, step: Step[StudentParams]) -> Step[BreakEve
     return Step(f"{NAME}/epochs", NAME, params, inputs, tools)
 
 
-def _with_search(recipe: Recipe, step: Step[StudentParams]) -> list[Step[Any]]:
-    """Return a step, after the search that chooses what its losses leave to ``auto``."""
-    if not any(loss.has_auto for loss in step.params.losses):
+def _with_search(recipe: Recipe, step: Step[StudentParams], *, labels_only: bool = False) -> list[Step[Any]]:
+    """Return a step, after the search that chooses what its losses leave to ``auto``, or also ``labels_only``."""
+    if not any(loss.has_auto for loss in step.params.losses) and not labels_only:
         return [step]
     name = "/".join([NAME, "search", *step.id.split("/")[1:]])
-    searching = Step(name, NAME, SearchParams(step.params, recipe.distill.search_share), step.inputs, (*TOOLS, "optuna"))
+    params = SearchParams(step.params, recipe.distill.search_share, labels_only)
+    searching = Step(name, NAME, params, step.inputs, (*TOOLS, "scipy"))
     return [searching, replace(step, inputs={**step.inputs, "chosen": f"{name}:{CHOSEN_FILE}"})]
+
+
+def _may_ship_labels_only(distill: Distill) -> bool:
+    """Return whether a student that learned without the teacher may ship: by default if a search compares settings anyway."""
+    is_asked = any(loss.has_auto for loss in distill.losses) if distill.ships is None else distill.ships == "best"
+    return is_asked and any(loss.kind not in LABEL_LOSSES for loss in distill.losses)
 
 
 def _baseline_steps(recipe: Recipe, student: Step[StudentParams]) -> list[Step[Any]]:
@@ -194,7 +202,7 @@ def run(
     step: Step[StudentParams | SearchParams | BreakEvenParams | AutotuneParams], inputs: Mapping[str, Artifact], context: Context
 ) -> StageResult:
     """Train a student; or do what comes before: choose the execution mode, the epochs, or what the losses leave to ``auto``."""
-    from edgekd.kd.training import autotune, break_even, search
+    from edgekd.kd.training import autotune, break_even, jobs, search
 
     params = step.params
     if isinstance(params, AutotuneParams):
@@ -205,7 +213,8 @@ def run(
         return _search(step.id, replace(params, student=_with_epochs(params.student, inputs)), inputs, context)
     params = _with_epochs(params, inputs)
     if "chosen" in inputs:
-        params = replace(params, losses=search.read_chosen(inputs["chosen"]))
+        chosen = replace(params, losses=search.read_chosen(inputs["chosen"]))
+        params, inputs = jobs.without_unread_teacher(chosen, inputs, params.losses)
     return _train(step.id, params, inputs, context)
 
 
@@ -214,7 +223,7 @@ def _train(name: str, params: StudentParams, inputs: Mapping[str, Artifact], con
     from edgekd.kd import modules
     from edgekd.kd.training.calibrate import calibrate
     from edgekd.kd.training.jobs import student_job
-    from edgekd.kd.training.trainer import best_epoch, fit
+    from edgekd.kd.training.trainer import fit
 
     job = student_job(params, inputs, context.recipe_dir)
     weights, curve = fit(job, context.work, context.progress)
@@ -225,23 +234,41 @@ def _train(name: str, params: StudentParams, inputs: Mapping[str, Artifact], con
     if (warning := distributed.batch_norm_warning(job.build, job.settings.batch_size)) is not None:
         notes.append(warning)
     (context.out / "student.safetensors").write_bytes(modules.serialize_weights(weights))
-    best = best_epoch(curve)
-    document = {"best_epoch": best.epoch, "epochs": [asdict(result) for result in curve]}
+    document = {"epochs": [asdict(result) for result in curve]}
     (context.out / "curve.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
     losses = " + ".join(loss.describe() for loss in params.losses)
-    return StageResult({**asdict(best), "samples": len(curve) * len(job.train), "losses": losses}, tuple(notes))
+    return StageResult({**asdict(curve[-1]), "samples": len(curve) * len(job.train), "losses": losses}, tuple(notes))
 
 
 def _search(name: str, params: SearchParams, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Choose what the losses leave to ``auto``; write ``chosen.json``."""
     from edgekd.kd.training import jobs, search
 
-    losses, trials = search.run_search(params, inputs, context)
-    epochs = search.total_epochs(trials)
-    choice = search.describe_choice(params.student.losses, losses)
-    note = f"{name}: {len(trials)} settings were tried for {epochs} epochs; chosen: {choice}"
-    samples = epochs * len(jobs.training_set(inputs, losses, "distill.losses"))
-    return StageResult({"trials": len(trials), "epochs": epochs, "samples": samples}, (note,))
+    result = search.run_search(params, inputs, context)
+    notes = search_notes(name, params, result)
+    losses = search.with_choices(params.student.losses, result.best[0].trial.choices)
+    samples = result.epochs * len(jobs.training_set(inputs, losses, "distill.losses"))
+    return StageResult({"trials": len(result.results), "epochs": result.epochs, "samples": samples}, tuple(notes))
+
+
+def search_notes(name: str, params: SearchParams, result: SearchResult) -> list[str]:
+    """Return what a search chose, by how much, and how sure that is."""
+    from edgekd.kd.training.search import describe_choices
+
+    best, lengths = result.best[0], sorted({item.trial.epochs for item in result.results})
+    settings = len({tuple(item.trial.choices.items()) for item in result.results})
+    tried = f"{settings} settings were tried in trials of {' and '.join(map(str, lengths))} epochs ({result.epochs} in all)"
+    notes = [f"{name}: {tried}; chosen: {describe_choices(params.student.losses, best.trial.choices)}"]
+    if result.second:
+        margin, interval = result.margin()
+        second = describe_choices(params.student.losses, result.second[0].trial.choices)
+        shown = "" if interval is None else f" [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
+        notes.append(f"{name}: second best: {second}, by {100 * margin:.2f} points{shown} on validation")
+    if best.trial.is_labels_only and params.labels_only:
+        notes.append(f'{name}: labels alone are as good as the teacher: nothing is distilled (distill.ships = "distilled" distills)')
+    if result.is_weak:
+        notes.append(f"warning: {name}: the choice is weak: not all settings were tried; raise distill.search_share or distill.epochs")
+    return notes
 
 
 def _with_epochs(params: StudentParams, inputs: Mapping[str, Artifact]) -> StudentParams:

@@ -74,7 +74,7 @@ def run(step: Step[TeachParams | AutotuneParams], inputs: Mapping[str, Artifact]
     from edgekd.kd import modules
     from edgekd.kd.training import autotune
     from edgekd.kd.training.callbacks import SaveWeights
-    from edgekd.kd.training.trainer import best_epoch, fit
+    from edgekd.kd.training.trainer import fit
 
     params = step.params
     if isinstance(params, AutotuneParams):
@@ -85,11 +85,10 @@ def run(step: Step[TeachParams | AutotuneParams], inputs: Mapping[str, Artifact]
     for path in saving.paths:
         (context.out / f"{path.name}.safetensors").write_bytes(path.read_bytes())
     (context.out / "teacher.safetensors").write_bytes(modules.serialize_weights(weights))
-    best = best_epoch(curve)
-    document = {"best_epoch": best.epoch, "epochs": [asdict(result) for result in curve]}
+    document = {"epochs": [asdict(result) for result in curve]}
     (context.out / "curve.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
     warning = distributed.batch_norm_warning(job.build, job.settings.batch_size)
-    return StageResult({**asdict(best), "samples": len(curve) * len(job.train)}, () if warning is None else (warning,))
+    return StageResult({**asdict(curve[-1]), "samples": len(curve) * len(job.train)}, () if warning is None else (warning,))
 
 
 def checkpoint_epochs(epochs: int, count: int) -> list[int]:

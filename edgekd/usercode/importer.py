@@ -40,7 +40,6 @@ _RESERVED = frozenset(
         "onnxruntime",
         "onnxscript",
         "onnxsim",
-        "optuna",
         "safetensors",
         "scipy",
         "torch",

@@ -87,6 +87,7 @@ OTHER = {
     "distill.accelerator": "none",
     "distill.break_even_inferences": 1_000_000,
     "teacher.train.accelerator": "none",
+    "distill.ships": "best",
     "distill.sizes": (tables.EntryPoint("models.py", "wide"),),
     "distill.teacher_weighting": "confidence",
     "teacher.checkpoints": ("early.safetensors",),

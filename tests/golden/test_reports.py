@@ -153,7 +153,7 @@ def _parts(*, measured):
             "interval": [0.919, 0.93],
             "latency": [_latency("litert", 4.0, None)] if measured else [],
         },
-        "student": {"parameters": 31_338, "curve": {"best_epoch": 3, "epochs": epochs}},
+        "student": {"parameters": 31_338, "curve": {"epochs": epochs}},
         "accuracy_drop_by_stage": [
             {"stage": "distill", "pp": 0.5, "interval_pp": [0.1, 0.9], "p": 0.0012},
             {"stage": "export", "pp": 0.0, "interval_pp": [-0.04, 0.04], "p": 1.0},

@@ -19,7 +19,6 @@ HEAVY = {
     "onnxruntime",
     "onnxscript",
     "onnxsim",
-    "optuna",
     "rich",
     "safetensors",
     "scipy",

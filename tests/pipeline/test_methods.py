@@ -221,7 +221,7 @@ def recipe(project, losses, lines="", changes=()):
 
 def accuracy(project):
     curve = json.loads((project / "build" / "until-distill" / "curve.json").read_text())
-    return curve["epochs"][curve["best_epoch"] - 1]["validation_accuracy"]
+    return curve["epochs"][-1]["validation_accuracy"]
 
 
 @pytest.mark.parametrize("name", METHODS)

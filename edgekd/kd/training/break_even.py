@@ -76,7 +76,7 @@ def _epoch_seconds(params: BreakEvenParams, inputs: Mapping[str, Artifact], cont
     """Return the time of an epoch, extrapolated from a few steps; a validation sample counts as a training sample."""
     import torch
 
-    student = replace(params.student, losses=tuple(with_first_choices(params.student.losses)))
+    student = replace(params.student, losses=with_first_choices(params.student.losses))
     job = student_job(student, inputs, context.recipe_dir)
     samples = job.train.pick(torch.arange(STEPS * job.settings.batch_size) % len(job.train))
     with deterministic(job.settings.threads, job.settings.mode.accelerator):

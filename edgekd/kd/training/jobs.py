@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from edgekd.domain.losses import FROZEN, TAPPED, Loss
+from edgekd.domain.losses import FROZEN, LABEL_LOSSES, TAPPED, Loss
 from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError
 from edgekd.kd import data, losses, modules, output_spec, views
@@ -83,10 +83,14 @@ class StudentParams:
 
 @dataclass(frozen=True, slots=True)
 class SearchParams:
-    """The parameters of a search; ``share``: the epochs of all trials together, as a share of the student's."""
+    """The parameters of a search.
+
+    ``share``: the epochs of all trials together, as a share of the student's; ``labels_only``: a student without a teacher is tried too.
+    """
 
     student: StudentParams
     share: float
+    labels_only: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +110,7 @@ class TrainingJob:
     (logits, the logits of each teacher or None, labels, epoch) to the loss. ``augment`` maps (inputs, generator) to inputs, batch
     by batch. ``view`` maps an epoch to its view of the training set, with the teacher's logits for that view.
     ``teacher`` loads the teacher for the ``tapped`` losses. ``auxiliary`` names the copies of the student that teach it
-    (``ema``, ``last_epoch``). ``is_final_loss`` says whether the losses of an epoch are those of the last one: only the weights
-    of such epochs compete.
+    (``ema``, ``last_epoch``).
     """
 
     section: str
@@ -123,7 +126,6 @@ class TrainingJob:
     tapped: Sequence[Loss] = ()
     auxiliary: Sequence[str] = ()
     output: OutputSpec = MULTICLASS_OUTPUT
-    is_final_loss: Callable[[int], bool] = lambda _: True
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +141,6 @@ class EpochResult:
     validation_loss: float
     validation_accuracy: float | None
     learning_rate: float
-    is_final_loss: bool = True
-
-    @property
-    def rank(self) -> tuple[bool, float, float]:
-        """Return what epochs are compared by: accuracy, then the lower loss, both on the validation split."""
-        return (self.is_final_loss, 0.0 if self.validation_accuracy is None else self.validation_accuracy, -self.validation_loss)
 
 
 def student_job(params: StudentParams, inputs: Mapping[str, Artifact], recipe_dir: Path) -> TrainingJob:
@@ -168,9 +164,6 @@ def student_job(params: StudentParams, inputs: Mapping[str, Artifact], recipe_di
     def load_teacher(entry: EntryPoint) -> Network:
         return Network("teacher", modules.load_frozen_module(recipe_dir, entry, inputs["teacher"].path), entry)
 
-    def active(epoch: int) -> list[Loss]:
-        return [loss for loss in params.losses if loss.is_active_in(epoch)]
-
     train = view(settings.epochs - 1)
     if isinstance(train.teacher_logits, data.SampledSoftTargets):
         _check_sampled(params.losses, params.output, train.teacher_logits.shape[1])
@@ -187,8 +180,21 @@ def student_job(params: StudentParams, inputs: Mapping[str, Artifact], recipe_di
         tapped=[loss for loss in params.losses if loss.kind in TAPPED],
         auxiliary=sorted({loss.teacher for loss in params.losses} - {FROZEN}),
         output=params.output,
-        is_final_loss=lambda epoch: active(epoch) == active(settings.epochs - 1),
     )
+
+
+def without_unread_teacher(
+    params: StudentParams, inputs: Mapping[str, Artifact], recipe_losses: Sequence[Loss]
+) -> tuple[StudentParams, Mapping[str, Artifact]]:
+    """Return parameters and inputs without a teacher, if none of the losses has one: exactly those of a baseline.
+
+    ``recipe_losses``: what would be trained with a teacher; it decides on the number of steps.
+    """
+    if any(loss.kind not in LABEL_LOSSES for loss in params.losses):
+        return params, inputs
+    dropped = [".soft_targets", *([] if losses.learns_unlabelled(recipe_losses) else ["unlabelled."])]
+    remaining = {name: artifact for name, artifact in inputs.items() if not any(part in name for part in dropped)}
+    return replace(params, ensemble=None, checkpoints=0, teacher=None), remaining
 
 
 def student_objective(terms: Sequence[Loss], output: OutputSpec) -> Callable[[Tensor, Mapping[str, Tensor | None], Tensor, int], Tensor]:

@@ -1,92 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Search: what a recipe leaves to ``auto`` is chosen by short trials on the validation split; the worse ones are pruned."""
+"""Search: what a recipe leaves to ``auto`` is chosen by short trainings on the validation split.
+
+Trials run in rungs. All trials of a rung train equally long, each a whole schedule down to the lowest learning rate; the best go on to the
+next rung, where they start anew and train longer. So only equals are compared.
+
+Source:
+    Successive halving: Jamieson and Talwalkar, arXiv 1502.07943; Li et al., arXiv 1810.05934.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
+from edgekd import usercode
 from edgekd.domain.losses import AUTO, Loss
 from edgekd.errors import RecipeError
+from edgekd.kd import data, modules, output_spec
 from edgekd.kd.reproducible import load_verified, save_verified
-from edgekd.kd.training.callbacks import CHECKPOINT, Callback
-from edgekd.kd.training.jobs import CHOSEN_FILE, student_job
+from edgekd.kd.training.jobs import CHOSEN_FILE, student_job, without_unread_teacher
 from edgekd.kd.training.trainer import fit
+from edgekd.stats import paired
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    import optuna
+    from torch import Tensor
 
     from edgekd.domain.artifact import Artifact
-    from edgekd.kd.training.callbacks import Trainer
+    from edgekd.domain.verdict import Interval
     from edgekd.kd.training.jobs import SearchParams, TrainingJob
     from edgekd.ports import Context, Progress
+
+    Choices = Mapping[str, float | bool]
 
 # temperatures start below 1: a sharp head on embeddings teaches best there (measured: 0.5 to 1; image-like networks 2 to 4)
 CHOICES: Mapping[str, tuple[float | bool, ...]] = {
     "temperature": (0.5, 1.0, 2.0, 4.0, 8.0),
     "weight": (0.3, 0.9, 2.7, 9.0),
     "standardize": (False, True),
-    "label_smoothing": (0.0, 0.02, 0.05, 0.1, 0.2, 0.3),
+    "label_smoothing": (0.0, 0.05, 0.1, 0.2, 0.3),
 }
-TRIAL_SHARE = 0.25  # of the student's epochs
-MIN_EPOCHS = 2
-FIRST_RUNG = 3  # after that part of a trial the worse half is pruned: while the learning rate still rises, accuracies are chance
+DEFAULTS: Mapping[str, float | bool] = {"temperature": 4.0, "weight": 0.9, "standardize": False, "label_smoothing": 0.0}
+# what is tried beyond the choices, where their end wins
+WIDER: Mapping[str, tuple[float, ...]] = {"temperature": (0.25, 16.0), "weight": (0.1, 27.0, 81.0), "label_smoothing": (0.4, 0.5, 0.6)}
+LABELS_ONLY = "label_smoothing"  # the one choice of a trial without the teacher
+LABELS_ONLY_CHOICES, LABELS_ONLY_DEFAULT = (0.0, 0.1, 0.3), 0.1
+MIN_EPOCHS, MIN_SHARE = 3, 0.1  # of a trial, and as a share of the student's epochs: shorter ones favor what learns fast
+RUNGS, REDUCTION = 3, 3  # usual number of rungs; one of so many trials goes on
+FINAL_TRIALS = 3  # so few need no further rung
+MAX_REPETITIONS = 3  # of the two best, with further seeds
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A setting to train with, how long, and how many seeds after the student's."""
+
+    choices: Choices
+    epochs: int
+    repetition: int = 0
+
+    @property
+    def is_labels_only(self) -> bool:
+        """Return whether the trial has no teacher."""
+        return LABELS_ONLY in self.choices
 
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """One trial: its choices, the accuracy after each of its epochs, and whether it was pruned."""
+    """A trial, and the score of each validation sample, nan for one without a label."""
 
-    choices: dict[str, float | bool]
-    accuracies: list[float]
-    pruned: bool
+    trial: Trial
+    scores: tuple[float, ...]
 
-
-class Pruning(Callback):
-    """Reports each epoch of a trial to Optuna, and ends the trial when its pruner says so."""
-
-    def __init__(self, trial: optuna.Trial, epochs: int) -> None:
-        self.trial, self.epochs = trial, epochs
-        self.accuracies: list[float] = []
-
-    def after_epoch(self, trainer: Trainer) -> None:
-        import optuna
-
-        accuracy = trainer.curve[-1].validation_accuracy
-        if accuracy is None:
-            what = "no sample of the validation split has a class, by which settings could be compared"
-            raise RecipeError(f"distill.losses: 'auto': {what}; choose the setting yourself")
-        if self.report(accuracy):
-            raise optuna.TrialPruned
-
-    def report(self, accuracy: float) -> bool:
-        """Report an accuracy; return whether to prune. A trial that ran to its end is compared as it is."""
-        self.accuracies.append(accuracy)
-        self.trial.report(accuracy, len(self.accuracies))
-        return len(self.accuracies) < self.epochs and self.trial.should_prune()
+    @property
+    def accuracy(self) -> float:
+        """Return the mean score."""
+        scores = [score for score in self.scores if not math.isnan(score)]
+        return sum(scores) / len(scores)
 
 
-def run_search(params: SearchParams, inputs: Mapping[str, Artifact], context: Context) -> tuple[list[Loss], list[TrialResult]]:
-    """Search the losses of a student, write ``chosen.json``, and return the losses and all trials."""
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """All results, and the two best of the longest trials, each with its repetitions; ``second`` is empty if there was one setting.
 
-    def make_job(losses: Sequence[Loss], epochs: int) -> TrainingJob:
-        settings = replace(params.student.settings, epochs=epochs)
-        return student_job(replace(params.student, losses=tuple(losses), settings=settings), inputs, context.recipe_dir)
+    ``is_weak``: there were not enough epochs for all settings.
+    """
 
-    losses, trials = search(params.student.losses, make_job, params.student.settings.epochs, params.share, context.work, context.progress)
-    document = {
-        "losses": [loss.to_dict() for loss in losses],
-        "trials": [asdict(trial) for trial in trials],
-        "epochs": total_epochs(trials),
-    }
+    results: Sequence[TrialResult]
+    best: Sequence[TrialResult]
+    second: Sequence[TrialResult]
+    is_weak: bool
+
+    @property
+    def epochs(self) -> int:
+        """Return the epochs of all trials together."""
+        return _total_epochs(self.results)
+
+    def margin(self) -> tuple[float, Interval | None]:
+        """Return by how much the best is better than the second, with an interval that is paired by sample."""
+        import numpy as np
+
+        best, second = (np.array([result.scores for result in results]).mean(axis=0) for results in (self.best, self.second))
+        differences = (best - second)[~np.isnan(best)]
+        return float(differences.mean()), paired.difference_interval(differences, np.arange(len(differences)))
+
+
+def run_search(params: SearchParams, inputs: Mapping[str, Artifact], context: Context) -> SearchResult:
+    """Search the losses of a student, and write ``chosen.json``."""
+    student = params.student
+
+    def run_trial(trial: Trial, number: int, progress: Progress) -> TrialResult:
+        settings = replace(student.settings, epochs=trial.epochs, seed=student.settings.seed + trial.repetition)
+        trial_params = replace(student, losses=with_choices(student.losses, trial.choices), settings=settings)
+        job = student_job(*without_unread_teacher(trial_params, inputs, student.losses), context.recipe_dir)
+        return _run_trial(trial, job, context.work / f"trial.{number}", progress)
+
+    has_labels = bool((data.load_split(inputs, "train", output=student.output).labels >= 0).any())
+    space = search_space(student.losses, labels_only=params.labels_only and has_labels)
+    result = search(space, run_trial, student.settings.epochs, params.share, context.progress)
+    losses = with_choices(student.losses, result.best[0].trial.choices)
+    trials = [asdict(item.trial) | {"accuracy": item.accuracy} for item in result.results]
+    document = {"losses": [loss.to_dict() for loss in losses], "trials": trials, "epochs": result.epochs}
     (context.out / CHOSEN_FILE).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    return losses, trials
+    return result
 
 
 def read_chosen(artifact: Artifact) -> tuple[Loss, ...]:
@@ -95,99 +136,140 @@ def read_chosen(artifact: Artifact) -> tuple[Loss, ...]:
 
 
 def search(
-    losses: Sequence[Loss],
-    make_job: Callable[[Sequence[Loss], int], TrainingJob],
+    space: Sequence[Choices],
+    run_trial: Callable[[Trial, int, Progress], TrialResult],
     epochs: int,
     share: float,
-    work: Path,
     progress: Progress,
-) -> tuple[list[Loss], list[TrialResult]]:
-    """Return losses without ``auto``, and all trials; the first of the best is the one that was chosen.
+) -> SearchResult:
+    """Return the best setting, by trials in rungs.
 
-    All trials start from the same weights and see the same batches. A search that was killed resumes with its finished trials.
+    All trials start from the same weights and see the same batches. On a tie, the student without a teacher is the better one,
+    then the setting that is nearer to the defaults.
 
     Args:
-        losses: Some options of which are ``auto``.
-        make_job: Returns the job of training by losses for some epochs.
+        space: The settings, from :func:`search_space`.
+        run_trial: Runs a trial, which it gets with its number.
         epochs: Those of the student's own training.
         share: The epochs of all trials together, as a share of these.
-        work: The folder of finished trials.
         progress: Is called with the share done.
-
-    Source:
-        Successive halving: Jamieson and Talwalkar, arXiv 1502.07943; Li et al., arXiv 1810.05934, as in Optuna.
     """
-    import optuna
-
-    budget = max(MIN_EPOCHS, round(share * epochs))
-    trial_epochs = min(budget, max(MIN_EPOCHS, round(TRIAL_SHARE * epochs)))
-    space = {name: CHOICES[name.partition(".")[2]] for name in _auto_options(losses)}
+    shortest = min(epochs, max(MIN_EPOCHS, math.ceil(MIN_SHARE * epochs)))
+    budget = max(shortest, round(share * epochs))
+    settings = list(space[: budget // shortest])
     results: list[TrialResult] = []
 
-    def objective(trial: optuna.Trial) -> float:
-        choices = {name: trial.suggest_categorical(name, values) for name, values in space.items()}
-        pruning = Pruning(trial, trial_epochs)
-        folder = work / f"trial.{len(results)}"
-        result = _resume_trial(folder, pruning) or _run_trial(
-            choices,
-            make_job(with_choices(losses, choices), trial_epochs),
-            pruning,
-            folder,
-            lambda _, text: progress(min(1.0, total_epochs(results) / budget), text),
-        )
-        results.append(result)
-        if result.pruned:
-            raise optuna.TrialPruned
-        return max(result.accuracies)
+    def run(choices: Choices, length: int, repetition: int = 0) -> TrialResult:
+        done = _total_epochs(results)
+        trial = Trial(choices, length, repetition)
+        results.append(run_trial(trial, len(results), lambda part, text: progress((done + part * length) / budget, text)))
+        return results[-1]
 
-    def stop_at_budget(study: optuna.Study, _: optuna.trial.FrozenTrial) -> None:
-        if total_epochs(results) + trial_epochs > budget:
-            study.stop()
-
-    study = _make_study(space, trial_epochs)
-    study.optimize(objective, callbacks=[stop_at_budget])
-    best = max((result for result in results if not result.pruned), key=lambda result: max(result.accuracies))
-    return with_choices(losses, best.choices), results
-
-
-def _make_study(space: Mapping[str, Sequence[float | bool]], trial_epochs: int) -> optuna.Study:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    first_rung = max(MIN_EPOCHS, math.ceil(trial_epochs / FIRST_RUNG))
-    return optuna.create_study(
-        direction="maximize",
-        sampler=optuna.samplers.GridSampler(space, seed=0),
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=2),
-    )
+    length = min(epochs, max(shortest, budget // (RUNGS * len(settings))))
+    rung = [run(choices, length) for choices in settings]
+    while _total_epochs(results) + FINAL_TRIALS * length < budget and (choices := _wider(rung)) is not None:
+        rung.append(run(choices, length))
+    while (survivors := _survivors(rung, (budget - _total_epochs(results)) // (2 * length))) and length < epochs:
+        remaining = budget - _total_epochs(results)
+        halves = [remaining // 2, remaining] if len(survivors) > FINAL_TRIALS else [remaining]
+        length = next(min(epochs, part // len(survivors)) for part in halves if part >= 2 * length * len(survivors))
+        rung = [run(result.trial.choices, length) for result in survivors]
+    rung.sort(key=_rank, reverse=True)
+    finalists = [[result] for result in rung[:2]]
+    for repetition in range(1, MAX_REPETITIONS + 1):
+        if len(finalists) == 1 or _total_epochs(results) + len(finalists) * length > budget:
+            break
+        for repeated in finalists:
+            repeated.append(run(repeated[0].trial.choices, length, repetition))
+    finalists.sort(key=lambda repeated: (sum(item.accuracy for item in repeated), *_rank(repeated[0])[1:]), reverse=True)
+    return SearchResult(results, finalists[0], finalists[1] if len(finalists) > 1 else (), is_weak=len(settings) < len(space))
 
 
-def total_epochs(trials: Sequence[TrialResult]) -> int:
-    """Return the epochs that all trials together took."""
-    return sum(len(trial.accuracies) for trial in trials)
+def search_space(losses: Sequence[Loss], *, labels_only: bool) -> list[Choices]:
+    """Return all settings of losses, the defaults first; ``labels_only`` adds those of a student without a teacher."""
+    names = _auto_options(losses)
+    grid = (dict(zip(names, values, strict=True)) for values in itertools.product(*(CHOICES[_option(name)] for name in names)))
+    space = [*grid, *({LABELS_ONLY: value} for value in (LABELS_ONLY_CHOICES if labels_only else ()))]
+    return sorted(space, key=_distance)
 
 
-def with_choices(losses: Sequence[Loss], choices: Mapping[str, float | bool]) -> list[Loss]:
+def with_choices(losses: Sequence[Loss], choices: Choices) -> tuple[Loss, ...]:
     """Return losses with the choices of a trial, which are named ``number of the loss.option``."""
+    if LABELS_ONLY in choices:
+        return (Loss.from_dict(Loss("ce", label_smoothing=choices[LABELS_ONLY]).to_dict()),)
     chosen = []
     for index, loss in enumerate(losses):
-        options = {name.partition(".")[2]: value for name, value in choices.items() if name.partition(".")[0] == str(index)}
+        options = {_option(name): value for name, value in choices.items() if name.partition(".")[0] == str(index)}
         chosen.append(replace(loss, **options))  # type: ignore[arg-type]  # each has its field's type
-    return chosen
+    return tuple(chosen)
 
 
-def with_first_choices(losses: Sequence[Loss]) -> list[Loss]:
+def with_first_choices(losses: Sequence[Loss]) -> tuple[Loss, ...]:
     """Return losses with the first choice for each ``auto``: as good as any for timing a step."""
-    return with_choices(losses, {name: CHOICES[name.partition(".")[2]][0] for name in _auto_options(losses)})
+    return with_choices(losses, search_space(losses, labels_only=False)[0])
 
 
-def describe_choice(losses: Sequence[Loss], chosen: Sequence[Loss]) -> str:
-    """Return what was chosen, for messages."""
+def describe_choices(losses: Sequence[Loss], choices: Choices) -> str:
+    """Return a setting, for messages."""
+    if LABELS_ONLY in choices:
+        return f"labels only, label smoothing {choices[LABELS_ONLY]:g}"
     parts = []
-    for name in _auto_options(losses):
+    for name, value in choices.items():
         index, _, option = name.partition(".")
-        parts.append(f"{option} of {chosen[int(index)].kind} = {json.dumps(getattr(chosen[int(index)], option))}")
+        parts.append(f"{option} of {losses[int(index)].kind} = {json.dumps(value)}")
     return ", ".join(parts)
+
+
+def _total_epochs(results: Sequence[TrialResult]) -> int:
+    return sum(result.trial.epochs for result in results)
+
+
+def _rank(result: TrialResult) -> tuple[float, bool, float]:
+    """Return what results of equally long trials are compared by."""
+    return (result.accuracy, result.trial.is_labels_only, -_distance(result.trial.choices))
+
+
+def _survivors(rung: Sequence[TrialResult], most: int) -> list[TrialResult]:
+    """Return the results that go on, at most so many: the best, with the best that has a teacher and the best that has none."""
+    ranked = sorted(rung, key=_rank, reverse=True)
+    count = min(max(2, math.ceil(len(ranked) / REDUCTION)), most)
+    if count < min(2, len(ranked)) or len(ranked) == 1:
+        return []
+    leaders = [next((item for item in ranked if item.trial.is_labels_only is kind), ranked[0]) for kind in (False, True)]
+    others = [item for item in ranked if item not in leaders]
+    chosen = [*dict.fromkeys(map(ranked.index, leaders)), *map(ranked.index, others)][:count]
+    return [ranked[index] for index in sorted(chosen)]
+
+
+def _wider(rung: Sequence[TrialResult]) -> Choices | None:
+    """Return a setting that is not in the rung, beyond an end that wins; None if no end does."""
+    tried = [result.trial.choices for result in rung]
+    for is_labels_only in (False, True):
+        leader = max((item for item in rung if item.trial.is_labels_only is is_labels_only), key=_rank, default=None)
+        for name, value in () if leader is None else leader.trial.choices.items():
+            values = [choices[name] for choices in tried if name in choices]
+            wider = WIDER.get(_option(name), ())
+            further = [*sorted(item for item in wider if item > max(values))[:1]] if value == max(values) else []
+            further += [*sorted(item for item in wider if item < min(values))[-1:]] if value == min(values) else []
+            for item in further:
+                return {**leader.trial.choices, name: item}  # type: ignore[union-attr]
+    return None
+
+
+def _distance(choices: Choices) -> float:
+    """Return how far a setting is from the defaults, in steps along the lists of choices."""
+    steps = 0.0
+    for name, value in choices.items():
+        option = _option(name)
+        values = sorted({*CHOICES[option], *WIDER.get(option, ())})
+        default = LABELS_ONLY_DEFAULT if name == LABELS_ONLY else DEFAULTS[option]
+        steps += abs(values.index(value) - values.index(default))
+    return steps
+
+
+def _option(name: str) -> str:
+    """Return the option of a choice, which is named ``number of the loss.option``."""
+    return name.rpartition(".")[2]
 
 
 def _auto_options(losses: Sequence[Loss]) -> list[str]:
@@ -200,26 +282,34 @@ def _auto_options(losses: Sequence[Loss]) -> list[str]:
     ]
 
 
-def _resume_trial(folder: Path, pruning: Pruning) -> TrialResult | None:
-    """Return a trial that an earlier search finished, or None; the pruner learns of its epochs."""
+def _run_trial(trial: Trial, job: TrainingJob, folder: Path, progress: Progress) -> TrialResult:
+    """Train and score a trial, unless an earlier run of the search has."""
     content = load_verified(folder / "result")
-    if content is None:
-        return None
-    result = TrialResult(**json.loads(content))
-    for accuracy in result.accuracies:
-        pruning.report(accuracy)
-    return result
-
-
-def _run_trial(choices: dict[str, float | bool], job: TrainingJob, pruning: Pruning, folder: Path, progress: Progress) -> TrialResult:
-    import optuna
-
+    if content is not None:
+        stored = json.loads(content)
+        if stored["trial"] == asdict(trial):
+            return TrialResult(trial, tuple(stored["scores"]))
     folder.mkdir(exist_ok=True)
-    (folder / CHECKPOINT).unlink(missing_ok=True)  # half a trial starts again: its reports are lost
-    pruned = True
-    with suppress(optuna.TrialPruned):
-        fit(job, folder, lambda _, text: progress(0.0, text), [pruning])
-        pruned = False
-    result = TrialResult(choices, pruning.accuracies, pruned)
-    save_verified(folder / "result", json.dumps(asdict(result)).encode())
+    weights, _ = fit(job, folder, progress)
+    scores = validation_scores(job, weights)
+    if all(map(math.isnan, scores)):
+        what = "no sample of the validation split has a class, by which settings could be compared"
+        raise RecipeError(f"distill.losses: 'auto': {what}; choose the setting yourself")
+    result = TrialResult(trial, scores)
+    save_verified(folder / "result", json.dumps({"trial": asdict(trial), "scores": scores}).encode())
     return result
+
+
+def validation_scores(job: TrainingJob, weights: Mapping[str, Tensor]) -> tuple[float, ...]:
+    """Return the score of each validation sample: the share of its labels that are predicted, nan if it has none."""
+    import torch
+
+    module = job.build()
+    modules.load_weights(module, dict(weights), str(job.entry))
+    module.eval()
+    scores = []
+    with torch.inference_mode():
+        for rows in torch.split(torch.arange(len(job.validation)), job.settings.batch_size):
+            batch = job.validation.pick(rows)
+            scores.append(output_spec.sample_scores(job.output, usercode.call_user_code(module, job.entry, *batch.inputs), batch.labels))
+    return tuple(torch.cat(scores).tolist())

@@ -40,7 +40,7 @@ _REPORTS_PER_EPOCH = 20
 
 @dataclass(slots=True)
 class Trainer:
-    """A job in training. ``best`` are the weights of the best epoch (the first of equals)."""
+    """A job in training."""
 
     job: TrainingJob
     memory_format: torch.memory_format
@@ -48,7 +48,6 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     callbacks: Sequence[Callback] = ()
     curve: list[EpochResult] = field(default_factory=list)
-    best: dict[str, Tensor] = field(default_factory=dict)
 
     def run_epoch(self, epoch: int, progress: Progress) -> None:
         """Train and validate one epoch; append its result to the curve and run the callbacks."""
@@ -59,10 +58,7 @@ class Trainer:
         loss, accuracy = self.validate(epoch)
         _check_finite(self.job, loss, f"on the validation split after epoch {epoch + 1}")
         rate = self.optimizer.param_groups[0]["lr"]
-        result = EpochResult(epoch + 1, train_loss, train_accuracy, loss, accuracy, rate, self.job.is_final_loss(epoch))
-        if not self.curve or result.rank > max(earlier.rank for earlier in self.curve):
-            self.best = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
-        self.curve.append(result)
+        self.curve.append(EpochResult(epoch + 1, train_loss, train_accuracy, loss, accuracy, rate))
         for callback in self.callbacks:
             callback.after_epoch(self)
 
@@ -147,7 +143,6 @@ class Trainer:
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "curve": [asdict(result) for result in self.curve],
-            "best": self.best,
             "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks if callback.name},
         }
 
@@ -155,7 +150,7 @@ class Trainer:
         """Restore what a checkpoint holds."""
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.curve, self.best = [EpochResult(**result) for result in state["curve"]], state["best"]
+        self.curve = [EpochResult(**result) for result in state["curve"]]
         for callback in self.callbacks:
             if callback.name:
                 callback.load_state_dict(state["callbacks"][callback.name])
@@ -164,7 +159,9 @@ class Trainer:
 def fit(
     job: TrainingJob, work: Path, progress: Progress, callbacks: Sequence[Callback] = ()
 ) -> tuple[dict[str, Tensor], list[EpochResult]]:
-    """Train a job and return the weights of the best epoch (the first of equals) and the curve.
+    """Train a job and return the weights after the last epoch and the curve.
+
+    The last epoch, when the learning rate has come down, is better than the one that is best on a small validation split by luck.
 
     Args:
         job: What is trained.
@@ -184,7 +181,7 @@ def fit(
         for epoch in range(len(trainer.curve), settings.epochs):
             trainer.run_epoch(epoch, progress)
             progress((epoch + 1) / settings.epochs, _describe(trainer.curve[-1], settings.epochs))
-    return {name: value.cpu() for name, value in trainer.best.items()}, trainer.curve
+    return {name: value.detach().cpu() for name, value in trainer.module.state_dict().items()}, trainer.curve
 
 
 def make_trainer(job: TrainingJob, memory_format: torch.memory_format, callbacks: Sequence[Callback] = ()) -> Trainer:
@@ -200,11 +197,6 @@ def epoch_runner(job: TrainingJob) -> Callable[[], object]:
     """Return a function that trains one epoch of a job at each call and stores nothing: to be timed, within ``deterministic``."""
     trainer = make_trainer(job, choose_memory_format(job))
     return lambda: trainer.train_epoch(0, lambda _share, _text: None)
-
-
-def best_epoch(curve: Sequence[EpochResult]) -> EpochResult:
-    """Return the epoch whose weights are the result of the training."""
-    return max(curve, key=lambda result: result.rank)  # max returns the first of equals, as the trainer does
 
 
 def one_cycle(step: int, steps: int, peak: float) -> float:

@@ -190,7 +190,7 @@ def test_every_key_is_described(name, kind, count):
 def test_defaults_are_those_of_the_dataclasses():
     distill = schema.json_schema("recipe")["$defs"]["Distill"]["properties"]
     assert distill["losses"]["default"] == [{"kind": "kl", "weight": 0.9}, {"kind": "ce", "weight": 0.1}]
-    assert (distill["batch_size"]["default"], distill["search_share"]["default"]) == (128, 1.0)
+    assert (distill["batch_size"]["default"], distill["search_share"]["default"]) == (128, 3.0)
     assert "default" not in distill["epochs"]
     assert "default" not in distill["threads"]
 

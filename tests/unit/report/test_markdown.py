@@ -68,7 +68,7 @@ def test_unknown_values_leave_no_empty_section(report):
 def test_a_curve_without_accuracy_shows_the_loss(report):
     for line in report["student"]["curve"]["epochs"]:
         line["validation_accuracy"] = None
-    assert "epoch 3 is the best, with a validation loss of 0.3\n" in markdown.render(report)
+    assert "trained for 3 epochs; a validation loss of 0.3 after the last\n" in markdown.render(report)
 
 
 def test_a_percentile_of_too_few_runs_is_not_shown(report):

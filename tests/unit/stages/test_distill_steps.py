@@ -137,7 +137,22 @@ def test_what_is_auto_is_searched_once_for_all_seeds_and_for_the_baselines_too()
     assert [step.id for step in searching] == ["distill/search", "distill/search/label_smoothing/0", "distill/search/pseudo_labels/0"]
     assert [loss for loss in searching[2].params.student.losses if loss.has_auto] == [Loss("hard", "auto")]
     assert {step.params.share for step in searching} == {0.5}
-    assert all("optuna" in step.tools for step in searching)
+    assert [step.params.labels_only for step in searching] == [True, False, False]
+
+
+def test_a_student_without_a_teacher_is_tried_where_something_is_searched_or_the_recipe_asks():
+    searched, fixed = (Loss("kl", temperature="auto"), CE), (KL, CE)
+    for losses, ships, expected in (
+        (searched, None, [True]),
+        (searched, "best", [True]),
+        (searched, "distilled", [False]),
+        (fixed, None, []),
+        (fixed, "best", [True]),
+        (fixed, "distilled", []),
+        ((Loss("ce", label_smoothing="auto"),), None, [False]),
+    ):
+        steps = distill.steps(recipe(losses=losses, ships=ships), [])
+        assert [step.params.labels_only for step in steps if isinstance(step.params, SearchParams)] == expected
 
 
 def test_a_baseline_of_a_student_that_learns_from_labels_only_reads_no_unlabelled_samples():
