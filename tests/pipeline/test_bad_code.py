@@ -236,7 +236,7 @@ def test_a_process_that_ends_while_it_trains_is_a_failed_stage(tmp_path):
 class S(nn.Linear):
     def forward(self, x):
         global CALLS
-        CALLS += 1
+        CALLS += self.training
         print("noise")
         if CALLS > 60: os._exit(0)
         return super().forward(x)
