@@ -245,13 +245,13 @@ def _search(name: str, params: SearchParams, inputs: Mapping[str, Artifact], con
     from edgekd.kd.training import jobs, search
 
     result = search.run_search(params, inputs, context)
-    notes = search_notes(name, params, result)
+    notes = _search_notes(name, params, result)
     losses = search.with_choices(params.student.losses, result.best[0].trial.choices)
     samples = result.epochs * len(jobs.training_set(inputs, losses, "distill.losses"))
     return StageResult({"trials": len(result.results), "epochs": result.epochs, "samples": samples}, tuple(notes))
 
 
-def search_notes(name: str, params: SearchParams, result: SearchResult) -> list[str]:
+def _search_notes(name: str, params: SearchParams, result: SearchResult) -> list[str]:
     """Return what a search chose, by how much, and how sure that is."""
     from edgekd.kd.training.search import describe_choices
 

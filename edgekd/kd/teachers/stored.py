@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _TENSORS = {"digests", "logits"}
 _DIGEST_BYTES = 16
-TOLERANCE = 1e-3  # of a row's largest logit, as for soft targets: kernels add in another order in another batch
+TOLERANCE = 1e-3  # of a row's largest logit: that of soft targets, whose module is in no key of inspect, export or evaluate
 _ROUNDING = 1 / 2048  # of a logit, for a teacher whose logits were stored in float16
 
 

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from edgekd import usercode
-from edgekd.domain.losses import AUTO, Loss
+from edgekd.domain.losses import AUTO, LOSSES, Loss
 from edgekd.errors import RecipeError
 from edgekd.kd import data, modules, output_spec
-from edgekd.kd.reproducible import load_verified, save_verified
+from edgekd.kd.reproducible import deterministic, load_verified, save_verified
 from edgekd.kd.training.jobs import CHOSEN_FILE, student_job, without_unread_teacher
 from edgekd.kd.training.trainer import fit
 from edgekd.stats import paired
@@ -45,11 +45,11 @@ CHOICES: Mapping[str, tuple[float | bool, ...]] = {
     "standardize": (False, True),
     "label_smoothing": (0.0, 0.05, 0.1, 0.2, 0.3),
 }
-DEFAULTS: Mapping[str, float | bool] = {"temperature": 4.0, "weight": 0.9, "standardize": False, "label_smoothing": 0.0}
+DEFAULT_WEIGHT = 0.9  # the other defaults are those of each loss
 # what is tried beyond the choices, where their end wins
 WIDER: Mapping[str, tuple[float, ...]] = {"temperature": (0.25, 16.0), "weight": (0.1, 27.0, 81.0), "label_smoothing": (0.4, 0.5, 0.6)}
 LABELS_ONLY = "label_smoothing"  # the one choice of a trial without the teacher
-LABELS_ONLY_CHOICES, LABELS_ONLY_DEFAULT = (0.0, 0.1, 0.3), 0.1
+LABELS_ONLY_CHOICES = (0.1, 0.0, 0.3)  # the default first
 MIN_EPOCHS, MIN_SHARE = 3, 0.1  # of a trial, and as a share of the student's epochs: shorter ones favor what learns fast
 RUNGS, REDUCTION = 3, 3  # usual number of rungs; one of so many trials goes on
 FINAL_TRIALS = 3  # so few need no further rung
@@ -189,8 +189,9 @@ def search_space(losses: Sequence[Loss], *, labels_only: bool) -> list[Choices]:
     """Return all settings of losses, the defaults first; ``labels_only`` adds those of a student without a teacher."""
     names = _auto_options(losses)
     grid = (dict(zip(names, values, strict=True)) for values in itertools.product(*(CHOICES[_option(name)] for name in names)))
-    space = [*grid, *({LABELS_ONLY: value} for value in (LABELS_ONLY_CHOICES if labels_only else ()))]
-    return sorted(space, key=_distance)
+    space = [({LABELS_ONLY: value}, index) for index, value in enumerate(LABELS_ONLY_CHOICES if labels_only else ())]
+    space += [(choices, _distance(losses, choices)) for choices in grid]
+    return [choices for choices, _ in sorted(space, key=lambda item: item[1])]
 
 
 def with_choices(losses: Sequence[Loss], choices: Choices) -> tuple[Loss, ...]:
@@ -217,16 +218,16 @@ def describe_choices(losses: Sequence[Loss], choices: Choices) -> str:
     for name, value in choices.items():
         index, _, option = name.partition(".")
         parts.append(f"{option} of {losses[int(index)].kind} = {json.dumps(value)}")
-    return ", ".join(parts)
+    return ", ".join(parts) or "the losses of the recipe"
 
 
 def _total_epochs(results: Sequence[TrialResult]) -> int:
     return sum(result.trial.epochs for result in results)
 
 
-def _rank(result: TrialResult) -> tuple[float, bool, float]:
-    """Return what results of equally long trials are compared by."""
-    return (result.accuracy, result.trial.is_labels_only, -_distance(result.trial.choices))
+def _rank(result: TrialResult) -> tuple[float, bool]:
+    """Return what results of equally long trials are compared by; of equals, the first is the best."""
+    return (result.accuracy, result.trial.is_labels_only)
 
 
 def _survivors(rung: Sequence[TrialResult], most: int) -> list[TrialResult]:
@@ -256,14 +257,13 @@ def _wider(rung: Sequence[TrialResult]) -> Choices | None:
     return None
 
 
-def _distance(choices: Choices) -> float:
+def _distance(losses: Sequence[Loss], choices: Choices) -> int:
     """Return how far a setting is from the defaults, in steps along the lists of choices."""
-    steps = 0.0
+    steps = 0
     for name, value in choices.items():
-        option = _option(name)
-        values = sorted({*CHOICES[option], *WIDER.get(option, ())})
-        default = LABELS_ONLY_DEFAULT if name == LABELS_ONLY else DEFAULTS[option]
-        steps += abs(values.index(value) - values.index(default))
+        index, _, option = name.partition(".")
+        default = {"weight": DEFAULT_WEIGHT, **LOSSES[losses[int(index)].kind]}[option]
+        steps += abs(CHOICES[option].index(value) - CHOICES[option].index(default))
     return steps
 
 
@@ -308,7 +308,7 @@ def validation_scores(job: TrainingJob, weights: Mapping[str, Tensor]) -> tuple[
     modules.load_weights(module, dict(weights), str(job.entry))
     module.eval()
     scores = []
-    with torch.inference_mode():
+    with deterministic(job.settings.threads), torch.inference_mode():
         for rows in torch.split(torch.arange(len(job.validation)), job.settings.batch_size):
             batch = job.validation.pick(rows)
             scores.append(output_spec.sample_scores(job.output, usercode.call_user_code(module, job.entry, *batch.inputs), batch.labels))

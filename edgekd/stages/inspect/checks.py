@@ -14,6 +14,7 @@ from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError, did_you_mean
 from edgekd.kd.output_spec import OutputSpec
 from edgekd.stages.inspect.teachers import check_teacher_outputs
+from edgekd.store.arrays import open_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -167,12 +168,13 @@ def _check_network(check: CheckContext, entry: EntryPoint, role: str) -> tuple[n
 
 def _check_extremes(check: CheckContext, run: Callable[[list[np.ndarray]], object]) -> None:
     """Run a network on the samples that hold the lowest and the highest integer of each split: a token may be outside its vocabulary."""
-    import numpy as np
-
     for index, spec in enumerate(check.params.inputs):
         for path in sorted(check.out.glob(f"*.inputs.{index}.npy")):
-            array, split = np.load(path, mmap_mode="r"), path.name.partition(".")[0]
-            for position in (int(array.argmin()), int(array.argmax())) if array.size and array.dtype.kind in "iu" else ():
+            stored, split = open_array(path), path.name.partition(".")[0]
+            if not len(stored) or stored[:0].dtype.kind not in "iu":
+                continue
+            array = stored.load()
+            for position in (int(array.argmin()), int(array.argmax())):
                 row = position // array[0].size
                 try:
                     run(check.samples([row], split))

@@ -8,6 +8,7 @@ from edgekd.domain.losses import Loss
 from edgekd.domain.recipe import Assistant, Baselines, Teacher
 from edgekd.kd.data import Ensemble
 from edgekd.kd.training.jobs import SearchParams, TrainingSettings
+from edgekd.kd.training.search import SearchResult, Trial, TrialResult
 from edgekd.stages import distill
 from tests.distilling import CE, KL, entry, recipe
 
@@ -138,6 +139,25 @@ def test_what_is_auto_is_searched_once_for_all_seeds_and_for_the_baselines_too()
     assert [loss for loss in searching[2].params.student.losses if loss.has_auto] == [Loss("hard", "auto")]
     assert {step.params.share for step in searching} == {0.5}
     assert [step.params.labels_only for step in searching] == [True, False, False]
+
+
+def _result(choices, scores, epochs=20):
+    return TrialResult(Trial(choices, epochs), scores)
+
+
+def test_notes_say_what_a_search_chose_by_how_much_and_how_sure_that_is():
+    params = SearchParams(distill.steps(recipe(losses=(Loss("kl", temperature="auto"), CE)), [])[-1].params, 3.0, labels_only=True)
+    params = replace(params, student=replace(params.student, losses=(Loss("kl", temperature="auto"), CE)))
+    labels, kl = _result({"label_smoothing": 0.1}, (1.0,) * 100), _result({"0.temperature": 2.0}, (1.0,) * 90 + (0.0,) * 10)
+    first = _result({"0.temperature": 2.0}, kl.scores, epochs=6)
+    assert distill._search_notes("distill/search", params, SearchResult([first, kl, labels], [labels], [kl], is_weak=True)) == [
+        "distill/search: 2 settings were tried in trials of 6 and 20 epochs (46 in all); chosen: labels only, label smoothing 0.1",
+        "distill/search: second best: temperature of kl = 2.0, by 10.00 points [5.52, 17.44] on validation",
+        'distill/search: labels alone are as good as the teacher: nothing is distilled (distill.ships = "distilled" distills)',
+        "warning: distill/search: the choice is weak: not all settings were tried; raise distill.search_share or distill.epochs",
+    ]
+    only = distill._search_notes("distill/search", params, SearchResult([_result({}, (1.0,))], [_result({}, (1.0,))], [], is_weak=False))
+    assert only == ["distill/search: 1 settings were tried in trials of 20 epochs (20 in all); chosen: the losses of the recipe"]
 
 
 def test_a_student_without_a_teacher_is_tried_where_something_is_searched_or_the_recipe_asks():

@@ -17,6 +17,7 @@ from edgekd import usercode
 from edgekd.errors import RecipeError
 from edgekd.stages.inspect import checks
 from edgekd.stages.inspect.params import CheckContext
+from edgekd.store.arrays import compact
 from tests.unit.stages.toy_params import PARAMS
 
 HEAD = "import torch\nfrom torch import nn\n"
@@ -275,6 +276,18 @@ def test_one_token_outside_of_the_vocabulary_of_a_student_is_named(split, token,
     assert _student(check, TOKENS)[0]["outputs"] == [3]
     _save_tokens(tmp_path, split, token)
     where = f"(with sample 13 of {split}, where input 'x' holds {token})"
+    assert _refusal(checks.check_student, check(TOKENS), [0, 1]) == f"models.py: forward() of what net() made {INDEX_ERROR} {where}"
+
+
+def test_one_token_outside_of_the_vocabulary_is_seen_in_a_compact_file(check, tmp_path):
+    _save_tokens(tmp_path)
+    path = tmp_path / "out" / "train.inputs.0.npy"
+    ids = np.arange(4 * 40_000).reshape(40_000, 4) % 48
+    ids[31_000, 1] = 50
+    np.save(path, ids)
+    compact(path)
+    assert path.stat().st_size < ids.nbytes / 2
+    where = "(with sample 31000 of train, where input 'x' holds 50)"
     assert _refusal(checks.check_student, check(TOKENS), [0, 1]) == f"models.py: forward() of what net() made {INDEX_ERROR} {where}"
 
 

@@ -250,8 +250,21 @@ def search_params(losses):
     return SearchParams(StudentParams("models.py:net", tuple(losses), settings, "x86-64-v3"), 3.0, labels_only=True)
 
 
+@pytest.mark.parametrize(
+    ("loss", "default"),
+    [
+        (Loss("kl", temperature="auto"), 4.0),
+        (Loss("dist", temperature="auto"), 1.0),
+        (Loss("kl", weight="auto"), 0.9),
+        (Loss("kl", standardize="auto"), False),
+        (Loss("ce", label_smoothing="auto"), 0.0),
+    ],
+)
+def test_the_default_of_each_loss_is_the_first_setting(loss, default):
+    assert list(search.search_space([loss], labels_only=False)[0].values()) == [default]
+
+
 def test_every_option_that_may_be_auto_has_choices():
     for name in ("temperature", "weight", "standardize", "label_smoothing"):
         assert len(search.CHOICES[name]) > 1
-        assert search.DEFAULTS[name] in search.CHOICES[name]
     assert min(search.CHOICES["temperature"]) == 0.5
