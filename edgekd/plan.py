@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from edgekd.domain.artifact import Json
-    from edgekd.domain.recipe import Quantize, Recipe
+    from edgekd.domain.recipe import Recipe
+    from edgekd.domain.scheme import Quantize
     from edgekd.domain.target import RuntimeEntry, Target
     from edgekd.ports import CompletedStep, Stage, Step
 

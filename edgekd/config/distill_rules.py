@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgekd.domain.losses import FROZEN, LABEL_LOSSES, LOSSES, REGRESSION_LOSSES, TAPPED, Loss
-from edgekd.domain.recipe import Baselines, Distill, Evaluate, Student, Teacher, Training
+from edgekd.domain.losses import AUTO, FROZEN, LABEL_LOSSES, LOSSES, REGRESSION_LOSSES, TAPPED, Loss
+from edgekd.domain.recipe import MOST_EPOCHS, Baselines, Distill, Evaluate, Student, Teacher, Training
 from edgekd.errors import expected_one_of
 
 if TYPE_CHECKING:
@@ -77,25 +77,46 @@ def _check_teacher(reader: Reader, teacher: Teacher, key: str) -> None:
 
 
 def _check_distill(reader: Reader, distill: Distill, key: str, reference: Teacher | None) -> None:
-    if (distill.augment is None) != (distill.views is None):
-        present, missing = ("augment", "views, such as 8") if distill.views is None else ("views", "augment")
-        reader.problem(key, f"has {present} without {missing}: the teacher's logits are computed once for each augmented view")
+    _check_views(reader, distill, key)
     if distill.teacher_weighting != "fixed" and not distill.teachers:
         problem = f"'{distill.teacher_weighting}', but there is one teacher; expected further ones in {key}.teachers"
         reader.problem(f"{key}.teacher_weighting", problem)
-    if reference is not None and (count := _count_weights(reference)) > distill.epochs:
-        reader.problem(
-            f"{key}.epochs", f"{distill.epochs} for {count} weights of the teacher in turn; expected at least one epoch for each"
-        )
+    epochs = MOST_EPOCHS if distill.epochs == AUTO else distill.epochs
+    if reference is not None and (count := _count_weights(reference)) > epochs:
+        reader.problem(f"{key}.epochs", f"{epochs} for {count} weights of the teacher in turn; expected at least one epoch for each")
     _check_taps(reader, distill, key, reference)
     if any(loss.epochs is not None for loss in distill.losses):
         if any(loss.has_auto for loss in distill.losses):
             reader.problem(f"{key}.losses", "have epochs, and a value is 'auto', which shorter runs choose; expected one of the two")
-        if any(assistant.epochs not in {None, distill.epochs} for assistant in distill.assistants):
-            problem = f"have other epochs than the student, and losses have epochs; expected {distill.epochs}"
+        if any(assistant.epochs not in {None, epochs} for assistant in distill.assistants):
+            problem = f"have other epochs than the student, and losses have epochs; expected {epochs}"
             reader.problem(f"{key}.assistants", problem)
-    _check_break_even(reader, distill, key, reference)
-    _check_epochs(reader, distill.losses, distill.epochs, key)
+    _check_epoch_limits(reader, distill, key, reference)
+    _check_epochs(reader, distill.losses, epochs, key)
+
+
+def _check_views(reader: Reader, distill: Distill, key: str) -> None:
+    why = "the teacher's logits are computed once for each view"
+    if distill.views is None:
+        for name in ("augment", "mixup"):
+            if getattr(distill, name) is not None:
+                reader.problem(key, f"has {name} without views, such as 8: {why}")
+    elif distill.augment is None and distill.mixup is None:
+        reader.problem(key, f"has views without augment or mixup: {why}")
+    elif distill.mixup is not None and distill.views == 1:
+        reader.problem(f"{key}.views", "1 with mixup, and the first view is not mixed; expected at least 2, such as 30")
+    if distill.mixup is None:
+        return
+    mixup, why = f"{key}.mixup", f"{distill.mixup:g} mixes inputs and class probabilities"
+    for student_key, student in reader.all_parsed(Student):
+        if any(spec.dtype != "float32" for spec in student.inputs):
+            reader.problem(mixup, f"{why}, and {student_key}.inputs has integers; expected float32 inputs, or no such key")
+        if student.task != "multiclass" or student.heads:
+            reader.problem(mixup, f"{why}, and this student has other outputs; expected one softmax, or no such key")
+    if distill.teacher_weighting != "fixed":
+        reader.problem(mixup, f"{why}, and '{distill.teacher_weighting}' weighs teachers by one class; expected \"fixed\", or no such key")
+    if any(loss.kind == "dkd" for loss in distill.losses):
+        reader.problem(mixup, f"{why}, and 'dkd' needs one class per sample; expected 'kl', or no such key")
 
 
 def _check_taps(reader: Reader, distill: Distill, key: str, reference: Teacher | None) -> None:
@@ -110,14 +131,19 @@ def _check_taps(reader: Reader, distill: Distill, key: str, reference: Teacher |
             reader.problem(f"{key}.losses[{index}].taps", problem)
 
 
-def _check_break_even(reader: Reader, distill: Distill, key: str, reference: Teacher | None) -> None:
+def _check_epoch_limits(reader: Reader, distill: Distill, key: str, reference: Teacher | None) -> None:
+    if distill.epochs == AUTO and distill.max_minutes is None:
+        reader.problem(f"{key}.epochs", f"'auto' without a limit; expected a number, or {key}.max_minutes, such as 30")
+    if distill.epochs == AUTO and any(assistant.epochs is None for assistant in distill.assistants):
+        reader.problem(f"{key}.assistants", f"need epochs of their own where {key}.epochs is 'auto'; expected a number for each")
+    for name in ("max_minutes", "break_even_inferences"):
+        if getattr(distill, name) is not None and any(loss.epochs is not None for loss in distill.losses):
+            problem = f"may end training before {distill.epochs} epochs, and losses have epochs; expected one of the two"
+            reader.problem(f"{key}.{name}", problem)
     if distill.break_even_inferences is None:
         return
     if reference is not None and (reference.file or "").endswith(".safetensors"):
         problem = "needs a teacher whose latency can be measured, and this one is stored logits; expected no such key"
-        reader.problem(f"{key}.break_even_inferences", problem)
-    if any(loss.epochs is not None for loss in distill.losses):
-        problem = f"may end training before {distill.epochs} epochs, and losses have epochs; expected one of the two"
         reader.problem(f"{key}.break_even_inferences", problem)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from edgekd.config import distill_rules
 from edgekd.config.reader import SAFE_NAME, Reader, check_unique, display_path, join_key, read_toml
 from edgekd.domain.budget import Budget
-from edgekd.domain.recipe import EntryPoint, Evaluate, Quantize, Recipe, TargetOverrides, Teacher, TensorSpec
-from edgekd.domain.scheme import needs_calibration
+from edgekd.domain.recipe import EntryPoint, Evaluate, Recipe, TargetOverrides, Teacher, TensorSpec
+from edgekd.domain.scheme import Quantize, needs_calibration
 from edgekd.errors import RecipeError
 
 _MAX_AXES = 8  # of numpy, ONNX and TFLite, TFLite has the fewest

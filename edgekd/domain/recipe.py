@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from edgekd.domain.budget import Budget
 from edgekd.domain.losses import Loss
 from edgekd.domain.rules import Between, Name, NonEmpty, OneOf, Positive, Threads
-from edgekd.domain.scheme import SCHEMES
+from edgekd.domain.scheme import Quantize
 
 DTYPES = ("float32", "int32", "int64")
 DISTILLED = "distilled"
@@ -18,6 +18,7 @@ BASELINES = {"no_teacher": 0.0, "label_smoothing": 0.1}  # students without a te
 PSEUDO_LABELS = "pseudo_labels"  # the baseline that learns from predictions of the baseline no_teacher
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("auto", "float32", "bfloat16")
+MOST_EPOCHS = 1000  # of "auto"
 NO_ACCELERATOR = "none"
 ACCELERATORS = ("auto", NO_ACCELERATOR, "cuda", "mps")
 
@@ -74,7 +75,7 @@ class TrainingOptions:
     """Options of every training, with a one-cycle learning rate.
 
     Attributes:
-        epochs: Number of epochs.
+        epochs: Number of epochs; for a student, "auto" is as many as fit in ``max_minutes``, at most 1,000.
         batch_size: Samples per step.
         optimizer: The optimizer.
         learning_rate: Peak of the one-cycle schedule.
@@ -86,7 +87,7 @@ class TrainingOptions:
         threads: CPU threads, by default all cores; another number gives other bits.
     """
 
-    epochs: Annotated[int, Between(1, 100_000)]
+    epochs: Annotated[int, Between(1, 100_000)] | Literal["auto"]
     batch_size: Annotated[int, Between(1)] = 128
     optimizer: Annotated[str, OneOf("an optimizer", OPTIMIZERS)] = "adamw"
     learning_rate: Annotated[float, Between(0, 1000, above=True)] = 0.003
@@ -103,10 +104,12 @@ class Training(TrainingOptions):
     """How the teacher is trained: with cross-entropy.
 
     Attributes:
+        epochs: Number of epochs.
         label_smoothing: Share of the target distribution that is uniform.
         checkpoints: How many earlier weights are saved; the student learns from these first.
     """
 
+    epochs: Annotated[int, Between(1, 100_000)]
     label_smoothing: Annotated[float, Between(0, 1)] = 0.0
     checkpoints: Annotated[int, Between(0)] = 0
 
@@ -205,8 +208,10 @@ class Distill(TrainingOptions):
     """How the student is trained.
 
     Attributes:
+        max_minutes: End training after as many epochs as fit in so many minutes, the search included (an estimate).
         losses: Terms of the loss; their weighted sum is minimized.
-        views: How many augmented versions of each sample are made; teacher and student see the same, the epochs use them in turn.
+        views: How many augmented or mixed versions of each sample are made; teacher and student see the same, the epochs use them in turn.
+        mixup: Mix each sample of a view with another, and their labels; the alpha of the beta distribution that draws the shares.
         teachers: Further teachers; the student learns from the weighted mean of the ensemble's logits.
         teacher_weighting: Weights of an ensemble: those of the teachers, or for each sample also their confidence.
         assistants: Networks between teacher and student, as a chain.
@@ -218,8 +223,10 @@ class Distill(TrainingOptions):
         baselines: Students without a teacher, for comparison.
     """
 
+    max_minutes: Annotated[float, Positive] | None = None
     losses: Annotated[tuple[Loss, ...], NonEmpty()] = (Loss("kl", 0.9), Loss("ce", 0.1))
     views: Annotated[int, Between(1, 10_000)] | None = None
+    mixup: Annotated[float, Between(0.01, 100)] | None = None
     teachers: tuple[Teacher, ...] = ()
     teacher_weighting: Annotated[str, OneOf("a teacher weighting", ("fixed", "confidence"))] = "fixed"
     assistants: tuple[Assistant, ...] = ()
@@ -229,23 +236,6 @@ class Distill(TrainingOptions):
     sizes: tuple[EntryPoint, ...] = ()
     soft_target_storage: Annotated[str, OneOf("a storage", ("auto", "dense"))] = "auto"
     baselines: Baselines | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Quantize:
-    """Which candidates are built.
-
-    Attributes:
-        schemes: Numeric formats; "auto" is all that the target allows.
-        runtimes: Engines; "auto" is all that the target has.
-        io: Type of inputs and outputs of statically quantized candidates.
-        max_float_ops: How many ops a statically quantized candidate may keep in float.
-    """
-
-    schemes: Annotated[tuple[Annotated[str, OneOf("a scheme", SCHEMES)], ...], NonEmpty()] | Literal["auto"] = "auto"
-    runtimes: Annotated[tuple[str, ...], NonEmpty()] | Literal["auto"] = "auto"
-    io: Annotated[str, OneOf("an io type", ("float32", "int8"))] = "float32"
-    max_float_ops: Annotated[int, Between(0)] = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from edgekd.domain.rules import Between, NonEmpty, OneOf
+
 FLOAT32 = "float32"
 STATIC_INT8 = "static_wi8_ai8"
 DYNAMIC_INT8 = "dynamic_wi8_afp32"
 SCHEMES = (DYNAMIC_INT8, FLOAT32, STATIC_INT8)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantize:
+    """Which candidates are built.
+
+    Attributes:
+        schemes: Numeric formats; "auto" is all that the target allows.
+        runtimes: Engines; "auto" is all that the target has.
+        io: Type of inputs and outputs of statically quantized candidates.
+        max_float_ops: How many ops a statically quantized candidate may keep in float.
+    """
+
+    schemes: Annotated[tuple[Annotated[str, OneOf("a scheme", SCHEMES)], ...], NonEmpty()] | Literal["auto"] = "auto"
+    runtimes: Annotated[tuple[str, ...], NonEmpty()] | Literal["auto"] = "auto"
+    io: Annotated[str, OneOf("an io type", ("float32", "int8"))] = "float32"
+    max_float_ops: Annotated[int, Between(0)] = 0
 
 
 def needs_calibration(scheme: str) -> bool:

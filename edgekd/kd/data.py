@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from edgekd.errors import RecipeError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.recipe import Recipe
     from edgekd.kd.soft_targets.storage import SoftTargets
-    from edgekd.kd.views import Augment
+    from edgekd.kd.views import ViewOptions
 
 _MIN_PROBABILITY = 1e-6  # so that a teacher that is confident and wrong still leaves the others a weight
 
@@ -61,12 +61,15 @@ class Samples:
 
     Shapes:
         inputs: one tensor (n, ...) for each input of the student; labels: (n,) int64, -1 where there is none, or as
-        ``output_spec.parse_labels`` returns them; teacher_logits: (n, C) or None.
+        ``output_spec.parse_labels`` returns them; teacher_logits: (n, C) or None. In a mixed view, labels are those of the larger
+        shares, and partner_labels those of the rest: (n,) int64; shares: (n,) float32, from 0.5 to 1.
     """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor
     teacher_logits: Tensor | SampledSoftTargets | None = None
+    partner_labels: Tensor | None = None
+    shares: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,7 +77,19 @@ class Samples:
     def pick(self, rows: Tensor) -> Samples:
         """Return a batch."""
         teacher_logits = None if self.teacher_logits is None else self.teacher_logits[rows]
-        return Samples(tuple(item[rows] for item in self.inputs), self.labels[rows], teacher_logits)
+        partner_labels, shares = (None if item is None else item[rows] for item in (self.partner_labels, self.shares))
+        return Samples(tuple(item[rows] for item in self.inputs), self.labels[rows], teacher_logits, partner_labels, shares)
+
+    def targets(self, classes: int) -> Tensor:
+        """Return what losses compare with: the labels, or the class probabilities (n, C) of a mixed view, 0 where a label is missing."""
+        import torch
+
+        if self.partner_labels is None or self.shares is None:
+            return self.labels
+        probabilities = torch.zeros(len(self), classes)
+        for labels, shares in ((self.labels, self.shares), (self.partner_labels, 1 - self.shares)):
+            probabilities.scatter_add_(1, labels.clamp(min=0)[:, None], shares[:, None])
+        return probabilities * ((self.labels != UNLABELLED) & (self.partner_labels != UNLABELLED))[:, None]
 
 
 def split_references(recipe: Recipe, split: str, *, labels: bool = False) -> dict[str, str]:
@@ -103,7 +118,7 @@ def load_split(
     artifacts: Mapping[str, Artifact],
     split: str,
     *,
-    augment: Augment | None = None,
+    view: ViewOptions | None = None,
     number: int = 0,
     ensemble: Ensemble | None = None,
     checkpoint: int | None = None,
@@ -115,7 +130,7 @@ def load_split(
     Args:
         artifacts: The inputs of the step.
         split: The name of the split.
-        augment: Makes views of the inputs, if it is given.
+        view: How views are made; None if there is only one.
         number: The view that is returned.
         ensemble: How several teachers' logits are averaged; None if there is one teacher.
         checkpoint: The earlier checkpoint of the reference teacher whose logits replace its own.
@@ -140,7 +155,11 @@ def load_split(
         data_digest = digest_of(artifacts, f"{split}.inputs.")
         soft_targets = [storage.open_soft_targets(artifacts[name].path, data=data_digest) for name in (reference, *further)]
         teacher_logits = _teacher_logits(soft_targets, number, labels, ensemble, temperature)
-    return Samples(inputs if augment is None else views.make_view(augment, split, inputs, number), labels, teacher_logits)
+    if view is None:
+        return Samples(inputs, labels, teacher_logits)
+    samples = Samples(views.make_view(view, split, inputs, number), labels, teacher_logits)
+    mixture = views.draw_mixture(view, split, len(samples), number)
+    return samples if mixture is None else replace(samples, partner_labels=labels[mixture.partners], shares=mixture.shares)
 
 
 def digest_of(artifacts: Mapping[str, Artifact], prefix: str) -> str:
@@ -192,11 +211,11 @@ def ensemble_logits(teacher_logits: Sequence[Tensor], weights: Sequence[float], 
     return (sample_weights / sample_weights.sum(dim=0))[:, :, None].mul(logits).sum(dim=0)
 
 
-def make_view(augment: Augment, split: str, inputs: list[np.ndarray], number: int) -> list[np.ndarray]:
+def make_view(options: ViewOptions, split: str, inputs: list[np.ndarray], number: int) -> list[np.ndarray]:
     """Return one view of the inputs of a split, as arrays."""
     import torch
 
-    return [item.numpy() for item in views.make_view(augment, split, tuple(map(torch.from_numpy, inputs)), number)]
+    return [item.numpy() for item in views.make_view(options, split, tuple(map(torch.from_numpy, inputs)), number)]
 
 
 def concatenate(first: Samples, second: Samples) -> Samples:
@@ -213,4 +232,8 @@ def concatenate(first: Samples, second: Samples) -> Samples:
     missing = float("nan") if first.labels.is_floating_point() else UNLABELLED
     is_same_shape = second.labels.shape[1:] == first.labels.shape[1:]
     labels = second.labels if is_same_shape else torch.full((len(second), *first.labels.shape[1:]), missing)
-    return Samples(inputs, torch.cat([first.labels, labels.to(first.labels.dtype)]), teacher_logits)
+    labels = torch.cat([first.labels, labels.to(first.labels.dtype)])
+    if first.partner_labels is None or second.partner_labels is None or first.shares is None or second.shares is None:
+        return Samples(inputs, labels, teacher_logits)
+    partner_labels = torch.cat([first.partner_labels, second.partner_labels])
+    return Samples(inputs, labels, teacher_logits, partner_labels, torch.cat([first.shares, second.shares]))

@@ -15,7 +15,7 @@ from edgekd.kd.losses import learns_unlabelled
 from edgekd.kd.output_spec import OutputSpec
 from edgekd.kd.training import distributed
 from edgekd.kd.training.execution import AutotuneParams, plan_execution_mode
-from edgekd.kd.training.jobs import CHOSEN_FILE, EPOCHS_FILE, BreakEvenParams, SearchParams, StudentParams, TrainingSettings
+from edgekd.kd.training.jobs import CHOSEN_FILE, EPOCHS_FILE, EpochLimitParams, SearchParams, StudentParams, TrainingSettings
 from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[Any]]:
         output=OutputSpec(recipe.student.task, recipe.student.heads),
         augment=None if distill.augment is None else str(distill.augment),
         views=distill.views,
+        mixup=distill.mixup,
     )
     return [
         *planned.steps,
@@ -63,7 +64,7 @@ def _assistant_steps(recipe: Recipe, params: StudentParams, mode: Mapping[str, s
     """Return the steps of the assistants, each after its search."""
     result: list[Step[Any]] = []
     for link, assistant in enumerate(recipe.distill.assistants):
-        epochs = assistant.epochs or recipe.distill.epochs
+        epochs = assistant.epochs or params.settings.epochs
         own = replace(_with_teachers(recipe, params, link), model=str(assistant.model), settings=replace(params.settings, epochs=epochs))
         inputs = {**_teacher_inputs(recipe, link), "code": f"inspect:assistant.{link}.code.json", **mode}
         result += _with_search(recipe, Step(f"distill/assistant/{link}", NAME, own, inputs, TOOLS))
@@ -80,8 +81,8 @@ def _student_steps(recipe: Recipe, params: StudentParams, inputs: Mapping[str, s
         inputs |= {"teacher": recipe.teacher.artifact, "teacher.code": "inspect:teacher.code.json"}
     student = Step(NAME, NAME, params, inputs, TOOLS)
     before: list[Step[Any]] = []
-    if recipe.distill.break_even_inferences is not None:
-        before = [_break_even_step(recipe, student)]
+    if recipe.distill.break_even_inferences is not None or recipe.distill.max_minutes is not None:
+        before = [_epoch_limit_step(recipe, student)]
         student = replace(student, inputs={**inputs, "epochs": f"{before[0].id}:{EPOCHS_FILE}"})
     *searches, student = _with_search(recipe, student, labels_only=_may_ship_labels_only(recipe.distill))
     sizes = [  # with what a search chose for the student
@@ -96,10 +97,11 @@ def _student_steps(recipe: Recipe, params: StudentParams, inputs: Mapping[str, s
     return [*before, *searches, student, *sizes, *_baseline_steps(recipe, student)]
 
 
-def _break_even_step(recipe: Recipe, step: Step[StudentParams]) -> Step[BreakEvenParams]:
-    """Return the step that finds out after how many epochs training still breaks even."""
-    reference = None if recipe.teacher.model is None else str(recipe.teacher.model)
-    params = BreakEvenParams(step.params, recipe.distill.break_even_inferences or 0, reference)
+def _epoch_limit_step(recipe: Recipe, step: Step[StudentParams]) -> Step[EpochLimitParams]:
+    """Return the step that finds out how many epochs fit in the minutes allowed, and still break even."""
+    reference, distill = None if recipe.teacher.model is None else str(recipe.teacher.model), recipe.distill
+    search_share = distill.search_share if _is_searched(step.params, labels_only=_may_ship_labels_only(distill)) else 0.0
+    params = EpochLimitParams(step.params, distill.max_minutes, search_share, distill.break_even_inferences, reference)
     inputs = {**step.inputs, "reference": recipe.teacher.artifact, "reference.code": "inspect:teacher.code.json"}
     tools = (*TOOLS, *(("onnxruntime",) if recipe.teacher.artifact.endswith(".onnx") else ()))
     return Step(f"{NAME}/epochs", NAME, params, inputs, tools)
@@ -107,12 +109,16 @@ def _break_even_step(recipe: Recipe, step: Step[StudentParams]) -> Step[BreakEve
 
 def _with_search(recipe: Recipe, step: Step[StudentParams], *, labels_only: bool = False) -> list[Step[Any]]:
     """Return a step, after the search that chooses what its losses leave to ``auto``, or also ``labels_only``."""
-    if not any(loss.has_auto for loss in step.params.losses) and not labels_only:
+    if not _is_searched(step.params, labels_only=labels_only):
         return [step]
     name = "/".join([NAME, "search", *step.id.split("/")[1:]])
     params = SearchParams(step.params, recipe.distill.search_share, labels_only)
     searching = Step(name, NAME, params, step.inputs, (*TOOLS, "scipy"))
     return [searching, replace(step, inputs={**step.inputs, "chosen": f"{name}:{CHOSEN_FILE}"})]
+
+
+def _is_searched(params: StudentParams, *, labels_only: bool) -> bool:
+    return labels_only or any(loss.has_auto for loss in params.losses)
 
 
 def _may_ship_labels_only(distill: Distill) -> bool:
@@ -199,16 +205,16 @@ def _soft_targets(step: str, suffix: str = "") -> dict[str, str]:
 
 
 def run(
-    step: Step[StudentParams | SearchParams | BreakEvenParams | AutotuneParams], inputs: Mapping[str, Artifact], context: Context
+    step: Step[StudentParams | SearchParams | EpochLimitParams | AutotuneParams], inputs: Mapping[str, Artifact], context: Context
 ) -> StageResult:
     """Train a student; or do what comes before: choose the execution mode, the epochs, or what the losses leave to ``auto``."""
-    from edgekd.kd.training import autotune, break_even, jobs, search
+    from edgekd.kd.training import autotune, epoch_limits, jobs, search
 
     params = step.params
     if isinstance(params, AutotuneParams):
         return autotune.choose_execution_mode(NAME, params, inputs, context)
-    if isinstance(params, BreakEvenParams):
-        return break_even.choose_epochs(params, inputs, context)
+    if isinstance(params, EpochLimitParams):
+        return epoch_limits.choose_epochs(params, inputs, context)
     if isinstance(params, SearchParams):
         return _search(step.id, replace(params, student=_with_epochs(params.student, inputs)), inputs, context)
     params = _with_epochs(params, inputs)
@@ -272,8 +278,8 @@ def _search_notes(name: str, params: SearchParams, result: SearchResult) -> list
 
 
 def _with_epochs(params: StudentParams, inputs: Mapping[str, Artifact]) -> StudentParams:
-    """Return the parameters with the epochs that break even, if the step has them as an input."""
-    from edgekd.kd.training.break_even import read_epochs
+    """Return the parameters with the epochs that fit and break even, if the step has them as an input."""
+    from edgekd.kd.training.epoch_limits import read_epochs
 
     if "epochs" not in inputs:
         return params

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from edgekd.domain.target import Target
     from edgekd.kd.soft_targets.storage import Header, Recompute, SoftTargets
     from edgekd.kd.teachers.layouts import Padding, Submit
-    from edgekd.kd.views import Augment
+    from edgekd.kd.views import ViewOptions
     from edgekd.ports import Context, Progress
 
     Teacher = Callable[[list[np.ndarray]], np.ndarray]
@@ -69,6 +69,7 @@ class SoftTargetParams:
     model: str | None
     augment: str | None
     views: int
+    mixup: float | None
     output: OutputSpec
     soft_target_storage: str
     mode: ExecutionMode
@@ -90,6 +91,7 @@ def steps(recipe: Recipe, targets: Sequence[Target]) -> list[Step[SoftTargetPara
             model=None if source.model is None else str(source.model),
             augment=None if distill.augment is None else str(distill.augment),
             views=distill.views or 1,
+            mixup=distill.mixup,
             output=OutputSpec(recipe.student.task, recipe.student.heads),
             soft_target_storage=distill.soft_target_storage,
             mode=execution.DEFAULT_MODE
@@ -112,7 +114,7 @@ def run(step: Step[SoftTargetParams], inputs: Mapping[str, Artifact], context: C
     from edgekd.kd.teachers import layouts
 
     params = step.params
-    augment = None if params.augment is None else views.load_augmentation(context.recipe_dir, EntryPoint.parse(params.augment))
+    options = views.view_options(context.recipe_dir, params.augment, params.mixup)
     splits = {split: data.load_arrays(inputs, split) for split in SPLITS}
     entry = None if params.model is None else EntryPoint.parse(params.model)
     with deterministic(1, params.mode.accelerator):  # one thread per batch
@@ -126,7 +128,7 @@ def run(step: Step[SoftTargetParams], inputs: Mapping[str, Artifact], context: C
         recompute: dict[str, Recompute] = {}
         with layouts.run_in_threads(teachers, entry) as submit:
             for split, arrays in splits.items():
-                make_view = _view_cache(arrays, split, None if split == "validation" else augment)
+                make_view = _view_cache(arrays, split, None if split == "validation" else options)
                 predict = partial(_predict, submit, padding, _batch_size(params, arrays))
                 _fill(predict, headers[split], make_view, _partial_file(context, split), progress)
                 recompute[split] = _recompute(teachers[0], make_view)
@@ -139,7 +141,7 @@ def run(step: Step[SoftTargetParams], inputs: Mapping[str, Artifact], context: C
             soft_targets[split] = storage.open_expected(path, header, recompute[split])
     labels = _class_labels(inputs)
     notes += further_notes
-    notes += _shift_warnings(soft_targets, labels) if params.output.is_single_softmax else []
+    notes += _shift_warnings(soft_targets, labels, params) if params.output.is_single_softmax else []
     notes += _quality_warnings(step, soft_targets["validation"], inputs)
     metrics = {"samples": progress.total, "classes": classes, "validation_accuracy": _accuracy(soft_targets["validation"], labels)}
     return StageResult(metrics, tuple(notes))
@@ -166,12 +168,12 @@ class _RowProgress:
     stored: int = 0
 
 
-def _view_cache(arrays: list[np.ndarray], split: str, augment: Augment | None) -> Callable[[int], list[np.ndarray]]:
+def _view_cache(arrays: list[np.ndarray], split: str, options: ViewOptions | None) -> Callable[[int], list[np.ndarray]]:
     """Return a function that returns a view of a split by its number, and keeps the last one: a single view is in memory at a time."""
 
     @lru_cache(maxsize=1)
     def make_view(number: int) -> list[np.ndarray]:
-        return arrays if augment is None else data.make_view(augment, split, arrays, number)
+        return arrays if options is None else data.make_view(options, split, arrays, number)
 
     return make_view
 
@@ -283,12 +285,16 @@ def _quality_warnings(step: Step[SoftTargetParams], validation: SoftTargets, inp
     return [f"warning: {name} {problem.text}" for problem in problems]
 
 
-def _shift_warnings(soft_targets: Mapping[str, SoftTargets], labels: np.ndarray | None) -> list[str]:
-    """Return a warning if the unlabelled samples are from another domain than the validation split."""
+def _shift_warnings(soft_targets: Mapping[str, SoftTargets], labels: np.ndarray | None, params: SoftTargetParams) -> list[str]:
+    """Return a warning if the unlabelled samples are from another domain than the validation split.
+
+    Mixed views are: the teacher is less confident on them. Only the first is not mixed.
+    """
     from edgekd.kd.soft_targets import shift
 
-    in_domain, unlabelled = (shift.mean_confidence(soft_targets[split]) for split in ("validation", "unlabelled"))
+    views = None if params.mixup is None else 1
+    in_domain, unlabelled = (shift.mean_confidence(soft_targets[split], views) for split in ("validation", "unlabelled"))
     if not shift.has_shifted(in_domain, unlabelled):
         return []
-    expected = None if labels is None else shift.expected_accuracy(soft_targets["validation"], labels, soft_targets["unlabelled"])
+    expected = None if labels is None else shift.expected_accuracy(soft_targets["validation"], labels, soft_targets["unlabelled"], views)
     return [f"warning: {shift.warning(in_domain, unlabelled, expected)}"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from edgekd.build import pipeline
-from edgekd.domain import budget, losses
+from edgekd.domain import budget, losses, scheme
 from edgekd.domain import recipe as tables
 from edgekd.domain import target as profile
 from edgekd.kd.training import execution
@@ -86,6 +86,8 @@ OTHER = {
     "teacher.train.precision": "bfloat16",
     "distill.accelerator": "none",
     "distill.break_even_inferences": 1_000_000,
+    "distill.max_minutes": 30.0,
+    "distill.mixup": 1.0,
     "teacher.train.accelerator": "none",
     "distill.ships": "best",
     "distill.sizes": (tables.EntryPoint("models.py", "wide"),),
@@ -105,7 +107,7 @@ OTHER = {
     "protocol.max_temp_c": 75,
     "schemes": ("float32",),
     "runtimes": (profile.RuntimeEntry("litert", "ai-edge-litert", (1, 4)),),
-    "target": {"board": tables.TargetOverrides(budget.Budget(max_size_kib=1.0), tables.Quantize())},
+    "target": {"board": tables.TargetOverrides(budget.Budget(max_size_kib=1.0), scheme.Quantize())},
 }
 # fields with one value only, that need another field to change too, or that are options of another kind of loss
 SKIPPED = {"schema", "runtimes[0].name", "runtimes[1].name", "distill.losses[0].kind", "distill.losses[1].kind"} | {

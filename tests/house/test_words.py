@@ -131,7 +131,7 @@ def test_text_uses_the_words_of_the_field(texts, pattern):
         "soft target": "edgekd/stages/soft_targets.py",
         "EMA": "edgekd/kd/training/callbacks.py",
         "all_gather": "edgekd/kd/training/distributed.py",
-        "break-even|break_even": "edgekd/kd/training/break_even.py",
+        "break-even|break_even": "edgekd/kd/training/epoch_limits.py",
         "pseudo-label": "edgekd/domain/recipe.py",
         "label smoothing": "edgekd/domain/recipe.py",
         "temperature scaling": "edgekd/kd/training/calibrate.py",

@@ -163,7 +163,8 @@ METHODS = {
     "assistants": ('{ kind = "kl" }', 'assistants = [{ model = "models.py:middle", epochs = 4 }, { model = "models.py:student" }]', ()),
     "search": ('{ kind = "kl", temperature = "auto", standardize = "auto" }, { kind = "ce", weight = "auto" }', "search_share = 0.5", ()),
     "checkpoints": ('{ kind = "kl" }', "", ("checkpoints",)),
-    "break-even": ('{ kind = "kl", temperature = "auto" }', "break_even_inferences = 1000000000\nsearch_share = 0.5", ()),
+    "break-even": ('{ kind = "kl", temperature = "auto" }', "break_even_inferences = 1000000000\nmax_minutes = 99\nsearch_share = 0.5", ()),
+    "mixed views": ('{ kind = "kl" }, { kind = "ce" }', "mixup = 1.0\nviews = 3", ()),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from edgekd import config, scaffold
-from edgekd.domain import budget, recipe
+from edgekd.domain import budget, recipe, scheme
 from edgekd.errors import UsageError
 
 
@@ -48,7 +48,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "table", [budget.Budget, recipe.Quantize, recipe.Evaluate, recipe.Training, recipe.Distill, recipe.Teacher, recipe.Data]
+    "table", [budget.Budget, scheme.Quantize, recipe.Evaluate, recipe.Training, recipe.Distill, recipe.Teacher, recipe.Data]
 )
 def test_the_template_has_every_key(table):
     text = (scaffold.TEMPLATES / "edgekd.toml").read_text()
@@ -63,5 +63,5 @@ def test_the_defaults_in_the_template_are_correct(tmp_path):
     assert float(defaults["label_smoothing"]) == recipe.Training(1).label_smoothing
     assert float(defaults["weight_decay"]) == recipe.Training(1).weight_decay
     assert float(defaults["learning_rate"]) == recipe.Training(1).learning_rate
-    assert int(defaults["max_float_ops"]) == recipe.Quantize().max_float_ops
+    assert int(defaults["max_float_ops"]) == scheme.Quantize().max_float_ops
     assert int(defaults["max_overlap"]) == recipe.Data(recipe.EntryPoint("d.py", "s")).max_overlap

@@ -22,16 +22,20 @@ def ce(student: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return the cross-entropy of the labels: ``mean over labelled samples of -log softmax(student)[label]``.
 
     With smoothing s, the target probability of the label is ``1 - s + s / C``, that of every other class ``s / C``.
-    A batch without a label gives 0.
+    A batch without a label gives 0. Labels of mixed samples are class probabilities, which are smoothed alike.
 
     Shapes:
-        student: (n, C) logits; labels: (n,) int64, -1 where there is none; result: ().
+        student: (n, C) logits; labels: (n,) int64, -1 where there is none, or (n, C) float, 0 where there is none; result: ().
 
     Source:
         Smoothing: Szegedy et al., arXiv 1512.00567, section 7.
     """
     from torch.nn.functional import cross_entropy
 
+    if labels.is_floating_point():
+        labelled = labels.sum(dim=1) > 0
+        total = cross_entropy(to_float32(student[labelled]), labels[labelled], reduction="sum", label_smoothing=label_smoothing)
+        return total / labelled.sum().clamp(min=1)
     total = cross_entropy(to_float32(student), labels, ignore_index=UNLABELLED, reduction="sum", label_smoothing=label_smoothing)
     return total / (labels != UNLABELLED).sum().clamp(min=1)
 

@@ -27,13 +27,13 @@ class Confidence:
     variance: float
 
 
-def mean_confidence(soft_targets: SoftTargets) -> Confidence:
-    """Return the teacher's confidence on a split; the views of a sample are averaged first, as they are not independent."""
+def mean_confidence(soft_targets: SoftTargets, views: int | None = None) -> Confidence:
+    """Return the teacher's confidence on a split; the (first) views of a sample are averaged first, as they are not independent."""
     import numpy as np
 
     if soft_targets.header.samples == 0:
         return Confidence(0, 0.0, 0.0)
-    confidence = np.mean([top1(soft_targets, view).confidence for view in range(soft_targets.header.views)], axis=0)
+    confidence = np.mean([top1(soft_targets, view).confidence for view in range(soft_targets.header.views)[:views]], axis=0)
     return Confidence(len(confidence), float(confidence.mean()), float(confidence.var()))
 
 
@@ -67,7 +67,9 @@ def top1(soft_targets: SoftTargets, view: int) -> Top1:
     return Top1(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
 
 
-def expected_accuracy(in_domain: SoftTargets, labels: np.ndarray, unlabelled: SoftTargets) -> tuple[float, float] | None:
+def expected_accuracy(
+    in_domain: SoftTargets, labels: np.ndarray, unlabelled: SoftTargets, views: int | None = None
+) -> tuple[float, float] | None:
     """Return bounds of the teacher's expected accuracy on samples without labels, or None if too few in-domain samples have one.
 
     The bounds are two estimates. One is the in-domain accuracy minus the difference of the mean confidences: it holds for a teacher
@@ -78,6 +80,7 @@ def expected_accuracy(in_domain: SoftTargets, labels: np.ndarray, unlabelled: So
         in_domain: Soft targets of the validation split.
         labels: Shape (n,): its classes, -1 where there is none.
         unlabelled: Soft targets of the samples without labels; several views are averaged.
+        views: How many of them are read; None: all.
 
     Source:
         Guillory et al., arXiv 2107.03315; Garg et al., arXiv 2201.04234, section 4 (with minus the entropy).
@@ -87,11 +90,11 @@ def expected_accuracy(in_domain: SoftTargets, labels: np.ndarray, unlabelled: So
     is_labelled = labels >= 0
     if is_labelled.sum() < MIN_SAMPLES:
         return None
-    validation, views = top1(in_domain, 0), [top1(unlabelled, view) for view in range(unlabelled.header.views)]
+    validation, shifted = top1(in_domain, 0), [top1(unlabelled, view) for view in range(unlabelled.header.views)[:views]]
     accuracy = (validation.classes == labels)[is_labelled].mean()
     threshold = np.quantile(validation.certainty[is_labelled], 1 - accuracy)
-    by_threshold = np.mean([(view.certainty >= threshold).mean() for view in views])
-    by_confidence = accuracy - (validation.confidence[is_labelled].mean() - np.mean([view.confidence.mean() for view in views]))
+    by_threshold = np.mean([(view.certainty >= threshold).mean() for view in shifted])
+    by_confidence = accuracy - (validation.confidence[is_labelled].mean() - np.mean([view.confidence.mean() for view in shifted]))
     return float(min(by_threshold, by_confidence)), float(max(by_threshold, by_confidence))
 
 

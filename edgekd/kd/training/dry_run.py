@@ -56,7 +56,7 @@ def _train_one_batch(job: TrainingJob, memory_format: torch.memory_format) -> No
     logits = forward(module, job.entry, inputs, job.settings.mode)
     _check_logits(job, logits, len(batch))
     epoch = job.settings.epochs - 1
-    frozen_logits, labels = targets_to_device(batch, job.settings.mode)
+    frozen_logits, labels = targets_to_device(batch, logits.shape[1], job.settings.mode)
     teacher_logits: dict[str, Tensor | None] = {**dict.fromkeys(TEACHERS), TEACHERS[0]: frozen_logits}
     for callback in callbacks:
         teacher_logits |= callback.teacher_logits(inputs, epoch)

@@ -195,7 +195,7 @@ def inputs_to_device(inputs: tuple[Tensor, ...], memory_format: torch.memory_for
     return [item.to(mode.accelerator) for item in converted]
 
 
-def targets_to_device(batch: Samples, mode: ExecutionMode) -> tuple[Tensor | None, Tensor]:
-    """Return the teacher's logits of a batch, if there are any, and its labels, on the device of a mode."""
+def targets_to_device(batch: Samples, classes: int, mode: ExecutionMode) -> tuple[Tensor | None, Tensor]:
+    """Return the teacher's logits of a batch, if there are any, and its labels (or class probabilities), on the device of a mode."""
     teacher_logits = cast("Tensor | None", batch.teacher_logits)  # those of a batch are in memory
-    return None if teacher_logits is None else teacher_logits.to(mode.accelerator), batch.labels.to(mode.accelerator)
+    return None if teacher_logits is None else teacher_logits.to(mode.accelerator), batch.targets(classes).to(mode.accelerator)

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from edgekd.domain.losses import FROZEN, LABEL_LOSSES, TAPPED, Loss
-from edgekd.domain.recipe import EntryPoint
+from edgekd.domain.losses import AUTO, FROZEN, LABEL_LOSSES, TAPPED, Loss
+from edgekd.domain.recipe import MOST_EPOCHS, EntryPoint
 from edgekd.errors import RecipeError
 from edgekd.kd import data, losses, modules, output_spec, views
 from edgekd.kd.losses.taps import Network
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgekd.kd.data import Samples
     from edgekd.kd.views import Augment
 
-CHOSEN_FILE, EPOCHS_FILE = "chosen.json", "epochs.json"  # results of a search, and of the break-even step
+CHOSEN_FILE, EPOCHS_FILE = "chosen.json", "epochs.json"  # results of a search, and of the step that limits the epochs
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class TrainingSettings:
     def from_recipe(cls, options: Distill | Training, world: Mapping[str, int], mode: ExecutionMode) -> TrainingSettings:
         """Return the settings of ``[distill]`` or ``[teacher.train]``; ``world`` is from ``distributed.world``."""
         return cls(
-            options.epochs,
+            MOST_EPOCHS if options.epochs == AUTO else options.epochs,
             options.batch_size,
             options.optimizer,
             options.learning_rate,
@@ -76,6 +76,7 @@ class StudentParams:
     output: OutputSpec = MULTICLASS_OUTPUT
     augment: str | None = None
     views: int | None = None
+    mixup: float | None = None
     ensemble: data.Ensemble | None = None
     checkpoints: int = 0
     teacher: str | None = None
@@ -94,11 +95,16 @@ class SearchParams:
 
 
 @dataclass(frozen=True, slots=True)
-class BreakEvenParams:
-    """The parameters of the step; ``reference`` is the teacher's entry point, None for a file that is a whole model."""
+class EpochLimitParams:
+    """The parameters of the step that limits the epochs; a limit that is None is none.
+
+    ``reference`` is the teacher's entry point, None for a file that is a whole model; ``search_share`` is 0 without a search.
+    """
 
     student: StudentParams
-    inferences: int
+    minutes: float | None
+    search_share: float
+    inferences: int | None
     reference: str | None
 
 
@@ -151,15 +157,15 @@ def student_job(params: StudentParams, inputs: Mapping[str, Artifact], recipe_di
     """
     entry, settings = EntryPoint.parse(params.model), params.settings.with_mode(inputs)
     teacher = None if params.teacher is None else EntryPoint.parse(params.teacher)
-    augment = None if params.augment is None else views.load_augmentation(recipe_dir, EntryPoint.parse(params.augment))
+    options = views.view_options(recipe_dir, params.augment, params.mixup)
     section = "distill.losses" if "train.soft_targets" in inputs else "distill.baselines"
     common: dict[str, Any] = {"ensemble": params.ensemble, "output": params.output, "temperature": _temperature(params.losses)}
 
     def view(epoch: int) -> data.Samples:
         turn = epoch * (params.checkpoints + 1) // settings.epochs
-        number = 0 if augment is None or params.views is None else epoch % params.views
+        number = 0 if params.views is None else epoch % params.views
         checkpoint = turn if turn < params.checkpoints else None
-        return training_set(inputs, params.losses, section, augment=augment, number=number, checkpoint=checkpoint, **common)
+        return training_set(inputs, params.losses, section, view=options, number=number, checkpoint=checkpoint, **common)
 
     def load_teacher(entry: EntryPoint) -> Network:
         return Network("teacher", modules.load_frozen_module(recipe_dir, entry, inputs["teacher"].path), entry)
@@ -175,7 +181,7 @@ def student_job(params: StudentParams, inputs: Mapping[str, Artifact], recipe_di
         validation=data.load_split(inputs, "validation", **common),
         objective=student_objective(params.losses, params.output),
         settings=settings,
-        view=view if augment is not None or params.checkpoints else None,
+        view=view if params.views is not None or params.checkpoints else None,
         teacher=None if teacher is None else lambda: load_teacher(teacher),
         tapped=[loss for loss in params.losses if loss.kind in TAPPED],
         auxiliary=sorted({loss.teacher for loss in params.losses} - {FROZEN}),

@@ -127,7 +127,7 @@ class Trainer:
                 f"{job.section}: a batch of {len(batch)} is too small for {distributed.world_size()} ranks; raise {job.section}.batch_size"
             )
         logits = distributed.all_gather(forward(self.module, job.entry, shard, mode), sizes)
-        frozen_logits, labels = targets_to_device(batch, mode)
+        frozen_logits, labels = targets_to_device(batch, logits.shape[1], mode)
         teacher_logits: dict[str, Tensor | None] = {**dict.fromkeys(TEACHERS), TEACHERS[0]: frozen_logits}
         for callback in self.callbacks:
             for name, tensor in callback.teacher_logits(shard, epoch).items():

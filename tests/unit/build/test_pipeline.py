@@ -17,7 +17,7 @@ import pytest
 
 from edgekd.build import keys, pipeline, refusals
 from edgekd.domain.candidate import Candidate
-from edgekd.domain.recipe import Quantize
+from edgekd.domain.scheme import Quantize
 from edgekd.errors import OutOfMemoryError, RecipeError, StageError, StorageError, UnavailableError
 from edgekd.plan import Plan, left_out
 from edgekd.ports import Record, StageResult, Step

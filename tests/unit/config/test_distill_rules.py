@@ -126,6 +126,19 @@ def test_all_keys_of_distillation_are_read(tmp_path):
             "only the reference has earlier weights",
         ),
         (_more('teachers = [{ file = "logits.npz" }]'), r"'logits.npz'; expected a file that ends in .onnx, .pt2, .safetensors, .ts"),
+        (_more("views = 8"), "distill: has views without augment or mixup: the teacher's logits are computed once for each view"),
+        (_more("mixup = 1.0"), "distill: has mixup without views, such as 8"),
+        (_more("mixup = 1.0\nviews = 1"), "distill.views: 1 with mixup, and the first view is not mixed; expected at least 2"),
+        (_more("mixup = 0.0\nviews = 4"), "distill.mixup: 0 is out of range"),
+        (
+            _with('{ kind = "dkd" }]\nviews = 4\nmixup = 1.0\nteachers = ['),
+            "mixes inputs and class probabilities, and 'dkd' needs one class",
+        ),
+        (_more("max_minutes = 0"), "distill.max_minutes: 0 is out of range"),
+        (
+            (LOSSES_LINE, 'losses = [{ kind = "kl", epochs = [1, 30] }]\nmax_minutes = 5'),
+            "max_minutes: may end training before",
+        ),
         ((MODEL, MODEL + '\ncheckpoints = ["w.safetensors"]'), "need model and weights; a teacher with \\[teacher.train\\] has"),
         (("[teacher.train]", "[teacher.train]\ncheckpoints = 500"), "expected fewer than teacher.train.epochs"),
         (_with('{ kind = "kl", temperature = "auto", epochs = [1, 30] }'), "have epochs, and a value is 'auto'"),
@@ -179,3 +192,38 @@ def test_teachers_of_other_outputs_are_not_weighted_by_confidence(tmp_path):
     teacher = 'teachers = [{ model = "models.py:teacher", weights = "w.safetensors" }]\nteacher_weighting = "confidence"'
     with pytest.raises(RecipeError, match="'confidence' weighs teachers by the probability of one label per sample.*; expected \"fixed\""):
         _recipe(tmp_path, ("[student]", "[student]\nheads = [5, 5]"), ("[distill]", f"[distill]\n{teacher}"))
+
+
+AUTO_EPOCHS = ("epochs = 30", 'epochs = "auto"')
+
+
+def test_epochs_may_be_left_to_the_minutes(tmp_path):
+    distill = _recipe(tmp_path, AUTO_EPOCHS, _more("max_minutes = 0.5")).distill
+    assert (distill.epochs, distill.max_minutes) == ("auto", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ((AUTO_EPOCHS,), "distill.epochs: 'auto' without a limit; expected a number, or distill.max_minutes, such as 30"),
+        (
+            (AUTO_EPOCHS, _more('max_minutes = 5\nassistants = [{ model = "models.py:teacher" }]')),
+            "distill.assistants: need epochs of their own where distill.epochs is 'auto'",
+        ),
+        ((("epochs = 30", 'epochs = "many"'),), "distill.epochs: 'many'; expected an integer or \"auto\""),
+        ((("epochs = 10", 'epochs = "auto"'),), "teacher.train.epochs: 'auto'; expected an integer"),
+    ],
+)
+def test_other_epochs_are_refused(tmp_path, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        _recipe(tmp_path, *changes)
+
+
+def test_what_cannot_be_mixed_is_refused(tmp_path):
+    integers = ('dtype = "float32"', 'dtype = "int64"')
+    with pytest.raises(RecipeError, match="distill.mixup: 0.4 mixes inputs and class probabilities, and student.inputs has integers"):
+        _recipe(tmp_path, integers, _more("mixup = 0.4\nviews = 9"))
+    with pytest.raises(RecipeError, match="and this student has other outputs; expected one softmax"):
+        _recipe(tmp_path, ("[student]", '[student]\ntask = "multilabel"'), _more("mixup = 0.4\nviews = 9"))
+    with pytest.raises(RecipeError, match="and 'confidence' weighs teachers by one class"):
+        _recipe(tmp_path, _more('mixup = 0.4\nviews = 9\nteacher_weighting = "confidence"'))

@@ -10,7 +10,8 @@ import pytest
 from edgekd import config
 from edgekd.domain.budget import Budget
 from edgekd.domain.losses import Loss
-from edgekd.domain.recipe import Data, Distill, EntryPoint, Evaluate, Quantize, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.recipe import Data, Distill, EntryPoint, Evaluate, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.scheme import Quantize
 from tests.unit.config.documents import RECIPE, problems_of, write_toml
 
 

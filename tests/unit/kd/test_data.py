@@ -10,6 +10,7 @@ import torch
 from edgekd.domain.artifact import Artifact
 from edgekd.errors import RecipeError
 from edgekd.kd import data
+from edgekd.kd.views import ViewOptions, draw_mixture
 from edgekd.store import arrays
 from tests.stored import store
 
@@ -82,11 +83,33 @@ def test_a_view_has_its_own_inputs_and_the_teachers_logits_for_them(tmp_path):
     def noisy(inputs, generator):
         return tuple(item + torch.rand(item.shape, generator=generator) for item in inputs)
 
-    views = [data.load_split(artifacts, "train", augment=noisy, number=number) for number in (0, 1)]
+    options = ViewOptions(noisy)
+    views = [data.load_split(artifacts, "train", view=options, number=number) for number in (0, 1)]
     assert not torch.equal(views[0].inputs[0], views[1].inputs[0])
-    assert torch.equal(views[1].inputs[0], data.load_split(artifacts, "train", augment=noisy, number=1).inputs[0])
+    assert torch.equal(views[1].inputs[0], data.load_split(artifacts, "train", view=options, number=1).inputs[0])
     assert [view.teacher_logits.tolist() for view in views] == logits.tolist()
     assert data.load_split(artifacts, "train").inputs[0].unique().tolist() == [1]  # the stored inputs are unchanged
+
+
+def test_a_mixed_view_has_the_labels_of_both_samples(tmp_path):
+    labels = np.array([0, 1, 2, -1, 1, 0])
+    artifacts = store_artifacts(tmp_path, train__inputs__0=np.eye(6, dtype=np.float32), train__labels=labels)
+    options = ViewOptions(mixup=1.0)
+    mixed = data.load_split(artifacts, "train", view=options, number=2)
+    mixture = draw_mixture(options, "train", 6, 2)
+    batch = data.concatenate(mixed, mixed).pick(torch.tensor([7, 2, 3, 10]))
+    expected = torch.zeros(4, 3)
+    for row, sample in enumerate((1, 2, 3, 4)):
+        partner, share = int(mixture.partners[sample]), mixture.shares[sample]
+        assert batch.inputs[0][row, sample] >= share - 1e-6
+        if labels[sample] >= 0 and labels[partner] >= 0:
+            expected[row, labels[sample]] += share
+            expected[row, labels[partner]] += 1 - share
+    torch.testing.assert_close(batch.targets(3), expected)
+    assert batch.targets(3).sum(dim=1).tolist() == pytest.approx(
+        [float(labels[i] >= 0 and labels[mixture.partners[i]] >= 0) for i in (1, 2, 3, 4)]
+    )
+    assert data.load_split(artifacts, "train", view=options, number=0).targets(3).tolist() == labels.tolist()
 
 
 def test_splits_are_concatenated_in_order():

@@ -4,7 +4,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from edgekd.domain.budget import Budget
-from edgekd.domain.recipe import Quantize, TargetOverrides
+from edgekd.domain.recipe import TargetOverrides
+from edgekd.domain.scheme import Quantize
 from edgekd.report import collect
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from edgekd.domain.budget import Budget
-from edgekd.domain.recipe import EntryPoint, Evaluate, Quantize, TargetOverrides
+from edgekd.domain.recipe import EntryPoint, Evaluate, TargetOverrides
+from edgekd.domain.scheme import Quantize
 from edgekd.report import provable
 
 

@@ -15,6 +15,7 @@ from edgekd.domain.recipe import Baselines, Teacher
 from edgekd.errors import RecipeError
 from edgekd.kd import data, modules
 from edgekd.kd.training import calibrate, jobs, trainer
+from edgekd.kd.training.callbacks import DRY_RUN_SAMPLES
 from edgekd.ports import Context
 from edgekd.stages import distill
 from tests.distilling import CE, KL, entry, recipe
@@ -97,6 +98,24 @@ def test_a_student_learns_from_views(folder):
     for split in ("train", "unlabelled"):
         store(inputs[f"{split}.soft_targets"].path, np.repeat(stored(inputs[f"{split}.soft_targets"].path), 2, axis=0), split)
     assert run(folder, recipe(augment=entry("noisy"), views=2), inputs)[0].metrics["validation_accuracy"] > 0.6
+
+
+@pytest.mark.parametrize("losses", [(KL, CE), (replace(CE, label_smoothing=0.1),)])
+def test_students_with_and_without_a_teacher_learn_from_mixed_views_and_their_labels(folder, losses, monkeypatch):
+    inputs = artifacts(folder)
+    for split in ("train", "unlabelled"):
+        store(inputs[f"{split}.soft_targets"].path, np.repeat(stored(inputs[f"{split}.soft_targets"].path), 3, axis=0), split)
+    targets, student_objective = [], jobs.student_objective
+
+    def recorded(*arguments):
+        objective = student_objective(*arguments)
+        return lambda logits, teacher, labels, epoch: targets.append((epoch, labels)) or objective(logits, teacher, labels, epoch)
+
+    monkeypatch.setattr(jobs, "student_objective", recorded)
+    assert run(folder, recipe(losses=losses, mixup=0.5, views=3), inputs)[0].metrics["validation_accuracy"] > 0.6
+    mixed = [labels for epoch, labels in targets if labels.is_floating_point()]
+    assert {epoch for epoch, labels in targets if labels.is_floating_point()} == {1, 2, 4, 5, 7}
+    torch.testing.assert_close(torch.cat(mixed).sum(dim=1), torch.ones(60 * 5 + DRY_RUN_SAMPLES))
 
 
 def test_checkpoints_teach_in_turns_and_the_teacher_last(folder, monkeypatch):

@@ -10,7 +10,8 @@ from torch import nn
 
 from edgekd import registry
 from edgekd.domain.artifact import Artifact
-from edgekd.domain.recipe import Data, Distill, EntryPoint, Quantize, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.recipe import Data, Distill, EntryPoint, Recipe, Student, Teacher, TensorSpec
+from edgekd.domain.scheme import Quantize
 from edgekd.domain.target import Cpu, DeviceEntry, Limits, Protocol, RuntimeEntry, Target
 from edgekd.errors import RecipeError, StageError
 from edgekd.plan import is_dry_run

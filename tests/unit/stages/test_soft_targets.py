@@ -160,6 +160,26 @@ def test_unlabelled_samples_of_another_domain_give_a_warning(folder):
     assert note.startswith("warning: the domains differ: the teacher's confidence is ")
 
 
+def test_the_teacher_sees_mixed_views_which_are_no_other_domain(folder):
+    inputs = artifacts(folder, {"train": 300, "validation": 400, "unlabelled": 400})
+    for split in ("validation", "unlabelled"):
+        for index in (0, 1):
+            path = inputs[f"{split}.inputs.{index}"].path
+            np.save(path, 20 * np.load(path))  # the teacher is confident, except where samples are mixed
+    result, _ = run(folder, inputs, of_recipe=replace(recipe(), distill=Distill(epochs=2, mixup=1.0, views=4)))
+    assert result.notes == ()
+    logits = stored_logits(folder / "out" / "unlabelled.soft_targets.safetensors")
+    confidence = np.exp(logits - logits.max(2, keepdims=True)).sum(2) ** -1
+    assert confidence[1:].mean() < confidence[0].mean() - 0.02
+    mixture = views.draw_mixture(views.ViewOptions(mixup=1.0), "unlabelled", 400, 3)
+    shares = mixture.shares[:, None]
+    samples = [torch.from_numpy(array) for array in data.load_arrays(inputs, "unlabelled")]
+    with torch.no_grad():
+        module = modules.load_module(folder, ENTRY, folder / "teacher.safetensors")
+        expected = module(*(shares * array + (1 - shares) * array[mixture.partners] for array in samples))
+    np.testing.assert_allclose(logits[3], expected.numpy(), rtol=2e-3, atol=2e-2)
+
+
 def test_the_logits_of_each_view_are_those_for_the_inputs_of_the_student(folder):
     inputs = artifacts(folder)
     with_views = replace(recipe(), distill=Distill(epochs=2, augment=EntryPoint("user_teacher.py", "noisy"), views=3))
@@ -173,7 +193,7 @@ def test_the_logits_of_each_view_are_those_for_the_inputs_of_the_student(folder)
         for number, view_logits in enumerate(logits):
             view = tuple(torch.from_numpy(array) for array in data.load_arrays(inputs, split))
             if split != "validation":
-                view = views.make_view(augment, split, view, number)
+                view = views.make_view(views.ViewOptions(augment), split, view, number)
             with torch.no_grad():
                 np.testing.assert_allclose(view_logits, module(*view).numpy(), rtol=1e-3, atol=1e-4)
 

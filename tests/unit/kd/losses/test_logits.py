@@ -58,6 +58,24 @@ def test_label_smoothing_spreads_probability_over_all_classes(logits):
     assert losses.ce(logits[0], LABELS, 0.1).item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_ce_of_class_probabilities_is_the_mean_of_that_of_both_labels_by_their_shares(logits, label_smoothing):
+    partners, shares = LABELS.flip(0), torch.linspace(0.5, 1, 7)
+    probabilities = torch.zeros(7, 5)
+    for row in range(7):
+        probabilities[row, LABELS[row]] += shares[row]
+        probabilities[row, partners[row]] += 1 - shares[row]
+    probabilities[2] = 0  # has no label
+    labelled = [row for row in range(7) if row != 2]
+    parts = [
+        share * losses.ce(logits[0][[row]], labels[[row]], label_smoothing)
+        for row in labelled
+        for labels, share in ((LABELS, shares[row]), (partners, 1 - shares[row]))
+    ]
+    expected = float(sum(parts)) / len(labelled)
+    assert losses.ce(logits[0], probabilities, label_smoothing).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_ce_without_labels_is_zero_and_has_no_gradient(logits):
     student = logits[0].requires_grad_()
     loss = losses.ce(student, torch.full((7,), losses.UNLABELLED))

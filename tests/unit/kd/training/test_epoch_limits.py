@@ -12,9 +12,10 @@ from edgekd.domain.losses import Loss
 from edgekd.domain.recipe import EntryPoint
 from edgekd.errors import RecipeError
 from edgekd.kd import modules
-from edgekd.kd.training import break_even
-from edgekd.kd.training.break_even import read_epochs
-from edgekd.kd.training.jobs import BreakEvenParams, StudentParams, TrainingSettings
+from edgekd.kd.training import epoch_limits
+from edgekd.kd.training.epoch_limits import read_epochs
+from edgekd.kd.training.jobs import EpochLimitParams, StudentParams, TrainingSettings
+from edgekd.ports import StageResult
 from tests.stored import store
 
 CODE = """
@@ -42,7 +43,7 @@ def folder(tmp_path):
     sys.modules.pop("break_even_user", None)
 
 
-def run(folder, inferences):
+def run(folder, inferences=None, minutes=None, share=0.0):
     generator, inputs = np.random.default_rng(0), {}
     for split, count in (("train", 64), ("validation", 16)):
         np.save(folder / f"{split}.x.npy", generator.normal(size=(count, 4)).astype(np.float32))
@@ -53,7 +54,9 @@ def run(folder, inferences):
     modules.save_weights(modules.build_module(folder, EntryPoint("break_even_user.py", "teacher")), folder / "w.safetensors")
     inputs["reference"] = Artifact(folder / "w.safetensors", "", 0)
     context = SimpleNamespace(recipe_dir=folder, out=folder / "out", work=folder, progress=lambda *_: None)
-    result = break_even.choose_epochs(BreakEvenParams(STUDENT, inferences, "break_even_user.py:teacher"), inputs, context)
+    result = epoch_limits.choose_epochs(
+        EpochLimitParams(STUDENT, minutes, share, inferences, "break_even_user.py:teacher"), inputs, context
+    )
     return result, read_epochs(Artifact(folder / "out" / "epochs.json", "", 0))
 
 
@@ -62,7 +65,7 @@ def run(folder, inferences):
     [(1000, 0.5, 0.001, 2), (1499, 0.5, 0.001, 2), (10, 0.5, 0.001, 0), (1000, 0.5, -0.001, 0)],
 )
 def test_as_many_epochs_are_trained_as_the_inferences_make_up_for(inferences, epoch_s, saved_s, expected):
-    assert break_even.break_even_epochs(inferences, epoch_s, saved_s) == expected
+    assert epoch_limits.break_even_epochs(inferences, epoch_s, saved_s) == expected
 
 
 def test_costs_and_savings_are_timed_on_the_networks_themselves(folder):
@@ -75,11 +78,31 @@ def test_costs_and_savings_are_timed_on_the_networks_themselves(folder):
 
 
 def test_training_ends_where_it_no_longer_breaks_even(folder, monkeypatch):
-    monkeypatch.setattr(break_even, "_epoch_seconds", lambda *_: 2.0)
-    monkeypatch.setattr(break_even, "_inference_seconds", lambda *_: (0.003, 0.001))
+    monkeypatch.setattr(epoch_limits, "_epoch_seconds", lambda *_: 2.0)
+    monkeypatch.setattr(epoch_limits, "_inference_seconds", lambda *_: (0.003, 0.001))
     result, epochs = run(folder, 7500)
     assert epochs == 7
     assert result.notes[0].startswith("distill: 7 of 20 epochs, and no more, break even within 7,500 inferences: an epoch takes 2 s, ")
+
+
+def test_training_ends_where_the_minutes_end_and_a_search_takes_its_share(folder, monkeypatch):
+    monkeypatch.setattr(epoch_limits, "_epoch_seconds", lambda *_: 5.0)
+    assert run(folder, minutes=1) == (
+        StageResult({"epoch_seconds": 5.0}, ("distill: 12 of 20 epochs, and no more, fit in 1 minutes: an epoch takes 5 s",)),
+        12,
+    )
+    result, epochs = run(folder, minutes=1, share=3.0)
+    assert epochs == 3
+    assert result.notes[0].endswith("an epoch takes 5 s, and a search as long as 3 trainings comes first")
+    monkeypatch.setattr(epoch_limits, "_inference_seconds", lambda *_: (0.003, 0.001))
+    assert run(folder, inferences=5000, minutes=1)[1] == 2
+    assert run(folder, inferences=50_000, minutes=1)[1] == 12
+    assert run(folder, minutes=60)[1] == 20
+
+
+def test_where_not_one_epoch_fits_there_is_an_error(folder):
+    with pytest.raises(RecipeError, match=r"distill.max_minutes: not one epoch fits in 1e-06 minutes: an epoch takes "):
+        run(folder, minutes=1e-6)
 
 
 def test_where_not_even_one_epoch_breaks_even_there_is_an_error_and_no_file(folder):

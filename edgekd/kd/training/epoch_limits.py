@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many epochs of training a number of inferences on the device makes up for, by timings on this machine.
+"""How many epochs of training fit in the minutes that it may take, and break even within a number of inferences, by timings here.
 
 The number is settled before training starts: a one-cycle learning rate must know its last step.
 """
@@ -28,37 +28,49 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from edgekd.domain.artifact import Artifact
-    from edgekd.kd.training.jobs import BreakEvenParams
+    from edgekd.kd.training.jobs import EpochLimitParams
     from edgekd.ports import Context
 
 STEPS, ROUNDS = 3, 9
 INFERENCES, WARM_UP = 50, 10
 
 
-def choose_epochs(params: BreakEvenParams, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
-    """Time training steps, and single inferences of teacher and student with one thread; write ``epochs.json``.
+def choose_epochs(params: EpochLimitParams, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
+    """Time training steps, and if inferences limit the epochs, those of teacher and student with one thread; write ``epochs.json``.
 
     Raises:
-        RecipeError: if not even one epoch breaks even.
+        RecipeError: if a limit leaves not even one epoch.
     """
-    limit, requested = params.inferences, params.student.settings.epochs
+    epochs, notes = params.student.settings.epochs, []
     epoch_s = _epoch_seconds(params, inputs, context)
-    teacher_s, student_s = _inference_seconds(params, inputs, context)
-    timings = (
-        f"an epoch takes {epoch_s:.3g} s, one inference of the teacher {1000 * teacher_s:.3g} ms, of the student "
-        f"{1000 * student_s:.3g} ms (torch on this machine, one thread)"
-    )
-    affordable = distributed.broadcast_number(break_even_epochs(limit, epoch_s, teacher_s - student_s))
-    if affordable < 1:
-        raise RecipeError(
-            f"distill.break_even_inferences: {timings}: not one epoch breaks even within {limit:,} inferences; "
-            "expected more inferences, a smaller student or a smaller training set"
+    metrics = {"epoch_seconds": epoch_s}
+    timings = f"an epoch takes {epoch_s:.3g} s"
+    if params.minutes is not None:
+        search = f", and a search as long as {params.search_share:g} trainings comes first" if params.search_share else ""
+        affordable = distributed.broadcast_number(int(params.minutes * 60 / epoch_s / (1 + params.search_share)))
+        what = f"in {params.minutes:g} minutes: {timings}{search}"
+        if affordable < 1:
+            expected = "expected more minutes, a smaller distill.search_share, student or training set"
+            raise RecipeError(f"distill.max_minutes: not one epoch fits {what}; {expected}")
+        notes.append(f"distill: {_outcome(affordable, epochs)} fit {what}")
+        epochs = min(epochs, affordable)
+    if params.inferences is not None:
+        teacher_s, student_s = _inference_seconds(params, inputs, context)
+        metrics |= {"teacher_seconds": teacher_s, "student_seconds": student_s}
+        timings = (
+            f"{timings}, one inference of the teacher {1000 * teacher_s:.3g} ms, of the student "
+            f"{1000 * student_s:.3g} ms (torch on this machine, one thread)"
         )
-    epochs = min(affordable, requested)
+        affordable = distributed.broadcast_number(break_even_epochs(params.inferences, epoch_s, teacher_s - student_s))
+        if affordable < 1:
+            raise RecipeError(
+                f"distill.break_even_inferences: {timings}: not one epoch breaks even within {params.inferences:,} inferences; "
+                "expected more inferences, a smaller student or a smaller training set"
+            )
+        notes.append(f"distill: {_outcome(affordable, epochs)} break even within {params.inferences:,} inferences: {timings}")
+        epochs = min(epochs, affordable)
     (context.out / EPOCHS_FILE).write_text(json.dumps({"epochs": epochs}) + "\n")
-    outcome = f"all {requested} epochs" if epochs == requested else f"{epochs} of {requested} epochs, and no more,"
-    metrics = {"epoch_seconds": epoch_s, "teacher_seconds": teacher_s, "student_seconds": student_s}
-    return StageResult(metrics, (f"distill: {outcome} break even within {limit:,} inferences: {timings}",))
+    return StageResult(metrics, tuple(notes))
 
 
 def read_epochs(artifact: Artifact) -> int:
@@ -72,7 +84,11 @@ def break_even_epochs(inferences: int, epoch_s: float, saved_s: float) -> int:
     return max(0, int(inferences * saved_s / epoch_s))
 
 
-def _epoch_seconds(params: BreakEvenParams, inputs: Mapping[str, Artifact], context: Context) -> float:
+def _outcome(affordable: int, requested: int) -> str:
+    return f"all {requested} epochs" if affordable >= requested else f"{affordable} of {requested} epochs, and no more,"
+
+
+def _epoch_seconds(params: EpochLimitParams, inputs: Mapping[str, Artifact], context: Context) -> float:
     """Return the time of an epoch, extrapolated from a few steps; a validation sample counts as a training sample."""
     import torch
 
@@ -84,7 +100,7 @@ def _epoch_seconds(params: BreakEvenParams, inputs: Mapping[str, Artifact], cont
     return seconds / len(samples) * (len(job.train) + len(job.validation))
 
 
-def _inference_seconds(params: BreakEvenParams, inputs: Mapping[str, Artifact], context: Context) -> tuple[float, float]:
+def _inference_seconds(params: EpochLimitParams, inputs: Mapping[str, Artifact], context: Context) -> tuple[float, float]:
     """Return the time of one inference of the teacher and of the student."""
     sample = [array[:1] for array in data.load_arrays(inputs, "train")]
     entry = EntryPoint.parse(params.student.model)
