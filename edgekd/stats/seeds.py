@@ -57,7 +57,8 @@ def interval_over_seeds(
     """Return the interval of a mean over random seeds and random samples that are crossed: every seed is scored on every sample.
 
     The variance is that between seeds plus that between samples, minus their interaction, which both contain. The degrees of
-    freedom follow Satterthwaite, so few seeds or few groups widen the interval.
+    freedom follow Satterthwaite, so few seeds or few groups widen the interval. That alone is too short where the seeds differ more than
+    the samples (3.9 % of errors at each end for three seeds, 6.3 % for two), so it is never shorter than the interval over the seeds.
 
     Args:
         by_seed: Shape (S,), S > 1: the mean of each seed.
@@ -77,7 +78,8 @@ def interval_over_seeds(
     if variance == 0:
         return Interval(value, value, level)
     spread = seed_variance**2 / (len(by_seed) - 1) + sample_variance**2 / freedom
-    half_width = float(t.ppf((1 + level) / 2, (seed_variance + sample_variance) ** 2 / spread)) * math.sqrt(variance)
+    both, of_seeds = t.ppf((1 + level) / 2, [(seed_variance + sample_variance) ** 2 / spread, len(by_seed) - 1])
+    half_width = max(float(both) * math.sqrt(variance), float(of_seeds) * math.sqrt(seed_variance))
     return Interval(value - half_width, value + half_width, level)
 
 

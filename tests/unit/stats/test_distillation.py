@@ -4,6 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks import equal_arms
 from edgekd.stats import distillation
 from edgekd.stats.jackknife import Jackknife
 from edgekd.stats.scores import ModelScores
@@ -129,3 +130,10 @@ def test_one_speaker_shows_no_effect():
     validation = {name: [item.accuracy for item in by_seed] for name, by_seed in methods.items()}
     result = distillation.judge_distillation(methods, validation, _scored(0.97, 99), LABELS, np.zeros(400), calibrated=True)
     assert (result["outcome"], result["gains"][0]["interval_pp"]) == ("NO EFFECT", None)
+
+
+@pytest.mark.parametrize("scenario", [equal_arms.Scenario(3, 1000, None, 200, 3.0), equal_arms.Scenario(5, 360, 6, 360, 4.0)])
+def test_equal_students_are_seldom_called_better(scenario):
+    helps, hurts = equal_arms.shares(scenario, 300)
+    assert helps <= 0.04
+    assert hurts <= 0.055  # the strongest of two baselines is compared

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,17 @@ def test_few_seeds_widen_the_interval():
         for _, interval in (seeds.difference_over_seeds(item, np.arange(400)) for item in (two_seeds, twenty_seeds))
     ]
     assert widths[0] > 3 * widths[1]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_ends_err_as_seldom_where_seeds_differ_more_than_samples(count):
+    generator = np.random.default_rng(8)
+    simulations, variances, missed = 2000, (0.8, 0.2), 0
+    for _ in range(simulations):
+        by_seed = generator.normal(generator.normal(0, math.sqrt(variances[1])), math.sqrt(variances[0] * count), count)
+        sample_variance = variances[1] * generator.chisquare(1000) / 1000
+        missed += seeds.interval_over_seeds(by_seed, sample_variance, 0.0, 1000).low > 0
+    assert missed / simulations <= 0.035  # 2.5 %, and three standard errors; the degrees of freedom alone: 5, 4 and 3 %
 
 
 def test_difference_over_seeds_counts_a_speaker_as_one_sample():
