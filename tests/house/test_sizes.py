@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "edgekd").rglob("*.py"))
 CODE = PACKAGE + [path for name in ("tests", "examples", "benchmarks", "scripts") for path in sorted((ROOT / name).rglob("*.py"))]
 MAX_LINES, MAX_FUNCTION_LINES = 350, 60
-MIN_FILES, MAX_FILES = 30, 140
+MIN_FILES, MAX_FILES = 30, 165
 VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "managers", "misc"}
 REGISTRIES = ("pypi" + ".org", "files.python" + "hosted.org", "deb.debian" + ".org", "registry.npmjs" + ".org")
 
