@@ -24,6 +24,7 @@ def build_recipe(
     cache: Path | None = None,
     remeasure: bool = False,
     inconclusive_ok: bool = False,
+    devices: Sequence[str] = (),
 ) -> list[Result]:
     """Build a recipe for its targets, and judge each; progress goes to stderr.
 
@@ -34,6 +35,7 @@ def build_recipe(
         cache: The folder of completed steps, as ``--cache``.
         remeasure: Measure again, even if there is a cached verdict.
         inconclusive_ok: Ship the model although the verdict is INCONCLUSIVE.
+        devices: Devices to measure on, as ``--device``. By default, this machine.
 
     Returns:
         One result per target: ``document`` is its report (as ``report.json``), ``exit_code`` is 0 for PASS, 1 for FAIL, 4 for INCONCLUSIVE.
@@ -48,6 +50,7 @@ def build_recipe(
         cache=cache_folder(cache),
         remeasure=remeasure,
         inconclusive_ok=inconclusive_ok,
+        devices=tuple(devices),
     )
     with text.reporter() as reporter:
         return build(request, reporter)

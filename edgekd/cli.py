@@ -48,6 +48,13 @@ targets_option = click.option(
     metavar="NAME|FILE",
     help="Name or file of a target profile; may be repeated.  [default: the recipe's [target.*] tables, else host]",
 )
+devices_option = click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="NAME|ssh:USER@HOST[:PORT]",
+    help="A device to measure on, or its name in a devices.toml; may be repeated.  [default: this machine]",
+)
 cache_option = click.option(
     "--cache",
     "cache",
@@ -106,6 +113,7 @@ def init(folder: Path) -> None:
 @main.command()
 @recipe_option
 @targets_option
+@devices_option
 @cache_option
 @click.option(
     "--out",
@@ -195,14 +203,15 @@ def schema(document: str) -> None:
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--target", "-t", default="host", show_default=True, metavar="NAME|FILE", help="The profile with the protocol and threads.")
 @click.option("--threads", type=click.IntRange(1, MAX_THREADS), multiple=True, help="Thread counts, instead of the profile's.")
+@click.option("--device", metavar="NAME|ssh:USER@HOST[:PORT]", help="The device, or its name in a devices.toml.  [default: this machine]")
 @json_option
-def measure(models: tuple[Path, ...], target: str, threads: tuple[int, ...], *, as_json: bool) -> None:
-    """Measure model files (.tflite, .onnx) on this machine, interleaved; the first is the reference."""
+def measure(models: tuple[Path, ...], target: str, threads: tuple[int, ...], device: str | None, *, as_json: bool) -> None:
+    """Measure model files (.tflite, .onnx) on this machine or a device, interleaved; the first is the reference."""
     from edgekd.build import run as builds
     from edgekd.report import text
 
     with text.reporter() as reporter:
-        rows = builds.measure_files(models, target, threads, reporter)
+        rows = builds.measure_files(models, target, threads, reporter, device)
     if as_json:
         _print(json.dumps(rows, indent=1, sort_keys=True))
     else:
@@ -284,13 +293,14 @@ def cache_prune(cache: Path | None, max_gib: float | None, older_than_days: floa
 
 @main.command()
 @click.option("--deep", is_flag=True, help="Import each package, which takes half a minute.")
+@devices_option
 @json_option
-def doctor(*, deep: bool, as_json: bool) -> int:
-    """Show what is missing in the environment, and the command that fixes it."""
+def doctor(devices: tuple[str, ...], *, deep: bool, as_json: bool) -> int:
+    """Show what is missing in the environment and on devices, and the command that fixes it."""
     from edgekd import doctor as diagnosis
     from edgekd.store.cache import cache_folder
 
-    findings = diagnosis.check(cache_folder(None), deep=deep)
+    findings = diagnosis.check(cache_folder(None), devices, deep=deep)
     _print(diagnosis.as_json(findings) if as_json else diagnosis.as_text(findings), nl=False)
     return diagnosis.exit_code(findings)
 

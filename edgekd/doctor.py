@@ -12,8 +12,9 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from edgekd import config, registry
 from edgekd.errors import UnavailableError
 from edgekd.harness import runner
 from edgekd.kd.training import execution
@@ -21,6 +22,8 @@ from edgekd.store.digests import tool_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from edgekd.domain.device import DeviceSpec
 
 BUILD = "build"
 # distribution -> (module, what it is for, the command that installs it)
@@ -53,10 +56,16 @@ class Finding:
     fix: str | None = None
 
 
-def check(cache: Path, *, deep: bool) -> list[Finding]:
-    """Return the results of all checks; ``deep`` imports each package in its own process."""
+def check(cache: Path, devices: Sequence[str] = (), *, deep: bool) -> list[Finding]:
+    """Return the results of all checks; ``deep`` imports each package in its own process.
+
+    Raises:
+        RecipeError: if a device has a name that nothing has.
+    """
+    specs = [config.find_device(name, Path.cwd()) for name in devices]
     packages, tools = (_check_package(name, deep=deep) for name in PACKAGES), (_check_tool(name) for name in TOOLS)
-    return [_check_python(), *packages, *tools, _check_cache(cache), _check_temp(), *_check_machine()]
+    on_devices = [finding for spec in specs for finding in _check_device(spec)]
+    return [_check_python(), *packages, *tools, _check_cache(cache), _check_temp(), *_check_machine(), *on_devices]
 
 
 def as_text(findings: Sequence[Finding]) -> str:
@@ -139,6 +148,31 @@ def _check_folder(name: str, folder: Path, min_bytes: int, fix: str) -> Finding:
     writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     detail = f"{folder}, {free / 2**30:.1f} GiB free, needs {min_bytes / 2**30:g} GiB" + ("" if writable else ", not writable")
     return Finding(name, writable and free >= min_bytes, detail, required=True, fix=fix)
+
+
+def _check_device(spec: DeviceSpec) -> list[Finding]:
+    """Return what a device is, its state, and the runtimes of its Python."""
+    runtimes = [registry.runtime(name) for name in registry.names("runtimes")]
+    names = [package for runtime in runtimes for package in (runtime.PACKAGE, *runtime.ALTERNATIVES)] + ["numpy"]
+    try:
+        with registry.device(spec.kind).connect(spec) as connection:
+            facts: Any = connection.facts()
+            versions = {name: version for name, version in connection.versions(names).items() if version is not None}
+    except UnavailableError as error:
+        return [Finding(spec.label, ok=False, detail=str(error), required=True)]
+    kind = f"{facts['cpu_model']}, {facts['cores']} cores, {facts['instruction_set']}, {facts['libc']}, Python {facts['python']}"
+    state = (
+        f"governor {facts['governor']}, load {facts['load']}, temperature {facts['temp_c'] or 'unknown'}, throttled {facts['throttled']}"
+    )
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    fix = f"python3 -m pip install {' '.join(runtime.PACKAGE for runtime in runtimes)} (on the device)"
+    is_steady = facts["governor"] in {"performance", "unknown"}
+    governor_fix = "cpupower frequency-set --governor performance (on the device)"
+    return [
+        Finding(spec.label, ok=True, detail=kind, required=True),
+        Finding(f"{spec.label} state", is_steady, state, required=False, fix=governor_fix),
+        Finding(f"{spec.label} runtimes", bool(set(versions) - {"numpy"}), listed or "none", required=True, fix=fix),
+    ]
 
 
 def _check_machine() -> list[Finding]:

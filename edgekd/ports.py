@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgekd.domain.artifact import Artifact, CacheEntry, Json
+    from edgekd.domain.device import DeviceSpec
     from edgekd.domain.recipe import Recipe, TensorSpec
     from edgekd.domain.target import Target
 
@@ -152,6 +153,7 @@ class Runtime(Protocol):
 
     NAME: str
     PACKAGE: str  # the distribution that it needs by default
+    ALTERNATIVES: tuple[str, ...]  # distributions that execute its files where that one is not installed
     FORMAT: str  # ``onnx`` or ``tflite``; the suffix of its files
     SCHEMES: tuple[str, ...]
     EXPORT_TOOLS: tuple[str, ...]  # distributions that affect the exported bytes
@@ -192,16 +194,70 @@ class Runtime(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessEnd:
+    """How a process on a device ended: its exit code (negative: a signal; None: it did not reply in time), and the end of its output."""
+
+    code: int | None
+    last_line: str = "none"
+
+
+class Process(Protocol):
+    """A harness process on a device (``edgekd/harness/runner.py``), with the pipes of its protocol: one line of JSON each."""
+
+    def exchange(self, line: str, timeout_s: float) -> str | ProcessEnd:
+        """Send a command and return the reply, or how the process ended.
+
+        Raises:
+            UnavailableError: if the connection to the device ended.
+        """
+        ...
+
+
+class Connection(Protocol):
+    """An open device. ``label`` is how messages call it. Only one harness process computes at a time."""
+
+    kind: str
+    label: str
+
+    def facts(self) -> Mapping[str, Json]:
+        """Return the facts of the device, as the runner reads them there."""
+        ...
+
+    def versions(self, packages: Sequence[str]) -> Mapping[str, str | None]:
+        """Return the versions of distributions in the device's Python, None for those that are not installed."""
+        ...
+
+    def lease(self, on_wait: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
+        """Hold exclusive access to the device. ``on_wait`` is called with a description of who holds it."""
+        ...
+
+    def push(self, path: Path) -> str:
+        """Return the path on the device of a file with the same content, which is copied if it is not there."""
+        ...
+
+    def pull(self, path: str) -> bytes:
+        """Return the content of a file on the device."""
+        ...
+
+    def start(self) -> AbstractContextManager[Process]:
+        """Start a harness process, which ends with the context."""
+        ...
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time on the device of this connection and of its processes that have ended."""
+        ...
+
+
 class Device(Protocol):
-    """Where a model is executed: a module ``edgekd/devices/KIND``; ``name`` is None for this machine."""
+    """Where a model is executed: a module ``edgekd/devices/KIND``. What all kinds share, the interleaver, is above them."""
 
     KIND: str
 
-    def measure(self, job: Mapping[str, Json], progress: Progress) -> Mapping[str, Json]:
-        """Run a measuring job with the harness in a separate process and return its output.
+    def connect(self, spec: DeviceSpec) -> AbstractContextManager[Connection]:
+        """Open a device. At the end of the context nothing runs or lies there, except files that are stored by their content.
 
         Raises:
-            UnavailableError: if the device cannot be reached or lacks the runtime.
-            HarnessError: if the harness of a subject failed.
+            UnavailableError: if the device cannot be reached or used.
         """
         ...

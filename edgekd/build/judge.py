@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import config, registry
-from edgekd.build import keys
+from edgekd.build import devices, keys
 from edgekd.domain.candidate import Accuracy, Option
+from edgekd.domain.device import DeviceSpec
 from edgekd.domain.measurement import TEACHER
 from edgekd.domain.units import fraction_to_pp
 from edgekd.domain.verdict import Outcome
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 # the modules and packages that decide a verdict or write its report: their source is part of the key of a cached verdict
 CODE = (
-    *("__init__", "build/judge", "config/profiles", "devices", "domain", "harness", "plan", "report", "runtimes"),
+    *("__init__", "build/devices", "build/judge", "config/profiles", "devices", "domain", "harness", "plan", "report", "runtimes"),
     *("stages/gate", "stages/measure", "stages/package", "stages/select", "stats", "store/arrays", "store/documents"),
 )
 
@@ -62,8 +63,9 @@ def judge_target(target_run: TargetRun, reporter: Reporter) -> Result:
 
     with locks.exclusive_folder(folder, on_wait):
         package.remove_leftovers(folder)
-        machine = runner.facts()
-        why_not_here = config.why_not_this_machine(target_run.target, machine)
+        device = target_run.device
+        machine = runner.facts() if device is None else device.facts
+        why_not_here = config.why_not_this_machine(target_run.target, machine) if device is None else None
         verdict_key = _verdict_key(target_run, machine)
         cached = _cached_verdict(target_run, verdict_key, why_not_here, reporter)
         if cached is not None:
@@ -99,7 +101,8 @@ def _result(target_run: TargetRun, report: Mapping[str, Any], *, cached: bool) -
 def _verdict_key(target_run: TargetRun, machine: Mapping[str, Any]) -> str:
     """Return a digest of everything that a verdict depends on, except the noise of measuring."""
     steps = {name: completed.entry.key for name, completed in target_run.completed.items() if target_run.concerns(name)}
-    versions = {entry.package: tool_version(entry.package) for entry in target_run.target.runtimes}
+    device = target_run.device
+    versions = {entry.package: tool_version(entry.package) for entry in target_run.target.runtimes} if device is None else device.versions
     settings = target_run.settings
     recipe = replace(target_run.plan.recipe, budget=settings.budget, quantize=settings.quantize, target={})
     recipes = [asdict(recipe), target_run.recipe_file]
@@ -126,8 +129,8 @@ def _accuracy(target_run: TargetRun, candidate: Candidate, scores: TargetScores,
     student, teacher = scores.by_step[candidate.evaluate_step], scores.teacher
     variant = {key: value for key, value in candidate.quantize.items() if key not in {"scheme", "io"}}
     unfit = registry.runtime(candidate.runtime).why_unfit(candidate.scheme, variant, student.instruction_set)
-    if target_run.target.device.arch == "x86_64" and why_not_here is None:  # evaluated with the target's own instructions
-        unfit = None
+    if target_run.target.device.arch == "x86_64" and why_not_here is None and _has_instructions(target_run, student.instruction_set):
+        unfit = None  # evaluated with the target's own instructions
     return Accuracy(
         student.accuracy,
         accuracy_interval(student, scores.groups),
@@ -135,6 +138,11 @@ def _accuracy(target_run: TargetRun, candidate: Candidate, scores: TargetScores,
         class_drops(teacher, student, scores.labels, scores.groups),
         unfit,
     )
+
+
+def _has_instructions(target_run: TargetRun, instruction_set: str) -> bool:
+    """Return whether the machine that measures has the instruction set of the evaluation, which ran on this machine."""
+    return target_run.device is None or target_run.device.facts["instruction_set"] == instruction_set
 
 
 def _measure(
@@ -151,13 +159,18 @@ def _measure(
 def _measure_subjects(
     target_run: TargetRun, subjects: Sequence[measure.Subject], reporter: Reporter
 ) -> tuple[list[Measurement], Mapping[tuple[str, str], str]]:
-    reporter.log(f"measure: {len(subjects)} settings on {target_run.target.name}, with exclusive access to the machine")
+    target, device = target_run.target, target_run.device
+    spec = DeviceSpec("local") if device is None else device.spec
+    machine = "this machine" if device is None else spec.label
+    reporter.log(f"measure: {len(subjects)} settings on {target.name}, with exclusive access to {machine}")
 
     def on_wait(holders: str) -> None:
-        reporter.log(f"measure: waits for exclusive access to this machine, which {holders} uses")
+        reporter.log(f"measure: waits for exclusive access to {machine}, which {holders} uses")
 
-    with reporter.step(f"measure/{target_run.target.name}") as progress:
-        measurements, failures = measure.measure_sound(subjects, target_run.target.protocol, registry.device("local"), progress, on_wait)
+    with reporter.step(f"measure/{target.name}") as progress, registry.device(spec.kind).connect(spec) as connection:
+        if device is not None:
+            devices.check_unchanged(device, connection)
+        measurements, failures = measure.measure_sound(subjects, target.protocol, connection, progress, on_wait)
     for (name, runtime), reason in failures.items():
         reporter.log(f"warning: {name} is left out on {runtime}: {reason}; edgekd build --remeasure tries it again")
     return measurements, failures

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import config, registry
-from edgekd.build import keys, pipeline
+from edgekd.build import devices, keys, pipeline
 from edgekd.build.disturbance import with_cache
 from edgekd.build.judge import Result, judge_target
 from edgekd.build.worker import Worker
+from edgekd.domain.device import DeviceSpec
 from edgekd.domain.verdict import Outcome
 from edgekd.errors import MAX_CHARACTERS, RecipeError, UsageError, did_you_mean, printable
 from edgekd.harness import runner
@@ -30,6 +31,7 @@ from edgekd.store.digests import digest
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from edgekd.domain.device import ChosenDevice
     from edgekd.domain.recipe import Recipe
     from edgekd.domain.target import Target
     from edgekd.ports import CompletedStep, Reporter, Step
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the command line asked for. No targets: those that the recipe names, else ``host``."""
+    """What the command line asked for. No targets: those that the recipe names, else ``host``; no devices: this machine."""
 
     recipe: Path
     targets: tuple[str, ...]
@@ -47,6 +49,7 @@ class Request:
     depfile: Path | None = None
     remeasure: bool = False
     inconclusive_ok: bool = False
+    devices: tuple[str, ...] = ()
 
     @property
     def recipe_dir(self) -> Path:
@@ -67,15 +70,23 @@ def build(request: Request, reporter: Reporter) -> list[Result]:
             worker.call("the rank", pipeline.run_rank, progress=lambda _share, _text: None)
         return []
     plan = load_plan(request.recipe, request.targets)
+    specs = [config.find_device(name, request.recipe_dir) for name in dict.fromkeys(request.devices)]
     _check_outputs(request, plan)
     cache = Cache(request.cache, reporter.log)
     cache.prepare()
+    chosen = devices.choose(plan, specs, reporter.log)
     before_step = _check_before_training(request, plan, cache, reporter)
-    return with_cache(cache, reporter, lambda: _build_targets(request, plan, cache, reporter, before_step, started))
+    return with_cache(cache, reporter, lambda: _build_targets(request, plan, cache, reporter, before_step, started, chosen))
 
 
 def _build_targets(
-    request: Request, plan: Plan, cache: Cache, reporter: Reporter, before_step: Callable[..., None], started: float
+    request: Request,
+    plan: Plan,
+    cache: Cache,
+    reporter: Reporter,
+    before_step: Callable[..., None],
+    started: float,
+    chosen: Mapping[str, ChosenDevice],
 ) -> list[Result]:
     with closing(Worker(request.recipe_dir)) as worker, closing(Worker(request.recipe_dir, persistent=True)) as ranks:
         context = pipeline.BuildContext(cache, request.recipe_dir, reporter, before_step, worker, ranks)
@@ -88,7 +99,16 @@ def _build_targets(
     for target in plan.targets:
         folder = request.out / target.name
         target_run = TargetRun(
-            plan, target, completed, folder, request.recipe, input_files, request.inconclusive_ok, request.remeasure, started
+            plan,
+            target,
+            completed,
+            folder,
+            request.recipe,
+            input_files,
+            request.inconclusive_ok,
+            request.remeasure,
+            started,
+            device=chosen.get(target.name),
         )
         results.append(judge_target(target_run, reporter))
     if request.depfile is not None:
@@ -265,12 +285,18 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     return [printable(line, MAX_CHARACTERS) for line in lines]
 
 
-def measure_files(models: Sequence[Path], target_name: str, threads: Sequence[int], reporter: Reporter) -> list[dict[str, Any]]:
-    """Measure model files on this machine, interleaved; the first is the reference of the speed-up."""
+def measure_files(
+    models: Sequence[Path], target_name: str, threads: Sequence[int], reporter: Reporter, device: str | None = None
+) -> list[dict[str, Any]]:
+    """Measure model files on this machine or a device, interleaved; the first is the reference of the speed-up."""
     target = config.load_target(target_name, runner.facts())
+    spec = DeviceSpec("local") if device is None else config.find_device(device, Path.cwd())
 
     def on_wait(holders: str) -> None:
-        reporter.log(f"measure: waits for exclusive access to this machine, which {holders} uses")
+        machine = "this machine" if device is None else spec.label
+        reporter.log(f"measure: waits for exclusive access to {machine}, which {holders} uses")
 
-    with reporter.step("measure") as progress:
-        return collect.measurement_rows(measure.measure_files(models, target, threads, registry.device("local"), progress, on_wait))
+    with reporter.step("measure") as progress, registry.device(spec.kind).connect(spec) as connection:
+        if device is not None:
+            devices.check(target, connection)
+        return collect.measurement_rows(measure.measure_files(models, target, threads, connection, progress, on_wait))

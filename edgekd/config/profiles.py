@@ -69,14 +69,19 @@ def why_not_this_machine(target: Target, facts: Mapping[str, Any]) -> str | None
     """Return why this machine is not of the target's kind, or None if it is."""
     if "local" not in target.device.kinds:
         return f"{target.name} is reached by {' or '.join(target.device.kinds)}, and no device was named"
+    return why_not_of_its_kind(target, facts, "this machine")
+
+
+def why_not_of_its_kind(target: Target, facts: Mapping[str, Any], machine: str) -> str | None:
+    """Return how a machine, by its facts, differs from the target's profile, or None: its architecture, else all other differences."""
     if target.device.arch != facts["arch"]:
-        return f"{target.name} is {target.device.arch}, this machine is {facts['arch']}"
-    features = set(facts["features"])
+        return f"{target.name} is {target.device.arch}, {machine} is {facts['arch']}"
+    features, differences = set(facts["features"]), []
     if missing := sorted(set(target.cpu.features) - features):
-        return f"this machine lacks {', '.join(missing)}, which {target.name} has"
+        differences.append(f"{machine} lacks {', '.join(missing)}, which {target.name} has")
     if surplus := sorted(set(target.cpu.lacks) & features):
-        return f"this machine has {', '.join(surplus)}, which {target.name} lacks, so other kernels would run"
-    return None
+        differences.append(f"{machine} has {', '.join(surplus)}, which {target.name} lacks, so other kernels would run")
+    return "; ".join(differences) or None
 
 
 def _profiles() -> Path:

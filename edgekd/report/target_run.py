@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from edgekd.domain.artifact import Artifact
     from edgekd.domain.candidate import Candidate
+    from edgekd.domain.device import ChosenDevice
     from edgekd.domain.measurement import Measurement
     from edgekd.domain.recipe import TargetOverrides
     from edgekd.domain.target import Target
@@ -33,6 +34,7 @@ class TargetRun:
     """What a verdict is about. ``input_files``: digests of the user's files, for the manifest; ``started``: of the build (monotonic).
 
     ``unmeasured``: why the device cannot run a candidate's or the teacher's file, by the subject's name and runtime.
+    ``device``: the device that the user named for this target.
     """
 
     plan: Plan
@@ -45,6 +47,7 @@ class TargetRun:
     remeasure: bool
     started: float
     unmeasured: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    device: ChosenDevice | None = None
 
     @property
     def recipe_file(self) -> dict[str, str]:

@@ -4,14 +4,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from edgekd import registry
+from edgekd.domain.device import DeviceSpec
 from edgekd.domain.recipe import TensorSpec
 from edgekd.errors import StageError
+from edgekd.harness import runner
+from edgekd.stages.measure import interleaver
+from tests import sshd
 
 DEVICES = registry.names("devices")
 PROTOCOL = {"warmup_runs": 4, "min_runs": 60, "min_seconds": 0}
@@ -32,20 +42,31 @@ def models(tmp_path_factory):
     return paths
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def connection(request, tmp_path_factory):
+    """Yield an open device of each kind; the board of ssh is this machine, behind a real sshd."""
+    with ExitStack() as stack:
+        specs = {
+            "local": lambda: DeviceSpec("local"),
+            "ssh": lambda: stack.enter_context(sshd.running(tmp_path_factory.mktemp("sshd"))).spec,
+        }
+        yield stack.enter_context(registry.device(request.param).connect(specs[request.param]()))
+
+
 def _subject(name, runtime, path):
     return {"id": f"{name} {runtime}", "runtime": runtime, "path": str(path), "threads": 1, "inputs": []}
 
 
 def test_devices_are_registered():
-    assert DEVICES == ("local",)
+    assert DEVICES == ("local", "ssh")
     assert [registry.device(kind).KIND for kind in DEVICES] == list(DEVICES)
 
 
-@pytest.mark.parametrize("kind", DEVICES)
-def test_a_short_measurement(kind, models):
+def test_a_short_measurement(connection, models):
     subjects, calls = [_subject(name, runtime, path) for (name, runtime), path in models.items()], []
     job = {"subjects": subjects, "protocol": PROTOCOL, "generations": 2, "max_seconds": 60}
-    result = registry.device(kind).measure(job, lambda share, text: calls.append((share, text)))
+    with connection.lease():
+        result = interleaver.measure(job, connection, lambda share, text: calls.append((share, text)))
     assert json.loads(json.dumps(result)) == result
     assert set(result["subjects"]) == {subject["id"] for subject in subjects}
     for subject in subjects:
@@ -67,13 +88,47 @@ def test_a_short_measurement(kind, models):
     assert 0 < shares[0] <= shares[-1] <= 1
 
 
-@pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("runtime", registry.names("runtimes"))
-def test_an_invalid_file_is_reported_with_the_error_of_the_runtime(kind, runtime, tmp_path):
+def test_an_invalid_file_is_reported_with_the_error_of_the_runtime(connection, runtime, tmp_path):
     path = tmp_path / f"m.{registry.runtime(runtime).FORMAT}"
     path.write_bytes(b"not a model")
     job = {"subjects": [_subject("m", runtime, path)], "protocol": PROTOCOL, "generations": 1, "max_seconds": 60}
     with pytest.raises(
         StageError, match=f"measure: m {runtime}: the harness ended with exit code 1; last line of its output: .*(Protobuf|Flatbuffer)"
     ):
-        registry.device(kind).measure(job, lambda share, text: None)
+        interleaver.measure(job, connection, lambda share, text: None)
+
+
+def test_facts_and_versions_are_those_of_this_machine(connection):
+    assert runner.identity(connection.facts()) == runner.identity(runner.facts())
+    versions = connection.versions(["numpy", "no-such-distribution"])
+    assert versions == {"numpy": np.__version__, "no-such-distribution": None}
+
+
+def test_a_file_is_pushed_and_pulled(connection, tmp_path):
+    content = np.random.default_rng(0).bytes(3 * 2**20)
+    (tmp_path / "m.bin").write_bytes(content)
+    path = connection.push(tmp_path / "m.bin")
+    assert connection.pull(path) == content
+    assert connection.push(tmp_path / "m.bin") == path
+
+
+def test_a_device_has_one_lease(connection):
+    program = "from edgekd.store import locks\nwith locks.machine_exclusive(): print(flush=True); input()"
+    folder = Path(os.environ["EDGEKD_LOCK_DIR"]) if connection.kind == "local" else Path(connection.spec.ssh_config).parent / "tmp"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "EDGEKD_LOCK_DIR": str(folder)},
+    )
+    holder.stdout.readline()
+    calls = []
+
+    def on_wait(text):
+        calls.append(text)
+        holder.communicate("\n")
+
+    with connection.lease(on_wait):
+        assert len(calls) == 1

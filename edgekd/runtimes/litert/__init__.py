@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NAME = "litert"
 PACKAGE = "ai-edge-litert"
+ALTERNATIVES: tuple[str, ...] = ("tflite-runtime",)  # what the harness imports instead
 FORMAT = "tflite"
 SCHEMES = (FLOAT32, STATIC_INT8, DYNAMIC_INT8)
 EXPORT_TOOLS = ("torch", "litert-torch", "litert-converter", "jax")  # litert-torch lowers some ops with jax

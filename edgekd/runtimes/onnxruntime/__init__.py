@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NAME = "onnxruntime"
 PACKAGE = "onnxruntime"
+ALTERNATIVES: tuple[str, ...] = ()
 FORMAT = "onnx"
 SCHEMES = (FLOAT32, STATIC_INT8, DYNAMIC_INT8)
 EXPORT_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxsim")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -12,9 +13,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgekd import config, registry
+from edgekd.domain.device import DeviceSpec
 from edgekd.domain.target import Protocol
 from edgekd.errors import HarnessError, StageError, UsageError
 from edgekd.stages import measure
+from edgekd.store import locks
 from edgekd.store.digests import file_digest
 
 PROTOCOL = Protocol(warmup_runs=20, min_runs=4, min_seconds=2.0)
@@ -27,10 +30,13 @@ UNREADABLE = {**QUIET, "governor": "unknown", "temp_c": None, "throttled": None,
 class Scripted:
     """A device that stores its job and returns the same output for each subject."""
 
-    KIND = "scripted"
+    kind = "scripted"
 
     def __init__(self, blocks=((5, 6), (7, 8)), fails=None):
         self.blocks, self.fails, self.job, self.shared_waits = blocks, fails, None, None
+
+    def lease(self, on_wait):
+        return locks.machine_exclusive(on_wait)
 
     def measure(self, job, progress):
         self.job, self.shared_waits = job, _shared_waits()
@@ -44,6 +50,17 @@ class Scripted:
 def _shared_waits():
     program = "import os; from edgekd.store import locks\nwith locks.machine_shared(lambda _: os._exit(7)): pass"
     return subprocess.run([sys.executable, "-c", program], check=False).returncode == 7
+
+
+@pytest.fixture(autouse=True)
+def _scripted_devices(monkeypatch):
+    """A scripted device returns the interleaver's output."""
+    real = measure.interleaver.measure
+
+    def run(job, connection, progress):
+        return connection.measure(job, progress) if isinstance(connection, Scripted) else real(job, connection, progress)
+
+    monkeypatch.setattr(measure.interleaver, "measure", run)
 
 
 @pytest.fixture
@@ -208,6 +225,12 @@ def test_a_governor_and_a_temperature_outside_the_profile_are_noted():
     assert notes == ("the governor is ondemand; the profile asks for performance", "the machine was at 80 C; the profile allows 75 C")
 
 
+@contextmanager
+def _local():
+    with registry.device("local").connect(DeviceSpec("local")) as connection:
+        yield connection
+
+
 def _measure_files(paths, device, threads=()):
     return measure.measure_files(paths, config.load_target("rpi4"), threads, device, lambda share, text: None)
 
@@ -239,10 +262,9 @@ def test_all_files_that_cannot_be_measured_are_reported_at_once(tmp_path):
 @pytest.mark.parametrize("name", ["m.onnx", "m.tflite"])
 def test_a_file_that_its_runtime_cannot_load_is_the_users_mistake(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(
-        UsageError, match=rf"{name} on \w+, 1 thread: the harness ended with .*; expected model files that their runtime"
-    ) as caught:
-        _measure_files([tmp_path / name], registry.device("local"), [1])
+    expected = rf"{name} on \w+, 1 thread: the harness ended with .*; expected model files that their runtime"
+    with _local() as device, pytest.raises(UsageError, match=expected) as caught:
+        _measure_files([tmp_path / name], device, [1])
     assert "\n" not in str(caught.value)
 
 
@@ -250,8 +272,8 @@ def test_a_file_that_ends_its_harness_is_the_users_mistake(model, monkeypatch, t
     harness = tmp_path / "harness.py"
     harness.write_text("import os\nos.abort()\n")
     monkeypatch.setattr("edgekd.harness.runner.__file__", str(harness))
-    with pytest.raises(UsageError, match="the harness ended with SIGABRT"):
-        _measure_files([model], registry.device("local"), [1])
+    with _local() as device, pytest.raises(UsageError, match="the harness ended with SIGABRT"):
+        _measure_files([model], device, [1])
 
 
 def test_a_folder_is_not_a_model_file(tmp_path):
@@ -269,10 +291,12 @@ def test_a_model_file_is_measured_without_torch_and_the_converters(tmp_path):
     onnx.save(model, str(tmp_path / "m.onnx"))
     program = (
         "import sys\nfor name in ('torch', 'onnx', 'litert_torch', 'ai_edge_quantizer', 'scipy'): sys.modules[name] = None\n"
-        "from pathlib import Path\nfrom edgekd import config, registry\nfrom edgekd.stages import measure\nfrom dataclasses import replace\n"
+        "from pathlib import Path\nfrom edgekd import config, registry\nfrom edgekd.domain.device import DeviceSpec\n"
+        "from edgekd.stages import measure\nfrom dataclasses import replace\n"
         "target = config.load_target('host')\n"
         "target = replace(target, protocol=replace(target.protocol, min_runs=8, min_seconds=0))\n"
-        "(it,) = measure.measure_files([Path('m.onnx')], target, (1,), registry.device('local'), lambda share, text: None)\n"
+        "with registry.device('local').connect(DeviceSpec('local')) as device:\n"
+        "    (it,) = measure.measure_files([Path('m.onnx')], target, (1,), device, lambda share, text: None)\n"
         "print(len(it.samples_ns()) >= 8, it.runtime)"
     )
     process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)

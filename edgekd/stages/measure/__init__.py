@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd import registry
 from edgekd.domain.measurement import TEACHER, Measurement
 from edgekd.errors import HarnessError, StageError, StorageError, UsageError
-from edgekd.store import locks
+from edgekd.stages.measure import interleaver
 from edgekd.store.digests import file_digest
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgekd.domain.target import Protocol, Target
-    from edgekd.ports import Device, Progress
+    from edgekd.ports import Connection, Progress
 
 GENERATIONS = 3  # so many processes, one after another: what differs between processes is part of the interval
 MAX_SECONDS = 600.0  # for all subjects of a job: a slow model gets fewer runs than the protocol asks for, and a note
@@ -39,12 +39,16 @@ class Subject:
 
 
 def measure(
-    subjects: Sequence[Subject], protocol: Protocol, device: Device, progress: Progress, on_wait: Callable[[str], None] | None = None
+    subjects: Sequence[Subject],
+    protocol: Protocol,
+    connection: Connection,
+    progress: Progress,
+    on_wait: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
-    """Measure subjects, with exclusive access to the machine; ``on_wait`` is called if it must be waited for.
+    """Measure subjects, with exclusive access to the device; ``on_wait`` is called if it must be waited for.
 
     Raises:
-        UnavailableError: if the device or a runtime is missing.
+        UnavailableError: if the connection to the device ends, or a runtime is missing.
         HarnessError: if the harness of a subject fails.
     """
     named = _name_subjects(subjects)
@@ -63,16 +67,20 @@ def measure(
         "generations": GENERATIONS,
         "max_seconds": MAX_SECONDS,
     }
-    with locks.machine_exclusive(on_wait):
-        output: Any = device.measure(job, progress)
+    with connection.lease(on_wait):
+        output: Any = interleaver.measure(job, connection, progress)
     environment = {name: output[name] for name in ("before", "after", "seconds", "cpu_s")}
-    environment |= {"device": device.KIND, "generations": GENERATIONS}
+    environment |= {"device": connection.kind, "generations": GENERATIONS}
     notes = environment_notes(environment, protocol)
     return [_measurement(subject, output["subjects"][name], protocol, environment, notes) for name, subject in named.items()]
 
 
 def measure_sound(
-    subjects: Sequence[Subject], protocol: Protocol, device: Device, progress: Progress, on_wait: Callable[[str], None] | None = None
+    subjects: Sequence[Subject],
+    protocol: Protocol,
+    connection: Connection,
+    progress: Progress,
+    on_wait: Callable[[str], None] | None = None,
 ) -> tuple[list[Measurement], dict[tuple[str, str], str]]:
     """Measure the model files that the device can run; nothing if it can run no candidate.
 
@@ -85,7 +93,7 @@ def measure_sound(
     failures: dict[tuple[str, str], str] = {}
     while any(subject.name != TEACHER for subject in subjects):
         try:
-            return measure(subjects, protocol, device, progress, on_wait), failures
+            return measure(subjects, protocol, connection, progress, on_wait), failures
         except HarnessError as error:
             failed = _name_subjects(subjects)[error.subject]
             failures[failed.name, failed.runtime] = str(error)
@@ -97,7 +105,7 @@ def measure_files(
     paths: Sequence[Path],
     target: Target,
     threads: Sequence[int],
-    device: Device,
+    connection: Connection,
     progress: Progress,
     on_wait: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
@@ -125,7 +133,7 @@ def measure_files(
         name = formats[path.suffix[1:]]
         subjects += [Subject(str(path), name, path, count) for count in (tuple(threads) or settings.get(name, (1,)))]
     try:
-        return measure(subjects, target.protocol, device, progress, on_wait)
+        return measure(subjects, target.protocol, connection, progress, on_wait)
     except StorageError:
         raise
     except StageError as error:  # the harness is a process of its own, which only loads and runs the user's file
