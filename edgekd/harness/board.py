@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ END_S = 30  # for a process to end after it has closed its output
 MAX_AGE_S = 30 * 86400
 CHUNK_BYTES = 2**16
 PR_SET_PDEATHSIG = 1
+SCRATCH = "edgekd-board-"  # and the process id, of temporary folders
 # the variables that a harness inherits; others may change the numbers (LD_PRELOAD, OMP_NUM_THREADS, MALLOC_ARENA_MAX ...)
 INHERITED_VARIABLES = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV")
 
@@ -106,10 +108,10 @@ class Wire:
 
 
 class Board:
-    """The state of one connection: processes by number, the descriptor of the lease, and the folder of files."""
+    """The state of one connection: processes by number, their temporary folder, the lease's file, and the folder of stored files."""
 
     def __init__(self, wire):
-        self.wire, self.processes, self.lease_file = wire, {}, None
+        self.wire, self.processes, self.scratch, self.lease_file = wire, {}, None, None
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         self.folder = os.path.join(cache, "edgekd", "device")
 
@@ -125,6 +127,8 @@ class Board:
         finally:
             for number in list(self.processes):
                 self.stop(number)
+            if self.scratch is not None:
+                shutil.rmtree(self.scratch, ignore_errors=True)
             self.release()
 
     def run(self, command):
@@ -184,33 +188,22 @@ class Board:
 
     def put(self, name, size):
         """Store the bytes that follow, all or nothing."""
-        path = os.path.join(self.folder, name)
+        path, digest, chunks = os.path.join(self.folder, name), hashlib.sha256(), self.wire.chunks(size)
         part = "%s.%d.part" % (path, os.getpid())
-        digest, file, failure = hashlib.sha256(), None, None
         try:
-            try:
-                self.clean()
-                file = open(part, "xb")  # noqa: SIM115  (closed below, whatever happens)
-            except OSError as error:
-                failure = error
-            for data in self.wire.chunks(size):  # all of it, also after an error, so that the next command is where it is expected
-                digest.update(data)
-                try:
-                    if failure is None:
-                        file.write(data)
-                except OSError as error:
-                    failure = error
-            if failure is not None:
-                raise failure
-            file.close()
+            self.clean()
+            with open(part, "xb") as file:
+                for data in chunks:
+                    digest.update(data)
+                    file.write(data)
             if not name.startswith(digest.hexdigest()):
                 return {"error": "%s: the bytes that arrived are not those that were sent" % name}
             os.replace(part, path)
         finally:
-            if file is not None:
-                file.close()
-                if os.path.exists(part):
-                    os.unlink(part)
+            with suppress(OSError):
+                os.unlink(part)
+            for _ in chunks:  # also after an error, so that the next command is where it is expected
+                pass
         return {"path": path}
 
     def clean(self):
@@ -250,7 +243,9 @@ class Board:
         return {"seconds": sum(os.times()[:4])}
 
     def start(self, path):
-        """Start a program of Python: its pipes are those of ``exchange``."""
+        """Start a program of Python: its pipes are those of ``exchange``. What it leaves in the temporary folder is removed."""
+        if self.scratch is None:
+            self.scratch = _new_scratch()
         stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop; a pipe that nobody reads would fill up)
         process = subprocess.Popen(
             [sys.executable, path],
@@ -258,7 +253,7 @@ class Board:
             stdout=subprocess.PIPE,
             stderr=stderr,
             bufsize=0,
-            env=inherited_variables(),
+            env={**inherited_variables(), "TMPDIR": self.scratch},
             preexec_fn=_end_with_parent,  # noqa: PLW1509  (there is one thread)
         )
         self.processes[process.pid] = process, stderr
@@ -301,6 +296,15 @@ class Board:
         for file in (child.stdin, child.stdout, stderr):
             file.close()
         return {}
+
+
+def _new_scratch():
+    """Return a temporary folder; remove those of processes that were killed."""
+    folder = tempfile.gettempdir()
+    for name in os.listdir(folder):
+        if name.startswith(SCRATCH) and not os.path.exists("/proc/" + name.split("-")[2]):
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    return tempfile.mkdtemp(prefix="%s%d-" % (SCRATCH, os.getpid()))
 
 
 def _open_lock(path):

@@ -6,6 +6,8 @@ import json
 import pytest
 
 from edgekd import doctor
+from edgekd.harness import runner
+from tests import sshd
 
 
 def test_a_missing_package_is_reported_with_the_command_that_installs_it(tmp_path, monkeypatch):
@@ -93,3 +95,27 @@ def test_the_accelerator_that_training_would_use_is_reported(tmp_path, monkeypat
     monkeypatch.setattr(doctor.execution, "accelerators", lambda: {"cuda": "NVIDIA T1"})
     (finding,) = [item for item in doctor.check(tmp_path, deep=False) if item.name == "accelerator"]
     assert (finding.ok, finding.detail) == (True, "cuda (NVIDIA T1)")
+
+
+def _device_findings(tmp_path, monkeypatch, toml):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "devices.toml").write_text(toml)
+    return [item for item in doctor.check(tmp_path, ("bench",), deep=False) if item.name.startswith("ssh:")]
+
+
+def test_a_device_is_reported_with_its_state_and_its_runtimes(tmp_path, monkeypatch):
+    with sshd.running(tmp_path) as server:
+        spec = server.spec
+        where = f'address = "{spec.address}"\nport = {spec.port}\npython = "{spec.python}"\nssh_config = "config"\n'
+        machine, state, runtimes = _device_findings(tmp_path, monkeypatch, f'[bench]\nkind = "ssh"\n{where}')
+    assert runner.facts()["instruction_set"] in machine.detail
+    assert state.detail.startswith("governor ")
+    assert "onnxruntime 1." in runtimes.detail
+    assert machine.ok
+    assert runtimes.ok
+
+
+def test_a_device_that_cannot_be_reached_is_a_failure(tmp_path, monkeypatch):
+    findings = _device_findings(tmp_path, monkeypatch, '[bench]\nkind = "ssh"\naddress = "pi@127.0.0.1"\nport = 9\n')
+    assert ["refused the connection" in finding.detail for finding in findings] == [True]
+    assert doctor.exit_code(findings) == 3

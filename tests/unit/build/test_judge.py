@@ -14,6 +14,7 @@ import pytest
 import edgekd
 from edgekd.build import judge, keys, run
 from edgekd.domain.budget import Budget
+from edgekd.domain.device import ChosenDevice, DeviceSpec
 from edgekd.errors import RecipeError, StageError
 from edgekd.harness import runner
 from edgekd.report.target_run import TargetRun
@@ -66,6 +67,29 @@ def test_the_key_of_a_verdict_has_the_version_and_the_code_that_judges(target_ru
     monkeypatch.setattr(keys, "source_digest", lambda roots: str(sorted(roots)))
     assert str(keys.PACKAGE / "stages" / "gate") in str(sorted(keys.PACKAGE / name for name in judge.CODE))
     assert _key(target_run) != key
+
+
+def test_the_key_of_a_verdict_has_the_device_and_its_runtimes(target_run):
+    spec, facts = DeviceSpec("ssh", "pi@bench"), {**runner.facts(), "cpu_model": "Raspberry Pi 4"}
+
+    def key(facts, versions, spec=spec):
+        run_on_device = dataclasses.replace(target_run, device=ChosenDevice(spec, facts, versions))
+        return judge._verdict_key(run_on_device, facts)
+
+    first = key(facts, {"onnxruntime": "1.32.0"})
+    assert key({**facts, "load": 3.0, "temp_c": 70.0}, {"onnxruntime": "1.32.0"}) == first
+    assert key(facts, {"onnxruntime": "1.32.0"}, DeviceSpec("ssh", "pi@another-name")) == first
+    assert key(facts, {"onnxruntime": "1.31.0"}) != first
+    assert key({**facts, "cpu_model": "Raspberry Pi 5"}, {"onnxruntime": "1.32.0"}) != first
+    assert _key(target_run) != first
+
+
+def test_accuracy_is_that_of_the_devices_instructions_only_if_it_has_them(target_run):
+    here = runner.facts()["instruction_set"]
+    assert judge._has_instructions(target_run, here)
+    for instruction_set, expected in ((here, True), ("x86-64-v1", False)):
+        device = ChosenDevice(DeviceSpec("ssh", "bench"), {**runner.facts(), "instruction_set": instruction_set}, {})
+        assert judge._has_instructions(dataclasses.replace(target_run, device=device), here) is expected
 
 
 def test_the_harness_gets_plain_arrays_of_the_samples_that_it_runs(tmp_path, monkeypatch):
