@@ -43,6 +43,9 @@ def choose(plan: Plan, specs: Sequence[DeviceSpec], log: Callable[[str], None]) 
                 entries = [entry for entry in target.runtimes if entry.name in runtimes]
                 chosen[target.name] = ChosenDevice(spec, connection.facts(), _versions(connection, entries))
                 log(f"target {target.name}: is measured on {spec.label}")
+                cores = chosen[target.name].facts["cores"]
+                if cores != target.cpu.cores:
+                    log(f"warning: {spec.label} has {cores} cores for a process, the profile {target.name} says {target.cpu.cores}")
     if specs:
         for target in plan.targets:
             if target.name not in chosen:

@@ -216,7 +216,8 @@ def _judge_choice(
     target = target_run.target
     advice = "edgekd build --remeasure"
     if why_not_here is not None:
-        advice = f"run this build on a {target.title}, or accept that with --inconclusive-ok"
+        remedy = "name a board with --device ssh:user@host" if "ssh" in target.device.kinds else f"run this build on a {target.title}"
+        advice = f"{remedy}, or accept that with --inconclusive-ok"
     evidence = gate.Evidence(
         accuracy=accuracy,
         parity=read_json(target_run.artifacts(f"export/student/{choice.option.candidate.runtime}")["parity.json"]),
