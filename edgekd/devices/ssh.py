@@ -61,6 +61,7 @@ ADVICE = {
     "Permission denied": "it refused the login ({line}); edgekd asks for no password: set up a key with ssh-copy-id, then try {command}",
     "Connection refused": "it refused the connection ({line}); start sshd there, or name another port",
     "Could not resolve hostname": "its name is not known ({line}); expected user@host, or a host of your ssh configuration",
+    "connect to host": "it cannot be reached ({line}); is it switched on and in this network?",
     "timed out": "it did not reply ({line}); is it switched on and in this network?",
 }
 
@@ -82,7 +83,8 @@ def connect(spec: DeviceSpec) -> Iterator[Ssh]:
             stdout=subprocess.PIPE,
             stderr=stderr,
             bufsize=0,
-            start_new_session=True,  # an interrupt in the terminal ends it through its input, so that the board cleans up
+            env={**os.environ, "SSH_ASKPASS_REQUIRE": "never"},  # also for a jump host, which the options do not reach
+            start_new_session=True,  # an interrupt in the terminal ends it through its input, so that the board cleans up; no questions
         )
         connection = Ssh(spec, process, stderr)
         try:

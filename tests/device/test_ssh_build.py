@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from tests import sshd, toy
 
@@ -73,6 +77,24 @@ def test_a_board_that_is_gone_is_an_error_before_anything_runs(project):
     assert "edgekd: device ssh:pi@127.0.0.1:9: it refused the connection" in built.stderr
     assert "inspect" not in built.stderr
     assert not list(Path(os.environ["EDGEKD_CACHE"]).glob("objects/*/*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_measurement_that_is_ended_leaves_nothing(project, number):
+    onnx.save(_relu_model(), str(project.folder / "m.onnx"))
+    command = [sys.executable, "-m", "edgekd", "measure", "m.onnx", "m.onnx", "--target", "board.toml", "--device", "bench"]
+    process = subprocess.Popen(command, cwd=project.folder, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while len(project.server.processes()) < 2 and process.poll() is None:  # a harness beside the program that starts it
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(30) == (130 if number == signal.SIGINT else -number)
+    assert project.server.wait_until_clean() == []
+
+
+def _relu_model():
+    edges = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", edges[:1], edges[1:])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
 def test_a_board_of_another_architecture_is_refused_with_the_difference(project):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import os
 import shutil
@@ -271,3 +272,12 @@ def test_no_option_reaches_ssh_through_a_name():
 def test_the_configuration_of_a_device_is_used(server, model):
     spec = server.with_config("alias", f"Host bench\n  HostName 127.0.0.1\n  Port {server.port}\nHost *")
     assert _use(replace(spec, address="bench", port=None), model)
+
+
+def test_a_jump_host_of_the_configuration_is_used(server, model):
+    user, alias = getpass.getuser(), f"[127.0.0.1]:{server.port}"
+    jump = f"Host jump\n  HostName localhost\n  HostKeyAlias {alias}\n  Port {server.port}\n  User {user}\n"
+    bench = f"Host bench\n  HostName 127.0.0.1\n  Port {server.port}\n  ProxyJump jump\nHost *"
+    spec = server.with_config("jump", jump + bench)
+    assert _use(replace(spec, address="bench", port=None), model)
+    assert server.wait_until_clean() == []
