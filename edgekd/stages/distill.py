@@ -15,7 +15,7 @@ from edgekd.kd.losses import learns_unlabelled
 from edgekd.kd.output_spec import OutputSpec
 from edgekd.kd.training import distributed
 from edgekd.kd.training.execution import AutotuneParams, plan_execution_mode
-from edgekd.kd.training.jobs import CHOSEN_FILE, EPOCHS_FILE, EpochLimitParams, SearchParams, StudentParams, TrainingSettings
+from edgekd.kd.training.jobs import CHOSEN_FILE, EPOCHS_FILE, TRAINED_FILE, EpochLimitParams, SearchParams, StudentParams, TrainingSettings
 from edgekd.ports import StageResult, Step
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def _student_steps(recipe: Recipe, params: StudentParams, inputs: Mapping[str, s
     if recipe.distill.break_even_inferences is not None or recipe.distill.max_minutes is not None:
         before = [_epoch_limit_step(recipe, student)]
         student = replace(student, inputs={**inputs, "epochs": f"{before[0].id}:{EPOCHS_FILE}"})
-    *searches, student = _with_search(recipe, student, labels_only=_may_ship_labels_only(recipe.distill))
+    may_ship_labels_only = _may_ship_labels_only(recipe.distill)
+    *searches, student = _with_search(recipe, student, labels_only=may_ship_labels_only)
     sizes = [  # with what a search chose for the student
         replace(
             student,
@@ -94,7 +95,10 @@ def _student_steps(recipe: Recipe, params: StudentParams, inputs: Mapping[str, s
         )
         for number, (name, entry) in enumerate(recipe.sizes.items())
     ]
-    return [*before, *searches, student, *sizes, *_baseline_steps(recipe, student)]
+    others = [*sizes, *_baseline_steps(recipe, student)]
+    if may_ship_labels_only:  # the search may have trained it
+        student = replace(student, inputs={**student.inputs, "trained": f"{searches[-1].id}:{TRAINED_FILE}"})
+    return [*before, *searches, student, *others]
 
 
 def _epoch_limit_step(recipe: Recipe, step: Step[StudentParams]) -> Step[EpochLimitParams]:
@@ -208,7 +212,7 @@ def run(
     step: Step[StudentParams | SearchParams | EpochLimitParams | AutotuneParams], inputs: Mapping[str, Artifact], context: Context
 ) -> StageResult:
     """Train a student; or do what comes before: choose the execution mode, the epochs, or what the losses leave to ``auto``."""
-    from edgekd.kd.training import autotune, epoch_limits, jobs, search
+    from edgekd.kd.training import autotune, epoch_limits, jobs, trials
 
     params = step.params
     if isinstance(params, AutotuneParams):
@@ -219,7 +223,7 @@ def run(
         return _search(step.id, replace(params, student=_with_epochs(params.student, inputs)), inputs, context)
     params = _with_epochs(params, inputs)
     if "chosen" in inputs:
-        chosen = replace(params, losses=search.read_chosen(inputs["chosen"]))
+        chosen = replace(params, losses=trials.read_chosen(inputs["chosen"]))
         params, inputs = jobs.without_unread_teacher(chosen, inputs, params.losses)
     return _train(step.id, params, inputs, context)
 
@@ -230,9 +234,10 @@ def _train(name: str, params: StudentParams, inputs: Mapping[str, Artifact], con
     from edgekd.kd.training.calibrate import calibrate
     from edgekd.kd.training.jobs import student_job
     from edgekd.kd.training.trainer import fit
+    from edgekd.kd.training.trials import read_trained
 
     job = student_job(params, inputs, context.recipe_dir)
-    weights, curve = fit(job, context.work, context.progress)
+    weights, curve = read_trained(inputs) or fit(job, context.work, context.progress)
     notes: list[str] = []
     if job.output.is_single_softmax:
         weights, calibration_notes = calibrate(job.build, weights, job.validation, job.entry, job.settings.threads)
@@ -248,22 +253,22 @@ def _train(name: str, params: StudentParams, inputs: Mapping[str, Artifact], con
 
 def _search(name: str, params: SearchParams, inputs: Mapping[str, Artifact], context: Context) -> StageResult:
     """Choose what the losses leave to ``auto``; write ``chosen.json``."""
-    from edgekd.kd.training import jobs, search
+    from edgekd.kd.training import jobs, search, trials
 
-    result = search.run_search(params, inputs, context)
-    notes = _search_notes(name, params, result)
+    result, epochs = trials.run_search(params, inputs, context)
+    notes = _search_notes(name, params, result, epochs)
     losses = search.with_choices(params.student.losses, result.best[0].trial.choices)
-    samples = result.epochs * len(jobs.training_set(inputs, losses, "distill.losses"))
-    return StageResult({"trials": len(result.results), "epochs": result.epochs, "samples": samples}, tuple(notes))
+    samples = epochs * len(jobs.training_set(inputs, losses, "distill.losses"))
+    return StageResult({"trials": len(result.results), "epochs": epochs, "samples": samples}, tuple(notes))
 
 
-def _search_notes(name: str, params: SearchParams, result: SearchResult) -> list[str]:
+def _search_notes(name: str, params: SearchParams, result: SearchResult, epochs: int) -> list[str]:
     """Return what a search chose, by how much, and how sure that is."""
     from edgekd.kd.training.search import describe_choices
 
     best, lengths = result.best[0], sorted({item.trial.epochs for item in result.results})
     settings = len({tuple(item.trial.choices.items()) for item in result.results})
-    tried = f"{settings} settings were tried in trials of {' and '.join(map(str, lengths))} epochs ({result.epochs} in all)"
+    tried = f"{settings} settings were tried in trials of {' and '.join(map(str, lengths))} epochs ({epochs} in all)"
     notes = [f"{name}: {tried}; chosen: {describe_choices(params.student.losses, best.trial.choices)}"]
     if result.second:
         margin, interval = result.margin()

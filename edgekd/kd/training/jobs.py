@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgekd.kd.data import Samples
     from edgekd.kd.views import Augment
 
-CHOSEN_FILE, EPOCHS_FILE = "chosen.json", "epochs.json"  # results of a search, and of the step that limits the epochs
+CHOSEN_FILE, TRAINED_FILE, EPOCHS_FILE = "chosen.json", "trained.safetensors", "epochs.json"  # of a search, and of the limit of epochs
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 """Search: what a recipe leaves to ``auto`` is chosen by short trainings on the validation split.
 
 Trials run in rungs. All trials of a rung train equally long, each a whole schedule down to the lowest learning rate; the best go on to the
-next rung, where they start anew and train longer. So only equals are compared.
+next rung, where they start anew and train longer. So only equals are compared. Few settings are trained from several seeds, because
+seeds differ more than neighboring settings.
 
 Source:
     Successive halving: Jamieson and Talwalkar, arXiv 1502.07943; Li et al., arXiv 1810.05934.
@@ -13,28 +14,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from edgekd import usercode
 from edgekd.domain.losses import AUTO, LOSSES, Loss
-from edgekd.errors import RecipeError
-from edgekd.kd import data, modules, output_spec
-from edgekd.kd.reproducible import deterministic, load_verified, save_verified
-from edgekd.kd.training.jobs import CHOSEN_FILE, student_job, without_unread_teacher
-from edgekd.kd.training.trainer import fit
 from edgekd.stats import paired
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
-    from torch import Tensor
-
-    from edgekd.domain.artifact import Artifact
     from edgekd.domain.verdict import Interval
-    from edgekd.kd.training.jobs import SearchParams, TrainingJob
-    from edgekd.ports import Context, Progress
+    from edgekd.ports import Progress
 
     Choices = Mapping[str, float | bool]
 
@@ -51,9 +41,11 @@ WIDER: Mapping[str, tuple[float, ...]] = {"temperature": (0.25, 16.0), "weight":
 LABELS_ONLY = "label_smoothing"  # the one choice of a trial without the teacher
 LABELS_ONLY_CHOICES = (0.1, 0.0, 0.3)  # the default first
 MIN_EPOCHS, MIN_SHARE = 3, 0.1  # of a trial, and as a share of the student's epochs: shorter ones favor what learns fast
-RUNGS, REDUCTION = 3, 3  # usual number of rungs; one of so many trials goes on
-FINAL_TRIALS = 3  # so few need no further rung
-MAX_REPETITIONS = 3  # of the two best, with further seeds
+DUEL_SHARE = 2.0  # of the student's epochs; with fewer, students with and without a teacher are compared by the longest trials
+FIRST_SHARE = 2 / 3  # at most, of all epochs, for the first rung
+RUNGS, REDUCTION, GROWTH = 3, 3, 2  # usual number of rungs; one of so many settings goes on, to trials at least so much longer
+MAX_SEEDS = 3  # of a setting in the first rung, and further ones of the two best
+FINAL_TRIALS, FINAL_SEEDS = 3, 2  # so few settings need no further rung, and are trained from so many seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,31 +102,6 @@ class SearchResult:
         return float(differences.mean()), paired.difference_interval(differences, np.arange(len(differences)))
 
 
-def run_search(params: SearchParams, inputs: Mapping[str, Artifact], context: Context) -> SearchResult:
-    """Search the losses of a student, and write ``chosen.json``."""
-    student = params.student
-
-    def run_trial(trial: Trial, number: int, progress: Progress) -> TrialResult:
-        settings = replace(student.settings, epochs=trial.epochs, seed=student.settings.seed + trial.repetition)
-        trial_params = replace(student, losses=with_choices(student.losses, trial.choices), settings=settings)
-        job = student_job(*without_unread_teacher(trial_params, inputs, student.losses), context.recipe_dir)
-        return _run_trial(trial, job, context.work / f"trial.{number}", progress)
-
-    has_labels = bool((data.load_split(inputs, "train", output=student.output).labels >= 0).any())
-    space = search_space(student.losses, labels_only=params.labels_only and has_labels)
-    result = search(space, run_trial, student.settings.epochs, params.share, context.progress)
-    losses = with_choices(student.losses, result.best[0].trial.choices)
-    trials = [asdict(item.trial) | {"accuracy": item.accuracy} for item in result.results]
-    document = {"losses": [loss.to_dict() for loss in losses], "trials": trials, "epochs": result.epochs}
-    (context.out / CHOSEN_FILE).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    return result
-
-
-def read_chosen(artifact: Artifact) -> tuple[Loss, ...]:
-    """Return the losses that a search chose."""
-    return tuple(Loss.from_dict(loss) for loss in json.loads(artifact.path.read_text())["losses"])
-
-
 def search(
     space: Sequence[Choices],
     run_trial: Callable[[Trial, int, Progress], TrialResult],
@@ -145,7 +112,9 @@ def search(
     """Return the best setting, by trials in rungs.
 
     All trials start from the same weights and see the same batches. On a tie, the student without a teacher is the better one,
-    then the setting that is nearer to the defaults.
+    then the setting that is nearer to the defaults. Short trials favor the teacher, from which a student learns faster. So if there are
+    epochs enough (:data:`DUEL_SHARE`), the best setting with and without it are both trained as long as the student, at the end. One of the
+    two is the student's own training, which does not count.
 
     Args:
         space: The settings, from :func:`search_space`.
@@ -155,42 +124,62 @@ def search(
         progress: Is called with the share done.
     """
     shortest = min(epochs, max(MIN_EPOCHS, math.ceil(MIN_SHARE * epochs)))
-    budget = max(shortest, round(share * epochs))
-    settings = list(space[: budget // shortest])
+    kinds = {LABELS_ONLY in choices for choices in space}
+    is_duel = len(kinds) > 1 and share >= DUEL_SHARE
+    budget = max(shortest, round((share - is_duel) * epochs))
+    most = budget // shortest
+    count = min(len(space), max(2, int(FIRST_SHARE * most)) if (1 - FIRST_SHARE) * most >= 2 * GROWTH else most)
     results: list[TrialResult] = []
 
-    def run(choices: Choices, length: int, repetition: int = 0) -> TrialResult:
-        done = _total_epochs(results)
-        trial = Trial(choices, length, repetition)
-        results.append(run_trial(trial, len(results), lambda part, text: progress((done + part * length) / budget, text)))
+    def run_one(trial: Trial) -> TrialResult:
+        done, total = _total_epochs(results), budget + 2 * epochs * is_duel
+        results.append(run_trial(trial, len(results), lambda part, text: progress((done + part * trial.epochs) / total, text)))
         return results[-1]
 
-    length = min(epochs, max(shortest, budget // (RUNGS * len(settings))))
-    rung = [run(choices, length) for choices in settings]
-    while _total_epochs(results) + FINAL_TRIALS * length < budget and (choices := _wider(rung)) is not None:
-        rung.append(run(choices, length))
-    while (survivors := _survivors(rung, (budget - _total_epochs(results)) // (2 * length))) and length < epochs:
-        remaining = budget - _total_epochs(results)
-        halves = [remaining // 2, remaining] if len(survivors) > FINAL_TRIALS else [remaining]
-        length = next(min(epochs, part // len(survivors)) for part in halves if part >= 2 * length * len(survivors))
-        rung = [run(result.trial.choices, length) for result in survivors]
-    rung.sort(key=_rank, reverse=True)
-    finalists = [[result] for result in rung[:2]]
-    for repetition in range(1, MAX_REPETITIONS + 1):
-        if len(finalists) == 1 or _total_epochs(results) + len(finalists) * length > budget:
+    def run(choices: Choices, length: int, seeds: range) -> list[TrialResult]:
+        return [run_one(Trial(choices, length, repetition)) for repetition in seeds]
+
+    seeds = min(MAX_SEEDS, max(1, budget // (RUNGS * count * shortest)))
+    length = min(epochs, max(shortest, budget // (RUNGS * count * seeds)))
+    rung: list[list[TrialResult]] = []
+    while len(rung) < count:
+        rung.append(run(_next(space, rung), length, range(seeds)))
+    while _total_epochs(results) + FINAL_TRIALS * seeds * length < budget and (wider := _wider(rung)):
+        rung.append(run(wider[0], length, range(seeds)))
+    without_teacher = [repeated for repeated in rung if is_duel and repeated[0].trial.is_labels_only]
+    rung = [repeated for repeated in rung if repeated not in without_teacher]
+    finalists = _finalists(rung, run, lambda: budget - _total_epochs(results), epochs)
+    if without_teacher:
+        leaders = finalists[0], max(without_teacher, key=_rank)
+        finalists = sorted((run(repeated[0].trial.choices, epochs, range(1)) for repeated in leaders), key=_rank, reverse=True)
+    return SearchResult(results, finalists[0], finalists[1] if len(finalists) > 1 else (), is_weak=count < len(space))
+
+
+def _finalists(
+    rung: list[list[TrialResult]], run: Callable[[Choices, int, range], list[TrialResult]], remaining: Callable[[], int], epochs: int
+) -> list[list[TrialResult]]:
+    """Run further rungs after the first; return the two best settings of the last one, the best first, or one if there is no other."""
+    seeds, length = len(rung[0]), rung[0][0].trial.epochs
+    while (survivors := _survivors(rung, remaining() // (GROWTH * length))) and length < epochs:
+        is_final = len(survivors) <= FINAL_TRIALS
+        seeds = FINAL_SEEDS if is_final and remaining() // (FINAL_SEEDS * len(survivors)) >= GROWTH * length else 1
+        parts = [remaining()] if is_final else [remaining() // 2, remaining()]
+        length = next(min(epochs, part // (seeds * len(survivors))) for part in parts if part >= GROWTH * length * seeds * len(survivors))
+        rung = [run(repeated[0].trial.choices, length, range(seeds)) for repeated in survivors]
+    finalists = sorted(rung, key=_rank, reverse=True)[:2]
+    for repetition in range(seeds, MAX_SEEDS + 1):
+        if len(finalists) == 1 or len(finalists) * length > remaining():
             break
-        for repeated in finalists:
-            repeated.append(run(repeated[0].trial.choices, length, repetition))
-    finalists.sort(key=lambda repeated: (sum(item.accuracy for item in repeated), *_rank(repeated[0])[1:]), reverse=True)
-    return SearchResult(results, finalists[0], finalists[1] if len(finalists) > 1 else (), is_weak=len(settings) < len(space))
+        finalists = [[*repeated, *run(repeated[0].trial.choices, length, range(repetition, repetition + 1))] for repeated in finalists]
+    return sorted(finalists, key=_rank, reverse=True)
 
 
 def search_space(losses: Sequence[Loss], *, labels_only: bool) -> list[Choices]:
     """Return all settings of losses, the defaults first; ``labels_only`` adds those of a student without a teacher."""
     names = _auto_options(losses)
     grid = (dict(zip(names, values, strict=True)) for values in itertools.product(*(CHOICES[_option(name)] for name in names)))
-    space = [({LABELS_ONLY: value}, index) for index, value in enumerate(LABELS_ONLY_CHOICES if labels_only else ())]
-    space += [(choices, _distance(losses, choices)) for choices in grid]
+    space: list[tuple[Choices, int]] = [(choices, _distance(losses, choices)) for choices in grid]
+    space += [({LABELS_ONLY: value}, index) for index, value in enumerate(LABELS_ONLY_CHOICES if labels_only else ())]
     return [choices for choices, _ in sorted(space, key=lambda item: item[1])]
 
 
@@ -225,36 +214,49 @@ def _total_epochs(results: Sequence[TrialResult]) -> int:
     return sum(result.trial.epochs for result in results)
 
 
-def _rank(result: TrialResult) -> tuple[float, bool]:
-    """Return what results of equally long trials are compared by; of equals, the first is the best."""
-    return (result.accuracy, result.trial.is_labels_only)
+def _rank(repeated: Sequence[TrialResult]) -> tuple[float, bool]:
+    """Return what settings of a rung are compared by, from the results of all seeds; of equals, the first is the best."""
+    return (sum(result.accuracy for result in repeated) / len(repeated), repeated[0].trial.is_labels_only)
 
 
-def _survivors(rung: Sequence[TrialResult], most: int) -> list[TrialResult]:
-    """Return the results that go on, at most so many: the best, with the best that has a teacher and the best that has none."""
+def _survivors(rung: Sequence[list[TrialResult]], most: int) -> list[list[TrialResult]]:
+    """Return the settings that go on, at most so many: the best, with the best that has a teacher and the best that has none."""
     ranked = sorted(rung, key=_rank, reverse=True)
     count = min(max(2, math.ceil(len(ranked) / REDUCTION)), most)
     if count < min(2, len(ranked)) or len(ranked) == 1:
         return []
-    leaders = [next((item for item in ranked if item.trial.is_labels_only is kind), ranked[0]) for kind in (False, True)]
+    leaders = [next((item for item in ranked if item[0].trial.is_labels_only is kind), ranked[0]) for kind in (False, True)]
     others = [item for item in ranked if item not in leaders]
     chosen = [*dict.fromkeys(map(ranked.index, leaders)), *map(ranked.index, others)][:count]
     return [ranked[index] for index in sorted(chosen)]
 
 
-def _wider(rung: Sequence[TrialResult]) -> Choices | None:
-    """Return a setting that is not in the rung, beyond an end that wins; None if no end does."""
-    tried = [result.trial.choices for result in rung]
-    for is_labels_only in (False, True):
-        leader = max((item for item in rung if item.trial.is_labels_only is is_labels_only), key=_rank, default=None)
-        for name, value in () if leader is None else leader.trial.choices.items():
-            values = [choices[name] for choices in tried if name in choices]
-            wider = WIDER.get(_option(name), ())
-            further = [*sorted(item for item in wider if item > max(values))[:1]] if value == max(values) else []
-            further += [*sorted(item for item in wider if item < min(values))[-1:]] if value == min(values) else []
-            for item in further:
-                return {**leader.trial.choices, name: item}  # type: ignore[union-attr]
-    return None
+def _next(space: Sequence[Choices], rung: Sequence[list[TrialResult]]) -> Choices:
+    """Return the setting to try next: the default with and without a teacher first, then what is nearest to the best of its kind."""
+    best = {LABELS_ONLY in repeated[0].trial.choices: repeated[0].trial.choices for repeated in sorted(rung, key=_rank)}
+
+    def distance(choices: Choices) -> int:
+        leader = best.get(LABELS_ONLY in choices)
+        return 0 if leader is None else sum(abs(_position(name, value) - _position(name, leader[name])) for name, value in choices.items())
+
+    tried = [repeated[0].trial.choices for repeated in rung]
+    return min((choices for choices in (*space, *_wider(rung)) if choices not in tried), key=distance)
+
+
+def _wider(rung: Sequence[list[TrialResult]]) -> list[Choices]:
+    """Return the settings beyond an end that wins, with and without a teacher, that were not tried."""
+    tried = [repeated[0].trial.choices for repeated in rung]
+    wider = []
+    for kind in (False, True):
+        leader = max((item for item in rung if item[0].trial.is_labels_only is kind), key=_rank, default=None)
+        choices = {} if leader is None else leader[0].trial.choices
+        for name, value in choices.items():
+            values = _values(name)
+            position, listed = values.index(value), CHOICES[_option(name)]
+            beyond = [values[position + 1 : position + 2]] if value >= max(listed) else []
+            beyond += [values[position - 1 : position]] if value <= min(listed) else []
+            wider += [{**choices, name: item} for items in beyond for item in items]
+    return [choices for choices in wider if choices not in tried]
 
 
 def _distance(losses: Sequence[Loss], choices: Choices) -> int:
@@ -263,8 +265,18 @@ def _distance(losses: Sequence[Loss], choices: Choices) -> int:
     for name, value in choices.items():
         index, _, option = name.partition(".")
         default = {"weight": DEFAULT_WEIGHT, **LOSSES[losses[int(index)].kind]}[option]
-        steps += abs(CHOICES[option].index(value) - CHOICES[option].index(default))
+        steps += abs(_position(option, value) - _position(option, default))
     return steps
+
+
+def _position(name: str, value: Any) -> int:
+    """Return where a value is among all values of its option."""
+    return _values(name).index(value)
+
+
+def _values(name: str) -> list[float | bool]:
+    """Return all values of an option, in order."""
+    return sorted((*CHOICES[_option(name)], *WIDER.get(_option(name), ())))
 
 
 def _option(name: str) -> str:
@@ -280,36 +292,3 @@ def _auto_options(losses: Sequence[Loss]) -> list[str]:
         for name, value in {"weight": loss.weight, **loss.explicit_options}.items()
         if value == AUTO
     ]
-
-
-def _run_trial(trial: Trial, job: TrainingJob, folder: Path, progress: Progress) -> TrialResult:
-    """Train and score a trial, unless an earlier run of the search has."""
-    content = load_verified(folder / "result")
-    if content is not None:
-        stored = json.loads(content)
-        if stored["trial"] == asdict(trial):
-            return TrialResult(trial, tuple(stored["scores"]))
-    folder.mkdir(exist_ok=True)
-    weights, _ = fit(job, folder, progress)
-    scores = validation_scores(job, weights)
-    if all(map(math.isnan, scores)):
-        what = "no sample of the validation split has a class, by which settings could be compared"
-        raise RecipeError(f"distill.losses: 'auto': {what}; choose the setting yourself")
-    result = TrialResult(trial, scores)
-    save_verified(folder / "result", json.dumps({"trial": asdict(trial), "scores": scores}).encode())
-    return result
-
-
-def validation_scores(job: TrainingJob, weights: Mapping[str, Tensor]) -> tuple[float, ...]:
-    """Return the score of each validation sample: the share of its labels that are predicted, nan if it has none."""
-    import torch
-
-    module = job.build()
-    modules.load_weights(module, dict(weights), str(job.entry))
-    module.eval()
-    scores = []
-    with deterministic(job.settings.threads), torch.inference_mode():
-        for rows in torch.split(torch.arange(len(job.validation)), job.settings.batch_size):
-            batch = job.validation.pick(rows)
-            scores.append(output_spec.sample_scores(job.output, usercode.call_user_code(module, job.entry, *batch.inputs), batch.labels))
-    return tuple(torch.cat(scores).tolist())

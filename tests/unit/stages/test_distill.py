@@ -118,6 +118,32 @@ def test_students_with_and_without_a_teacher_learn_from_mixed_views_and_their_la
     torch.testing.assert_close(torch.cat(mixed).sum(dim=1), torch.ones(60 * 5 + DRY_RUN_SAMPLES))
 
 
+def test_the_student_that_a_search_has_trained_is_that_of_a_training_of_its_own(folder):
+    inputs = artifacts(folder)
+    auto = recipe(losses=(replace(KL, temperature="auto"), CE), epochs=8)
+    searching, student = distill.steps(auto, [])
+
+    def run_step(step, inputs, name):
+        (folder / name / "out").mkdir(parents=True)
+        (folder / name / "work").mkdir()
+        epochs = []
+        context = Context(folder, folder / name / "out", folder / name / "work", lambda _, text: epochs.append(text))
+        return distill.run(step, inputs, context), epochs
+
+    result, _ = run_step(searching, inputs, "search")
+    assert result.metrics["epochs"] <= 24
+    searched = {name: Artifact(folder / "search" / "out" / file, "", 0) for name, file in
+                (("chosen", "chosen.json"), ("trained", "trained.safetensors"))}  # fmt: skip
+    (from_search, epochs), (anew, _) = (
+        run_step(student, inputs | {name: searched[name] for name in names}, name)
+        for name, names in (("reused", ("chosen", "trained")), ("anew", ("chosen",)))
+    )
+    assert epochs == []
+    assert from_search == anew
+    for file in ("student.safetensors", "curve.json"):
+        assert (folder / "reused" / "out" / file).read_bytes() == (folder / "anew" / "out" / file).read_bytes()
+
+
 def test_checkpoints_teach_in_turns_and_the_teacher_last(folder, monkeypatch):
     inputs = artifacts(folder)
     for split in ("train", "validation", "unlabelled"):

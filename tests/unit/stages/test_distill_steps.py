@@ -134,6 +134,9 @@ def test_what_is_auto_is_searched_once_for_all_seeds_and_for_the_baselines_too()
         "distill/pseudo_labels/0": "distill/search/pseudo_labels/0:chosen.json",
         "distill/pseudo_labels/1": "distill/search/pseudo_labels/0:chosen.json",
     }
+    assert {step.id: step.inputs["trained"] for step in steps if "trained" in step.inputs} == {
+        "distill": "distill/search:trained.safetensors"
+    }
     searching = [step for step in steps if isinstance(step.params, SearchParams)]
     assert [step.id for step in searching] == ["distill/search", "distill/search/label_smoothing/0", "distill/search/pseudo_labels/0"]
     assert [loss for loss in searching[2].params.student.losses if loss.has_auto] == [Loss("hard", "auto")]
@@ -150,13 +153,15 @@ def test_notes_say_what_a_search_chose_by_how_much_and_how_sure_that_is():
     params = replace(params, student=replace(params.student, losses=(Loss("kl", temperature="auto"), CE)))
     labels, kl = _result({"label_smoothing": 0.1}, (1.0,) * 100), _result({"0.temperature": 2.0}, (1.0,) * 90 + (0.0,) * 10)
     first = _result({"0.temperature": 2.0}, kl.scores, epochs=6)
-    assert distill._search_notes("distill/search", params, SearchResult([first, kl, labels], [labels], [kl], is_weak=True)) == [
+    assert distill._search_notes("distill/search", params, SearchResult([first, kl, labels], [labels], [kl], is_weak=True), 46) == [
         "distill/search: 2 settings were tried in trials of 6 and 20 epochs (46 in all); chosen: labels only, label smoothing 0.1",
         "distill/search: second best: temperature of kl = 2.0, by 10.00 points [5.52, 17.44] on validation",
         'distill/search: labels alone are as good as the teacher: nothing is distilled (distill.ships = "distilled" distills)',
         "warning: distill/search: the choice is weak: not all settings were tried; raise distill.search_share or distill.epochs",
     ]
-    only = distill._search_notes("distill/search", params, SearchResult([_result({}, (1.0,))], [_result({}, (1.0,))], [], is_weak=False))
+    only = distill._search_notes(
+        "distill/search", params, SearchResult([_result({}, (1.0,))], [_result({}, (1.0,))], [], is_weak=False), 20
+    )
     assert only == ["distill/search: 1 settings were tried in trials of 20 epochs (20 in all); chosen: the losses of the recipe"]
 
 
