@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements: raw samples, how they were taken, and on which machine."""
+"""Measurements: raw samples, how they were taken, and on which machine. Estimates: a value with a band, and what it rests on."""
 
 from __future__ import annotations
 
@@ -37,3 +37,21 @@ class Measurement:
     def samples_ns(self) -> list[int]:
         """Return all samples in order of time."""
         return [sample for block in self.blocks_ns for sample in block]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Estimated latency of one model at one setting, in integer nanoseconds: a value, and the band that covers it at ``level``.
+
+    ``tier`` says how it is known (``fitted`` or ``spec-scaled``), ``provenance`` which rows it rests on, ``notes`` what widened the band.
+    """
+
+    runtime: str
+    threads: int
+    value_ns: int
+    low_ns: int
+    high_ns: int
+    level: float
+    tier: str
+    provenance: str
+    notes: tuple[str, ...] = ()
