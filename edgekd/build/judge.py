@@ -15,6 +15,7 @@ from edgekd.domain.device import DeviceSpec
 from edgekd.domain.measurement import TEACHER
 from edgekd.domain.units import fraction_to_pp
 from edgekd.domain.verdict import Outcome
+from edgekd.errors import StageError
 from edgekd.harness import runner
 from edgekd.plan import check_reasons
 from edgekd.report import collect, document, markdown
@@ -22,7 +23,7 @@ from edgekd.report.target_run import read_json, read_scores, teacher_measurement
 from edgekd.stages import gate, measure, package, select
 from edgekd.store import locks
 from edgekd.store.arrays import open_array
-from edgekd.store.digests import digest, tool_version
+from edgekd.store.digests import digest, file_digest, tool_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +37,19 @@ if TYPE_CHECKING:
 
 # the modules and packages that decide a verdict or write its report: their source is part of the key of a cached verdict
 CODE = (
-    *("__init__", "build/devices", "build/judge", "config/profiles", "devices", "domain", "harness", "plan", "report", "runtimes"),
+    *(
+        "__init__",
+        "build/devices",
+        "build/judge",
+        "config/profiles",
+        "devices",
+        "domain",
+        "estimate",
+        "harness",
+        "plan",
+        "report",
+        "runtimes",
+    ),
     *("stages/gate", "stages/measure", "stages/package", "stages/select", "stats", "store/arrays", "store/documents"),
 )
 
@@ -86,6 +99,8 @@ def _judge(target_run: TargetRun, verdict_key: str, why_not_here: str | None, re
         target_run = replace(target_run, unmeasured=unmeasured)
         check_reasons(target_run.plan, target_run.target, target_run.left_out)
     options = [_option(target_run, item, outcomes[item.id], accuracies[item.id], measurements) for item in target_run.candidates]
+    if why_not_here:
+        options = [_with_estimates(target_run, option) for option in options]
     choice = select.select(options, settings.quantize.max_float_ops, settings.budget.max_size_kib)
     verdict = _judge_choice(target_run, choice, accuracies[choice.option.candidate.id], measurements, why_not_here)
     report = collect.collect_report(target_run, scores, accuracies, options, choice, measurements)
@@ -107,7 +122,8 @@ def _verdict_key(target_run: TargetRun, machine: Mapping[str, Any]) -> str:
     recipe = replace(target_run.plan.recipe, budget=settings.budget, quantize=settings.quantize, target={})
     recipes = [asdict(recipe), target_run.recipe_file]
     runtimes = [registry.source_folder("runtimes", entry.name) for entry in target_run.target.runtimes]
-    code = [document.version(), keys.source_digest([*(keys.PACKAGE / name for name in CODE), *runtimes])]
+    coefficients = file_digest(keys.PACKAGE / "estimate" / "coefficients.toml")
+    code = [document.version(), coefficients, keys.source_digest([*(keys.PACKAGE / name for name in CODE), *runtimes])]
     return digest([steps, recipes, asdict(target_run.target), runner.identity(machine), versions, code])
 
 
@@ -210,6 +226,19 @@ def _option(
     return Option(candidate, size, float_ops, outcome, fraction_to_pp(accuracy.drop.value), measured)
 
 
+def _with_estimates(target_run: TargetRun, option: Option) -> Option:
+    """Return an option with the estimates of its latency on the target, or with why there are none."""
+    from edgekd.estimate import latency
+
+    candidate = option.candidate
+    path = target_run.model_file(candidate).path
+    try:
+        estimates = latency.estimate_file(path, target_run.target, candidate.runtime, candidate.scheme, candidate.settings)
+    except StageError as error:
+        return replace(option, no_estimate=f"no estimate: {error}")
+    return replace(option, no_estimate=f"no estimate: {estimates}") if isinstance(estimates, str) else replace(option, estimates=estimates)
+
+
 def _judge_choice(
     target_run: TargetRun, choice: Choice, accuracy: Accuracy, measurements: Sequence[Measurement], why_not_here: str | None
 ) -> Verdict:
@@ -224,6 +253,8 @@ def _judge_choice(
         size_bytes=choice.option.size_bytes,
         measurement=choice.measurement,
         teacher=teacher_measurement(choice.measurement, measurements),
+        estimate=choice.option.estimate(choice.threads),
+        no_estimate=choice.option.no_estimate,
         unmeasured=why_not_here or "no candidate within the accuracy budget was measured",
         advice=advice,
     )

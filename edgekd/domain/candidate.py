@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from edgekd.domain.artifact import Json
-    from edgekd.domain.measurement import Measurement
+    from edgekd.domain.measurement import Estimate, Measurement
     from edgekd.domain.verdict import Difference, Interval, Outcome
 
 
@@ -46,7 +46,10 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A candidate to choose from. ``accuracy`` is the outcome of its accuracy checks, ``drop_pp`` the drop against the teacher."""
+    """A candidate to choose from. ``accuracy`` is the outcome of its accuracy checks, ``drop_pp`` the drop against the teacher.
+
+    ``estimates`` are those of its latency, by thread count, where nothing can be measured; ``no_estimate`` says why there are none.
+    """
 
     candidate: Candidate
     size_bytes: int
@@ -54,6 +57,12 @@ class Option:
     accuracy: Outcome
     drop_pp: float
     measurements: tuple[Measurement, ...] = ()
+    estimates: tuple[Estimate, ...] = ()
+    no_estimate: str | None = None
+
+    def estimate(self, threads: int) -> Estimate | None:
+        """Return the estimate of its latency with so many threads, or None."""
+        return next((item for item in self.estimates if item.threads == threads), None)
 
 
 @dataclass(frozen=True, slots=True)

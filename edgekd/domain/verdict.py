@@ -47,7 +47,8 @@ class Check:
 
     ``name`` is the key of the budget (``max_accuracy_drop_pp``), ``limit.memory_mib`` or ``limit.storage_mib``, or
     ``parity``. ``value``, ``interval`` and ``limit`` are in the unit of the key. ``reason`` says why the outcome
-    is not PASS; ``advice`` is the next command or the next thing to change.
+    is not PASS; ``advice`` is the next command or the next thing to change. ``tier`` is that of an Estimate, whose band ``interval``
+    then is; None for what was measured.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Check:
     interval: Interval | None = None
     reason: str | None = None
     advice: str | None = None
+    tier: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

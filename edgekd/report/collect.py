@@ -163,6 +163,8 @@ def _candidate_row(
         "agreement": agreement(scores.teacher, scores.by_step[candidate.evaluate_step], student.task, student.heads),
         "outcome": option.accuracy.value,
         "latency": [_latency(item, teacher_measurement(item, measurements)) for item in option.measurements],
+        "estimates": [document.estimate_row(item) for item in option.estimates],
+        "no_estimate": option.no_estimate,
         "why_not": choice.why_not.get(candidate.id),
         "notes": list(target_run.completed[candidate.model_step].entry.notes),
     }

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edgekd.domain.units import ns_to_ms
 from edgekd.domain.verdict import Outcome
 from edgekd.errors import MAX_CHARACTERS, UsageError, printable
 from edgekd.report import schema
@@ -20,6 +21,7 @@ from edgekd.store.digests import file_digest
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from edgekd.domain.measurement import Estimate
     from edgekd.domain.verdict import Check, Verdict
 
 SCHEMA = 1
@@ -44,6 +46,21 @@ def check_row(check: Check) -> dict[str, Any]:
         "unit": check.unit,
         "reason": check.reason,
         "advice": check.advice,
+        "tier": check.tier,
+    }
+
+
+def estimate_row(estimate: Estimate) -> dict[str, Any]:
+    """Return an estimate as a mapping."""
+    return {
+        "runtime": estimate.runtime,
+        "threads": estimate.threads,
+        "ms": ns_to_ms(estimate.value_ns),
+        "band": [ns_to_ms(estimate.low_ns), ns_to_ms(estimate.high_ns)],
+        "level": estimate.level,
+        "tier": estimate.tier,
+        "provenance": estimate.provenance,
+        "notes": list(estimate.notes),
     }
 
 

@@ -29,12 +29,14 @@ def render(document: Mapping[str, Any]) -> str:
         f"{text.shipped_line(document)}.\n",
         f"**{notice[0].upper()}{notice[1:]}**\n" if notice else "",
         f"{text.teacher_line(document)}.\n",
+        f"{estimate[0].upper()}{estimate[1:]}.\n" if (estimate := text.estimate_line(document)) else "",
         _table(text.CHECK_COLUMNS, map(text.check_cells, document["checks"])),
         _list(f"**{name}**: {reason}" for name, reason in text.reasons(document["checks"])),
         _section("Accuracy drop by stage", _accuracy_drops(document["accuracy_drop_by_stage"])),
         _section("Did distillation help?", _distillation(document)),
         _section("Candidates", _candidates(document)),
         _section("Latency", _latencies(document)),
+        _section("Estimated latency", _estimates(document)),
         _section(f"The {min(SHOWN_CLASSES, len(document['classes']))} classes that lose most", _classes(document)),
         _section("Training cost", _cost(document["cost"])),
         _section("How it was built", _steps(document)),
@@ -152,6 +154,14 @@ def _latencies(document: Mapping[str, Any]) -> str:
         for name, latency in rows
     )
     return _table(("model", "runtime", "threads", "p50 ms", "p95 ms", "p99 ms", "runs", "peak MiB"), cells)
+
+
+def _estimates(document: Mapping[str, Any]) -> str:
+    rows = [(candidate["id"], row) for candidate in document["candidates"] for row in candidate["estimates"]]
+    cells = ((name, str(row["threads"]), text.estimated(row), "; ".join((row["provenance"], *row["notes"]))) for name, row in rows)
+    table = _table(("model", "threads", "latency", "rests on"), cells) if rows else ""
+    missing = _list(f"{candidate['id']}: {candidate['no_estimate']}" for candidate in document["candidates"] if candidate["no_estimate"])
+    return "\n".join(filter(None, (table, missing)))
 
 
 def _shipped_or_judged(document: Mapping[str, Any]) -> str:

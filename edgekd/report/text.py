@@ -44,6 +44,16 @@ def estimate(value: str, pair: Sequence[float] | None) -> str:
     return f"{value} {interval(pair) or '(no interval)'}"
 
 
+def about(value: float, unit: str) -> str:
+    """Return an estimated number, with two significant digits."""
+    return f"about {number(float(f'{value:.2g}'), unit)}"
+
+
+def band(pair: Sequence[float]) -> str:
+    """Return the band of an estimate, with two significant digits."""
+    return interval([float(f"{end:.2g}") for end in pair])
+
+
 def limit(check: Mapping[str, Any]) -> str:
     """Return a check's limit with its direction."""
     if check["limit"] is None:
@@ -63,8 +73,11 @@ def speedup(row: Mapping[str, Any] | None) -> str:
 
 
 def check_cells(check: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
-    """Return name, value, interval, limit and outcome of a check."""
-    return check["name"], number(check["value"], check["unit"]), interval(check["interval"]), limit(check), check["outcome"]
+    """Return name, value, interval, limit and outcome of a check; an estimate says so, and that its interval is a band."""
+    value, pair = number(check["value"], check["unit"]), interval(check["interval"])
+    if check["tier"] is not None:
+        value, pair = f"{about(check['value'], check['unit'])} ({check['tier']})", f"{band(check['interval'])} (80 % band)"
+    return check["name"], value, pair, limit(check), check["outcome"]
 
 
 # sentences
@@ -81,6 +94,18 @@ def shipped_line(document: Mapping[str, Any]) -> str:
     model = f"{choice['runtime']} {choice['scheme']}, {choice['threads']} thread{'s' if choice['threads'] > 1 else ''}"
     subject = "nothing ships; judged" if document["shipped"] is None else document["shipped"]
     return f"{subject}: {model}, {choice['size_bytes'] / 1024:.1f} KiB ({choice['selected_by']})"
+
+
+def estimate_line(document: Mapping[str, Any]) -> str | None:
+    """Return the estimate of what ships or was judged: value, band, tier and what it rests on; None if the latency was measured."""
+    choice = document["choice"]
+    row = next((row for row in choice["estimates"] if row["threads"] == choice["threads"]), None)
+    return choice["no_estimate"] if row is None else f"latency estimate: {estimated(row)}; {'; '.join((row['provenance'], *row['notes']))}"
+
+
+def estimated(row: Mapping[str, Any]) -> str:
+    """Return an estimate with its band and tier."""
+    return f"{about(row['ms'], 'ms')} {band(row['band'])} ({100 * row['level']:.0f} % band, {row['tier']})"
 
 
 def left_out_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -135,6 +160,7 @@ def render_verdict(document: Mapping[str, Any], *, cached: bool) -> str:
     lines = [
         shipped_line(document),
         teacher_line(document),
+        estimate_line(document),
         *(f"{name}: {reason}" for name, reason in reasons(document["checks"])),
         distillation_line(document),
         *left_out_lines(document["left_out"]),

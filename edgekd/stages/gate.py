@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from edgekd.domain.budget import Budget
     from edgekd.domain.candidate import Accuracy
-    from edgekd.domain.measurement import Measurement
+    from edgekd.domain.measurement import Estimate, Measurement
     from edgekd.domain.target import Limits
 
 QUANTILES = {"max_latency_p50_ms": 0.50, "max_latency_p95_ms": 0.95, "max_latency_p99_ms": 0.99}
@@ -26,13 +26,15 @@ _SEVERITY = {Outcome.PASS: 0, Outcome.INCONCLUSIVE: 1, Outcome.FAIL: 2}
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Everything that a verdict is based on. ``unmeasured``: why there is no Measurement."""
+    """Everything that a verdict is based on. ``unmeasured``: why there is no Measurement; ``no_estimate``: why no Estimate either."""
 
     accuracy: Accuracy
     parity: Mapping[str, Any]
     size_bytes: int
     measurement: Measurement | None = None
     teacher: Measurement | None = None
+    estimate: Estimate | None = None
+    no_estimate: str | None = None
     unmeasured: str = "it was not measured"
     advice: str = "edgekd build --remeasure"
 
@@ -127,7 +129,7 @@ def _check_classes(limit: float, accuracy: Accuracy) -> Check:
 
 def _check_latency(name: str, quantile: float, limit: float, evidence: Evidence) -> Check:
     if evidence.measurement is None:
-        return Check(name, Outcome.INCONCLUSIVE, limit, "ms", reason=f"latency is unknown: {evidence.unmeasured}", advice=evidence.advice)
+        return _check_estimate(name, limit, evidence)
     samples = evidence.measurement.samples_ns()
     value, interval = intervals.quantile_interval(samples, quantile)
     if interval is None:
@@ -135,6 +137,20 @@ def _check_latency(name: str, quantile: float, limit: float, evidence: Evidence)
         return Check(name, Outcome.INCONCLUSIVE, limit, "ms", reason=reason, advice="raise protocol.min_runs in the profile")
     interval_ms = Interval(ns_to_ms(interval.low), ns_to_ms(interval.high), interval.level)
     return at_most(name, ns_to_ms(value), interval_ms, limit, "ms", f"latency p{quantile * 100:g}", "measure longer: protocol.min_seconds")
+
+
+def _check_estimate(name: str, limit: float, evidence: Evidence) -> Check:
+    """Check a latency that was not measured: an estimate whose whole band is outside of the budget fails it, and none passes it."""
+    estimate, why = evidence.estimate, f"not measured, as {evidence.unmeasured}"
+    if estimate is None:
+        reason = f"latency is unknown: {'; '.join(filter(None, (evidence.unmeasured, evidence.no_estimate)))}"
+        return Check(name, Outcome.INCONCLUSIVE, limit, "ms", reason=reason, advice=evidence.advice)
+    band = Interval(ns_to_ms(estimate.low_ns), ns_to_ms(estimate.high_ns), estimate.level)
+    outcome = Outcome.FAIL if band.low > limit else Outcome.INCONCLUSIVE
+    relation = "is above" if band.low > limit else "is below" if band.high <= limit else "includes"
+    reason = f"{why}; the estimate's {100 * band.level:.0f} % band {relation} the budget {limit:g} ms"
+    reason += "" if outcome is Outcome.FAIL else ", but an estimate passes nothing"
+    return Check(name, outcome, limit, "ms", ns_to_ms(estimate.value_ns), band, reason, evidence.advice, estimate.tier)
 
 
 def _check_speedup(limit: float, evidence: Evidence) -> Check:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgekd.domain.budget import Budget
 from edgekd.domain.candidate import Accuracy
-from edgekd.domain.measurement import Measurement
+from edgekd.domain.measurement import Estimate, Measurement
 from edgekd.domain.target import Limits
 from edgekd.domain.verdict import Difference, Interval, Outcome
 from edgekd.stages import gate
@@ -37,6 +37,10 @@ def judge(budget=None, **changed):
         "teacher": measurement(5_000_000),
     }
     return gate.judge("board", budget or Budget(), LIMITS, gate.Evidence(**{**evidence, **changed}))
+
+
+def estimate(low, high):
+    return Estimate("litert", 1, 4_000_000, int(low * 1e6), int(high * 1e6), 0.8, "fitted", "12 rows")
 
 
 def find_check(verdict, name):
@@ -172,3 +176,36 @@ def test_pass_means_that_the_whole_interval_is_within_the_limit(value, below, ab
 def test_a_value_that_is_not_finite_never_passes(bad):
     assert gate.at_most("x", bad, Interval(0, 0), 1, "", "it").outcome is Outcome.INCONCLUSIVE
     assert gate.at_least("x", 5, Interval(bad, bad), 1, "", "it").outcome is Outcome.INCONCLUSIVE
+
+
+@pytest.mark.parametrize(
+    ("band", "outcome", "relation"),
+    [
+        ((5.1, 9.0), Outcome.FAIL, "is above the budget 5 ms"),
+        ((3.0, 6.0), Outcome.INCONCLUSIVE, "includes the budget 5 ms"),
+        ((1.0, 4.9), Outcome.INCONCLUSIVE, "is below the budget 5 ms, but an estimate passes nothing"),
+    ],
+)
+def test_an_estimate_fails_a_budget_that_its_whole_band_exceeds_and_passes_none(band, outcome, relation):
+    budget = Budget(max_latency_p95_ms=5.0)
+    verdict = judge(budget, measurement=None, teacher=None, estimate=estimate(*band), unmeasured="no device was named")
+    check = find_check(verdict, "max_latency_p95_ms")
+    assert (check.outcome, check.tier, check.value) == (outcome, "fitted", 4.0)
+    assert check.interval == Interval(*band, 0.8)
+    assert check.reason is not None
+    assert check.reason.startswith("not measured, as no device was named")
+    assert relation in check.reason
+    assert verdict.outcome is outcome
+
+
+def test_without_measurement_and_estimate_the_latency_is_unknown_and_says_why():
+    why = "no estimate: the work of LSTM cannot be counted"
+    check = find_check(judge(Budget(max_latency_p50_ms=5.0), measurement=None, no_estimate=why), "max_latency_p50_ms")
+    assert check.outcome is Outcome.INCONCLUSIVE
+    assert check.tier is None
+    assert check.reason == f"latency is unknown: it was not measured; {why}"
+
+
+def test_a_measurement_is_judged_although_there_is_an_estimate():
+    check = find_check(judge(Budget(max_latency_p95_ms=5.0), estimate=estimate(6.0, 9.0)), "max_latency_p95_ms")
+    assert (check.outcome, check.tier) == (Outcome.PASS, None)
