@@ -144,7 +144,8 @@ def environment_notes(environment: Mapping[str, Any], protocol: Protocol) -> tup
     """Return notes on whatever in the machine's state may have affected the numbers.
 
     Args:
-        environment: ``before`` and ``after`` (facts), ``seconds`` between them, ``cpu_s``: CPU time of the measurement itself.
+        environment: ``before`` and ``after`` (facts), ``seconds`` between them, ``cpu_s``: CPU time of the measurement itself,
+            ``device``: its kind.
         protocol: The target's.
     """
     before, after, seconds = environment["before"], environment["after"], environment["seconds"]
@@ -159,7 +160,8 @@ def environment_notes(environment: Mapping[str, Any], protocol: Protocol) -> tup
     if protocol.governor and before["governor"] not in {protocol.governor, "unknown"}:
         notes.append(f"the governor is {before['governor']}; the profile asks for {protocol.governor}")
     if before["governor"] == "unknown":
-        notes.append("the governor cannot be read on this machine: unknown")
+        machine = "this machine" if environment["device"] == "local" else "the device"
+        notes.append(f"the governor cannot be read on {machine}: unknown")
     hottest = max((fact["temp_c"] for fact in (before, after) if fact["temp_c"] is not None), default=None)
     if protocol.max_temp_c is not None and hottest is not None and hottest > protocol.max_temp_c:
         notes.append(f"the machine was at {hottest:.0f} C; the profile allows {protocol.max_temp_c} C")

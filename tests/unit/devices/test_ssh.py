@@ -245,6 +245,15 @@ def test_a_connection_that_is_cut_at_any_step_leaves_nothing_and_the_next_works(
     assert server.wait_until_clean() == []
 
 
+@pytest.mark.device
+def test_a_file_system_without_space_is_one_clear_error(server, model):
+    script = f'mount -t tmpfs -o size=1m tmpfs {server.home} && exec {sys.executable} "$@"'
+    spec = server.with_python("tmpfs", f"exec unshare -rm sh -c '{script}' sh \"$@\"")
+    with pytest.raises(UnavailableError, match=rf"^device {spec.label}: put: \S+: no space left on device$"):
+        _use(spec, model)
+    assert server.wait_until_clean() == []
+
+
 def test_the_cuts_are_at_every_write(server, model, monkeypatch):
     shutil.rmtree(server.home / "edgekd", ignore_errors=True)
     writes, real = [], ssh.Ssh._write

@@ -176,9 +176,10 @@ def test_fewer_runs_than_asked_for_are_a_note_of_that_subject(model):
     assert measurement.notes == ("slow: 2 runs in the 600 s that a measurement may take; the profile asks for 4",)
 
 
-def _notes(before=QUIET, after=None, seconds=10.0, cpu_s=9.0, protocol=PROTOCOL):
+def _notes(before=QUIET, after=None, seconds=10.0, cpu_s=9.0, protocol=PROTOCOL, device="local"):
     after = {**before, "busy_s": None if before["busy_s"] is None else before["busy_s"] + cpu_s} if after is None else after
-    return measure.environment_notes({"before": before, "after": after, "seconds": seconds, "cpu_s": cpu_s}, protocol)
+    environment = {"before": before, "after": after, "seconds": seconds, "cpu_s": cpu_s, "device": device}
+    return measure.environment_notes(environment, protocol)
 
 
 def test_a_quiet_machine_has_no_notes():
@@ -187,6 +188,7 @@ def test_a_quiet_machine_has_no_notes():
 
 def test_state_that_cannot_be_read_is_noted_once_and_is_not_noise():
     assert _notes(UNREADABLE) == ("the governor cannot be read on this machine: unknown",)
+    assert _notes(UNREADABLE, device="ssh") == ("the governor cannot be read on the device: unknown",)
 
 
 @pytest.mark.parametrize(("busy_s", "noisy"), [(109.9, False), (110.1, True)])
