@@ -294,13 +294,14 @@ def cache_prune(cache: Path | None, max_gib: float | None, older_than_days: floa
 @main.command()
 @click.option("--deep", is_flag=True, help="Import each package, which takes half a minute.")
 @devices_option
+@click.option("--target", "-t", metavar="NAME|FILE", help="The profile that the devices are compared with.")
 @json_option
-def doctor(devices: tuple[str, ...], *, deep: bool, as_json: bool) -> int:
+def doctor(devices: tuple[str, ...], target: str | None, *, deep: bool, as_json: bool) -> int:
     """Show what is missing in the environment and on devices, and the command that fixes it."""
     from edgekd import doctor as diagnosis
     from edgekd.store.cache import cache_folder
 
-    findings = diagnosis.check(cache_folder(None), devices, deep=deep)
+    findings = diagnosis.check(cache_folder(None), devices, target, deep=deep)
     _print(diagnosis.as_json(findings) if as_json else diagnosis.as_text(findings), nl=False)
     return diagnosis.exit_code(findings)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import config, registry
-from edgekd.errors import UnavailableError
+from edgekd.errors import RecipeError, UnavailableError
 from edgekd.harness import runner
 from edgekd.kd.training import execution
 from edgekd.store.digests import tool_version
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgekd.domain.device import DeviceSpec
+    from edgekd.domain.target import Target
 
 BUILD = "build"
 # distribution -> (module, what it is for, the command that installs it)
@@ -56,15 +57,18 @@ class Finding:
     fix: str | None = None
 
 
-def check(cache: Path, devices: Sequence[str] = (), *, deep: bool) -> list[Finding]:
-    """Return the results of all checks; ``deep`` imports each package in its own process.
+def check(cache: Path, devices: Sequence[str] = (), target: str | None = None, *, deep: bool) -> list[Finding]:
+    """Return the results of all checks; ``deep`` imports each package in its own process, ``target`` is what devices should be.
 
     Raises:
-        RecipeError: if a device has a name that nothing has.
+        RecipeError: if a device or a target has a name that nothing has, or the target is named without a device.
     """
+    if target is not None and not devices:
+        raise RecipeError(f"doctor: --target {target} is compared with devices, and none was named; add --device ssh:user@host[:port]")
+    profile = None if target is None else config.load_target(target)
     specs = [config.find_device(name, Path.cwd()) for name in devices]
     packages, tools = (_check_package(name, deep=deep) for name in PACKAGES), (_check_tool(name) for name in TOOLS)
-    on_devices = [finding for spec in specs for finding in _check_device(spec)]
+    on_devices = [finding for spec in specs for finding in _check_device(spec, profile)]
     return [_check_python(), *packages, *tools, _check_cache(cache), _check_temp(), *_check_machine(), *on_devices]
 
 
@@ -150,8 +154,8 @@ def _check_folder(name: str, folder: Path, min_bytes: int, fix: str) -> Finding:
     return Finding(name, writable and free >= min_bytes, detail, required=True, fix=fix)
 
 
-def _check_device(spec: DeviceSpec) -> list[Finding]:
-    """Return what a device is, its state, and the runtimes of its Python."""
+def _check_device(spec: DeviceSpec, target: Target | None) -> list[Finding]:
+    """Return what a device is, its state, the runtimes of its Python, and whether it is of a target's kind."""
     runtimes = [registry.runtime(name) for name in registry.names("runtimes")]
     names = [package for runtime in runtimes for package in (runtime.PACKAGE, *runtime.ALTERNATIVES)] + ["numpy"]
     try:
@@ -168,11 +172,16 @@ def _check_device(spec: DeviceSpec) -> list[Finding]:
     fix = f"python3 -m pip install {' '.join(runtime.PACKAGE for runtime in runtimes)} (on the device)"
     is_steady = facts["governor"] in {"performance", "unknown"}
     governor_fix = "cpupower frequency-set --governor performance (on the device)"
-    return [
+    findings = [
         Finding(spec.label, ok=True, detail=kind, required=True),
         Finding(f"{spec.label} state", is_steady, state, required=False, fix=governor_fix),
         Finding(f"{spec.label} runtimes", bool(set(versions) - {"numpy"}), listed or "none", required=True, fix=fix),
     ]
+    if target is not None:
+        difference = config.why_not_of_its_kind(target, facts, spec.label)
+        detail = difference or f"is of the kind of {target.name}"
+        findings.append(Finding(f"{spec.label} target", difference is None, detail, required=True, fix="another --device or --target"))
+    return findings
 
 
 def _check_machine() -> list[Finding]:

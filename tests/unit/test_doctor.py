@@ -6,6 +6,7 @@ import json
 import pytest
 
 from edgekd import doctor
+from edgekd.errors import RecipeError
 from edgekd.harness import runner
 from tests import sshd
 
@@ -97,22 +98,29 @@ def test_the_accelerator_that_training_would_use_is_reported(tmp_path, monkeypat
     assert (finding.ok, finding.detail) == (True, "cuda (NVIDIA T1)")
 
 
-def _device_findings(tmp_path, monkeypatch, toml):
+def _device_findings(tmp_path, monkeypatch, toml, target=None):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "devices.toml").write_text(toml)
-    return [item for item in doctor.check(tmp_path, ("bench",), deep=False) if item.name.startswith("ssh:")]
+    return [item for item in doctor.check(tmp_path, ("bench",), target, deep=False) if item.name.startswith("ssh:")]
 
 
 def test_a_device_is_reported_with_its_state_and_its_runtimes(tmp_path, monkeypatch):
     with sshd.running(tmp_path) as server:
         spec = server.spec
         where = f'address = "{spec.address}"\nport = {spec.port}\npython = "{spec.python}"\nssh_config = "config"\n'
-        machine, state, runtimes = _device_findings(tmp_path, monkeypatch, f'[bench]\nkind = "ssh"\n{where}')
+        toml = f'[bench]\nkind = "ssh"\n{where}'
+        machine, state, runtimes, target = _device_findings(tmp_path, monkeypatch, toml, "rpi4")
     assert runner.facts()["instruction_set"] in machine.detail
     assert state.detail.startswith("governor ")
     assert "onnxruntime 1." in runtimes.detail
     assert machine.ok
     assert runtimes.ok
+    assert (target.ok, target.detail) == (False, f"rpi4 is aarch64, {spec.label} is {runner.facts()['arch']}")
+
+
+def test_a_target_is_compared_with_a_device_only(tmp_path):
+    with pytest.raises(RecipeError, match="doctor: --target rpi4 is compared with devices, and none was named; add --device"):
+        doctor.check(tmp_path, target="rpi4", deep=False)
 
 
 def test_a_device_that_cannot_be_reached_is_a_failure(tmp_path, monkeypatch):
