@@ -13,6 +13,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from edgekd.estimate import features
 from edgekd.store.cache import Cache
 from edgekd.store.digests import file_digest
 from tests.pipeline.files import cached_files
@@ -129,6 +130,38 @@ def test_a_target_that_cannot_be_measured_ships_only_if_that_is_allowed(project)
     assert report["inconclusive_ok"]
     assert json.loads((project.out("rpi4") / "manifest.json").read_text())["inconclusive-ok"] is True
     assert (project.out("rpi4") / report["shipped"]).is_file()
+
+
+def test_a_target_that_cannot_be_measured_has_estimates_which_fail_a_budget_but_pass_none(project):
+    process = project.build("--target", "rpi4")
+    assert process.returncode == 4
+    assert "  latency estimate: about " in process.stdout
+    report = project.report("rpi4")
+    assert len(report["candidates"]) == 6
+    for row in report["candidates"]:
+        assert row["no_estimate"] is None
+        assert [(item["threads"], item["tier"], item["level"]) for item in row["estimates"]] == [(1, "fitted", 0.8), (4, "fitted", 0.8)]
+        assert all(
+            item["band"][0] < item["ms"] < item["band"][1] and "published rows of" in item["provenance"] for item in row["estimates"]
+        )
+    check = next(item for item in report["checks"] if item["name"] == "max_latency_p95_ms")
+    assert (check["outcome"], check["tier"], check["interval"]) == ("INCONCLUSIVE", "fitted", report["choice"]["estimates"][0]["band"])
+    project.recipe("max_latency_p95_ms = 5.0", "max_latency_p95_ms = 0.000001")
+    process = project.build("--target", "rpi4", "--inconclusive-ok")
+    assert (process.returncode, _steps(process)) == (1, [])
+    assert "80 % band is above the budget 1e-06 ms" in process.stdout
+    (project.folder / "edgekd.toml").write_text(project.text)
+    assert all(not row["estimates"] for row in project.report()["candidates"])  # of host, which was measured
+
+
+def test_both_exporters_write_files_of_the_same_macs(project):
+    by_format = {"model.onnx": set(), "model.tflite": set()}
+    for _, entry, *_ in Cache(project.cache, print).entries():
+        if entry is not None and entry.material["stage"] == "export":
+            for name in by_format.keys() & entry.artifacts.keys():
+                by_format[name].add(sum(features.read_features(entry.artifacts[name].path).macs.values()))
+    assert by_format["model.onnx"] == by_format["model.tflite"]
+    assert len(by_format["model.onnx"]) == 2  # student and teacher
 
 
 def test_a_missed_budget_trains_nothing_fails_and_removes_the_model(project):
