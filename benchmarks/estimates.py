@@ -3,7 +3,7 @@
 
 Scores every row of a CPU by a regression that has not been fitted to any row of its model's family. Its band is conformal: the residuals
 are those of the other families, each held out in turn from what remains. Rows whose runtime no other row has are not answered, nor are
-rows of models and CPUs that are not in the tables. Prints the median and the 90th percentile of the relative error, the share of rows
+rows of models that are not in the tables. Prints the median and the 90th percentile of the relative error, the share of rows
 within the 80 % band, and the share answered, for boards and phones, and by device, runtime, threads and precision. Then the same rows
 scored by the coefficients that ship, whose rows may include them.
 
@@ -54,7 +54,7 @@ def kind(device: str) -> str:
 
 
 def score(row: Row, coefficients: Coefficients, bands: Callable[[Row, str], Band]) -> Score:
-    """Return the score of a row by coefficients; not answered if they know nothing of its runtime."""
+    """Return the score of a row by coefficients; not answered if they know nothing of its runtime or CPU."""
     setting, known = row.setting, coefficients.known(row.setting)
     labels = (setting.device or "", setting.runtime, setting.threads, setting.precision)
     if known == "nothing":
@@ -97,11 +97,12 @@ def fitted_with_bands(rows: Sequence[Row]) -> Coefficients:
         lambda row, other: other.setting.device == row.setting.device,
     )
     residuals: dict[str, list[tuple[Row, float]]] = defaultdict(list)
-    for degree, omit in zip(model.KNOWN, omissions, strict=False):
+    degrees = (("setting", "few"), ("runtime",), ("device",), ("core",))
+    for degree, omit in zip(degrees, omissions, strict=True):
         for row, known, value in fit.held_out(rows, omit):
-            if known == degree:
+            if known in degree:
                 residuals[model.band_name(known, row.setting)].append((row, value))
-        print(f"bands: {degree} is done", file=sys.stderr)
+        print(f"bands: {degree[0]} is done", file=sys.stderr)
     coefficients = fit.fit(rows)
     bands = {name: fit.band(items, model.LEVEL) for name, items in sorted(residuals.items())}
     return replace(coefficients, bands=bands, runtimes=RUNTIMES)
@@ -155,12 +156,15 @@ def unanswered(records: Iterable[dict[str, str]]) -> list[Score]:
 def main() -> None:
     """Score rows and, on request, write coefficients."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=Path, required=True, help="CSV of latencies to score")
+    parser.add_argument("--rows", type=Path, help="CSV of latencies to score; without it, nothing is")
     parser.add_argument("--macs", type=Path, help="CSV of the models' MACs; model_macs.csv beside the rows by default")
     parser.add_argument("--fit-rows", type=Path, help="CSV of latencies to fit to; the rows themselves by default")
     parser.add_argument("--average", action="store_true", help="score the column latency_ms, not the smallest latency in the notes")
     parser.add_argument("--write", type=Path, help="fit to all rows, and write the coefficients that ship")
     arguments = parser.parse_args()
+    if arguments.rows is None:
+        print("no rows: published latencies are not part of this project; name a CSV of them with --rows FILE")
+        return
     macs = arguments.macs or arguments.rows.with_name("model_macs.csv")
     rows, unknown, excluded = published_rows.read_rows(arguments.rows, macs, average=arguments.average)
     if arguments.write:

@@ -64,6 +64,12 @@ ALIASES = {
     "mnasnet1.3": "mnasnet",
     "vit": "vit_base_patch16_224",
     "regnety800mf": "regnety_008",
+    "mobilenetv3largex10": "MobilenetV3 Large dm=1",
+    "mnasnet1.0": "mnasnet",
+    "nasnetlarge": "nasnetalarge",
+    "resnext101": "resnext101_32x8d",
+    "resnetv2101": "resnet101",
+    "yolov8det": "yolov8n",
 }
 
 
@@ -104,6 +110,12 @@ FURTHER = (
     Model("yolov9c", 640, 51050.0, 25.3),
     Model("YoloV4", 608, 64200.0, 64.4),
     Model("mnasnet05", 224, 100.0, 2.2),
+    Model("MnasNet_0.75", 224, 227.0, 2.9),
+    Model("Inception_V2", 224, 2000.0, 11.2),
+    Model("NASNet mobile", 224, 564.0, 5.3),
+    Model("ResNet-152 V2", 224, 11500.0, 60.2),
+    Model("efficientnet_v2_s", 384, 8370.0, 21.5),
+    Model("efficientnet_b4", 380, 4390.0, 19.3),
     Model("resnext50", 224, 4230.0, 25.0),
     Model("resnext101_32x8d", 224, 16410.0, 88.8),
     Model("wideresnet50", 224, 11400.0, 68.9),
@@ -121,7 +133,7 @@ def family(name: str) -> str:
 
 
 def read_rows(path: Path, macs: Path, *, average: bool = False) -> tuple[list[Row], list[dict[str, str]], dict[str, int]]:
-    """Return the rows with their amounts, the records whose model or CPU is not known, and how many rows are left out, by reason."""
+    """Return the rows with their amounts, the records whose model is not known, and how many rows are left out, by reason."""
     models, rows, unknown, excluded = _models(macs), [], [], dict.fromkeys(EXCLUDED, 0)
     with path.open(newline="", encoding="utf-8") as file:
         for record in csv.DictReader(file):
@@ -130,7 +142,7 @@ def read_rows(path: Path, macs: Path, *, average: bool = False) -> tuple[list[Ro
                 excluded[reason] += 1
                 continue
             model, setting = _find_model(record, models), _setting(record)
-            if model is None or setting is None:
+            if model is None:
                 unknown.append(record)
                 continue
             ms = float(record["latency_ms"]) if average else milliseconds(record)
@@ -149,10 +161,16 @@ def threads(record: Mapping[str, str]) -> str:
     return record["cores_used"] if record["cores_used"] not in {"", "0"} else "default"
 
 
-def _setting(record: Mapping[str, str]) -> Setting | None:
-    cpu = next((cpu for cpu in _cpus() if cpu["soc"] in record["soc"]), None)
-    if cpu is None:
-        return None
+def _setting(record: Mapping[str, str]) -> Setting:
+    """Return the setting of a record; a CPU that is not in the table is like no other, and its clock is the first that is printed."""
+    clock = re.search(r"([\d.]+) ?GHz", record["soc"])
+    unlisted = {
+        "core": record["soc"],
+        "simd": "unknown",
+        "mhz": str(round(1000 * float(clock.group(1)))) if clock else "2000",
+        "targets": "",
+    }
+    cpu = next((cpu for cpu in _cpus() if cpu["soc"] in record["soc"]), unlisted)
     little = "powersave=1" in record["note"]  # the sources name no clock of theirs
     device = record["device"] + (" (overclocked)" if "overclock" in record["soc"] else "") + (" (little cores)" if little else "")
     precision = record["precision"]

@@ -59,23 +59,18 @@ def estimate(
     estimates = []
     for count in threads:
         settings = [_setting(target, rows_of, precision, count, coefficients) for precision in PRECISIONS[scheme]]
-        if any(setting is None for setting in settings):
+        if any(coefficients.known(setting) == "nothing" for setting in settings):
             return f"no published latency is of a CPU like {target.cpu.core}"
-        estimates.append(
-            _combine([_estimate(features, setting, runtime, coefficients) for setting in settings if setting is not None], scheme)
-        )
+        estimates.append(_combine([_estimate(features, setting, runtime, coefficients) for setting in settings], scheme))
     return tuple(estimates)
 
 
-def _setting(target: Target, runtime: str, precision: str, threads: int, coefficients: Coefficients) -> Setting | None:
-    """Return the setting of a target, on its own device of the rows if they have it; None if they have no CPU like it."""
+def _setting(target: Target, runtime: str, precision: str, threads: int, coefficients: Coefficients) -> Setting:
+    """Return the setting of a target, on its own device of the rows if they have it."""
     devices = coefficients.devices.items()
     own = next((name for name, device in devices if target.name in str(device["targets"]).split()), None)
-    simd = _simd(target)
-    if own is None and not any(device["core"] == target.cpu.core or device["simd"] == simd for _, device in devices):
-        return None
     mhz = target.cpu.mhz if own is None else int(coefficients.devices[own]["mhz"])
-    return model.Setting(own, target.cpu.core, simd, mhz, runtime, precision, str(threads))
+    return model.Setting(own, target.cpu.core, _simd(target), mhz, runtime, precision, str(threads))
 
 
 def _simd(target: Target) -> str:
@@ -91,7 +86,7 @@ def _estimate(features: Features, setting: Setting, runtime: str, coefficients: 
     log_factor += 0.5 * math.log(_distance(features, coefficients)) + (math.log(UNFITTED_FACTOR) if features.unfitted else 0.0)
     log_ms = coefficients.log_ms(setting, amounts)
     value, low, high = (ms_to_ns(math.exp(log_ms + step)) for step in (0.0, -log_factor, log_factor))
-    tier = SPEC_SCALED if known in {"core", "nothing"} else FITTED
+    tier = SPEC_SCALED if known == "core" else FITTED
     return Estimate(runtime, int(setting.threads), value, low, high, model.LEVEL, tier, _provenance(setting, known, coefficients), notes)
 
 
@@ -111,7 +106,7 @@ def _provenance(setting: Setting, known: str, coefficients: Coefficients) -> str
     """Return which rows an estimate rests on."""
     device, runtime = f"device={setting.device}|", f"|runtime={setting.runtime}|"
     groups = coefficients.groups.items()
-    if known in {"setting", "runtime"}:
+    if known in {"setting", "few", "runtime"}:
         count = sum(n for name, n in groups if name.startswith(device) and runtime in name)
         exact = coefficients.groups.get(model.group(setting), 0)
         return f"{count} published rows of {setting.runtime} on {setting.device}, {exact} of them with this precision and thread count"

@@ -34,7 +34,8 @@ SLOPES = ("operators", "conv3x3_intensity")
 TYPICAL_LOG_OPERATORS, TYPICAL_LOG_INTENSITY = 4.3, 4.2  # centres of the covariates: 74 operators, 67 MACs per activation element
 
 # how much of a setting the rows know, from the most to the least; each has its own band
-KNOWN = ("setting", "runtime", "device", "core", "nothing")
+KNOWN = ("setting", "few", "runtime", "device", "core", "nothing")
+FEW = 10  # rows of a setting: with so many or fewer, held-out families are further off
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +98,11 @@ class Coefficients:
         return sum(self.effects.get(term, 0.0) for term in terms(setting)) - math.log(setting.mhz / 1000) + math.log(total) + slopes
 
     def known(self, setting: Setting) -> str:
-        """Return how much of a setting the rows know (one of ``KNOWN``)."""
-        if not any(f"runtime={setting.runtime}" in name.split("|") for name in self.groups):
-            return "nothing"
-        return how_known(setting, self.groups)
+        """Return how much of a setting the rows know (one of ``KNOWN``): nothing without a row of its runtime, or of a CPU like its own."""
+        known = how_known(setting, self.groups)
+        is_like = known != "core" or any(setting.core == cpu["core"] or setting.simd == cpu["simd"] for cpu in self.devices.values())
+        is_of_runtime = any(f"|runtime={setting.runtime}|" in name for name in self.groups)
+        return known if is_like and is_of_runtime else "nothing"
 
 
 def terms(setting: Setting) -> Iterator[str]:
@@ -121,9 +123,9 @@ def group(setting: Setting) -> str:
 
 
 def how_known(setting: Setting, groups: Mapping[str, int]) -> str:
-    """Return whether rows are of the setting, of the runtime on the device, of the device, or only of other devices."""
+    """Return whether many or few rows are of the setting, or rows are of the runtime on the device, of the device, or only of others."""
     if group(setting) in groups:
-        return "setting"
+        return "setting" if groups[group(setting)] > FEW else "few"
     device = f"device={setting.device}|"
     if any(name.startswith(f"{device}runtime={setting.runtime}|") for name in groups):
         return "runtime"

@@ -40,7 +40,7 @@ def test_a_board_with_rows_has_a_fitted_estimate_near_what_was_published():
         assert estimate.tier == "fitted"
         assert estimate.level == 0.8
         assert estimate.low_ns < published_ms * 1e6 < estimate.high_ns
-        assert _factor(estimate) == pytest.approx(model.load().bands["setting, threads"].factor, rel=1e-3)
+        assert _factor(estimate) == pytest.approx(model.load().bands["few, threads"].factor, rel=1e-3)
         assert "published rows of XNNPACK on Raspberry Pi 4B" in estimate.provenance
         assert estimate.notes == ()
 

@@ -14,7 +14,7 @@ COEFFICIENTS = Coefficients(
     effects={"all": 0.5, "device=Board": -0.25, "runtime=engine": 0.125, "core=core-b": 3.0},
     costs={"all": [0.0] * 7, "int8, threads": [math.log(2), 0.0, 0.0, 0.0, math.log(10), 0.0, 0.0]},
     slopes=[0.1, -0.2],
-    groups={model.group(BOARD): 3},
+    groups={model.group(BOARD): 11},
     devices={"Board": {"core": "core-a", "simd": "asimd", "mhz": 2000, "targets": "some-board"}},
     ranges={"macs": [10.0, 1000.0]},
     bands={"setting, threads": Band(1.4, 30, 5)},
@@ -54,9 +54,10 @@ def test_how_much_the_rows_know_of_a_setting(changes, known):
 
 
 def test_a_runtime_that_only_other_devices_have_is_a_step_from_those_of_the_device():
-    groups = {model.group(BOARD): 3, "device=Other|runtime=other|precision=int8|threads=4": 2}
+    groups = {model.group(BOARD): 11, "device=Other|runtime=other|precision=int8|threads=4": 2}
     setting = Setting("Board", "core-a", "asimd", 2000, "other", "int8", "4")
     assert model.how_known(setting, groups) == "device"
+    assert [model.how_known(BOARD, {model.group(BOARD): count}) for count in (10, 11)] == ["few", "setting"]
 
 
 def test_a_device_without_rows_has_no_effect_of_its_own():
@@ -83,9 +84,9 @@ def test_the_coefficients_that_ship_name_their_sources_and_widen_with_ignorance(
     shipped = model.load()
     assert sum(shipped.sources.values()) == sum(shipped.groups.values()) > 1000
     for threads in ("one thread", "threads"):
-        factors = [shipped.bands[f"{known}, {threads}"].factor for known in model.KNOWN[:-1]]
-        assert factors == sorted(factors)
-        assert 1.1 < factors[0] < 2
+        factors = {known: shipped.bands[f"{known}, {threads}"].factor for known in model.KNOWN[:-1]}
+        assert 1.1 < factors["setting"] < min(factors["few"], factors["runtime"])
+        assert max(factors["few"], factors["runtime"]) < factors["device"] < factors["core"] < 3
     assert set(shipped.runtimes) == {"litert", "onnxruntime"}
     assert all(any(f"runtime={rows}|" in name for name in shipped.groups) for rows in shipped.runtimes.values())
     assert all(math.exp(cost) > 0 for costs in shipped.costs.values() for cost in costs)

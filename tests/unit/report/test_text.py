@@ -163,3 +163,40 @@ def test_the_plain_verdict_imports_nothing_heavy():
 def test_lines_stay_lines_and_many_are_counted():
     assert text.plain_lines("a\x1b\nb\r\nc") == ["a\\x1b", "b", "c"]
     assert text.plain_lines("a\n" * 1000)[-1] == "... (1,001 lines)"
+
+
+ESTIMATE = {
+    "threads": 4,
+    "ms": 0.123456,
+    "band": [0.0654, 12345.6],
+    "level": 0.8,
+    "tier": "spec-scaled",
+    "provenance": "9 rows",
+    "notes": ["far"],
+}
+
+
+def test_an_estimate_has_two_digits_a_band_a_tier_and_what_it_rests_on():
+    choice = {"threads": 4, "estimates": [{**ESTIMATE, "threads": 1}, ESTIMATE], "no_estimate": None}
+    expected = "latency estimate: about 0.12 ms [0.065, 1.2e+04] (80 % band, spec-scaled); 9 rows; far"
+    assert text.estimate_line({"choice": choice}) == expected
+
+
+def test_a_missing_estimate_says_why_and_a_measured_model_needs_none():
+    choice = {"threads": 1, "estimates": [], "no_estimate": "no estimate: the work of LSTM cannot be counted"}
+    assert text.estimate_line({"choice": choice}) == "no estimate: the work of LSTM cannot be counted"
+    assert text.estimate_line({"choice": {**choice, "no_estimate": None}}) is None
+
+
+def test_the_row_of_a_check_tells_an_estimate_from_a_measurement():
+    check = {
+        "name": "max_latency_p95_ms",
+        "value": 3.456,
+        "interval": [2.1611, 5.5296],
+        "unit": "ms",
+        "limit": 5.0,
+        "outcome": "FAIL",
+        "tier": None,
+    }
+    assert text.check_cells(check)[1:3] == ("3.456 ms", "[2.161, 5.53]")
+    assert text.check_cells({**check, "tier": "fitted"})[1:3] == ("about 3.5 ms (fitted)", "[2.2, 5.5] (80 % band)")
