@@ -105,6 +105,12 @@ def fitted_with_bands(rows: Sequence[Row]) -> Coefficients:
         print(f"bands: {degree[0]} is done", file=sys.stderr)
     coefficients = fit.fit(rows)
     bands = {name: fit.band(items, model.LEVEL) for name, items in sorted(residuals.items())}
+    for threads in ("one thread", "threads"):
+        widest = 1.0
+        for name in (f"{known}, {threads}" for known in model.KNOWN):
+            if name in bands:  # knowing less never narrows a band
+                widest = max(widest, bands[name].factor)
+                bands[name] = replace(bands[name], factor=widest)
     return replace(coefficients, bands=bands, runtimes=RUNTIMES)
 
 
