@@ -131,4 +131,6 @@ def _write_model(path: Path) -> Path:
 
 
 if __name__ == "__main__":
+    if os.getsid(0) != os.getpid():  # Linux shares the CPU out by sessions, and a login has one of its own: so has this program
+        sys.exit(subprocess.run([sys.executable, *sys.argv], start_new_session=True, check=False).returncode)
     sys.exit(main())
