@@ -143,7 +143,8 @@ def search(
     length = min(epochs, max(shortest, budget // (RUNGS * count * seeds)))
     rung: list[list[TrialResult]] = []
     while len(rung) < count:
-        rung.append(run(_next(space, rung), length, range(seeds)))
+        further = _wider(rung) if count < len(space) else []  # all of the space comes first, where it fits
+        rung.append(run(_next([*space, *further], rung), length, range(seeds)))
     while _total_epochs(results) + FINAL_TRIALS * seeds * length < budget and (wider := _wider(rung)):
         rung.append(run(wider[0], length, range(seeds)))
     without_teacher = [repeated for repeated in rung if is_duel and repeated[0].trial.is_labels_only]
@@ -240,7 +241,7 @@ def _next(space: Sequence[Choices], rung: Sequence[list[TrialResult]]) -> Choice
         return 0 if leader is None else sum(abs(_position(name, value) - _position(name, leader[name])) for name, value in choices.items())
 
     tried = [repeated[0].trial.choices for repeated in rung]
-    return min((choices for choices in (*space, *_wider(rung)) if choices not in tried), key=distance)
+    return min((choices for choices in space if choices not in tried), key=distance)
 
 
 def _wider(rung: Sequence[list[TrialResult]]) -> list[Choices]:
