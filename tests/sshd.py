@@ -105,7 +105,8 @@ def running(folder, settings=""):
         f"IdentityFile {folder}/identity\nIdentitiesOnly yes\nIdentityAgent none\n"
         f"UserKnownHostsFile {folder}/known_hosts\nGlobalKnownHostsFile none\n"
     )
-    variables = f"EDGEKD_LOCK_DIR={server.temporary} TMPDIR={server.temporary} XDG_CACHE_HOME={server.home}"
+    # another home, so that the login shell reads no start-up files of the user, which may be slow
+    variables = f"HOME={folder} EDGEKD_LOCK_DIR={server.temporary} TMPDIR={server.temporary} XDG_CACHE_HOME={server.home}"
     (folder / "sshd_config").write_text(
         f"{settings}\nPort {server.port}\nListenAddress 127.0.0.1\nHostKey {folder}/hostkey\nPidFile none\n"
         f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"
