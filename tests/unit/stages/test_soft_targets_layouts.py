@@ -193,7 +193,7 @@ def test_tokens_are_run_without_padding_in_batches_of_similar_length(folder):
 
 @pytest.mark.parametrize(("side", "accelerator", "size"), [(4, "cpu", 64), (64, "cpu", 21), (224, "cpu", 8), (224, "cuda", 128)])
 def test_a_batch_of_large_samples_is_small_on_a_cpu(side, accelerator, size):
-    params = soft_targets.SoftTargetParams(None, None, 1, OutputSpec(), "auto", ExecutionMode(accelerator=accelerator), "")
+    params = soft_targets.SoftTargetParams(None, None, 1, None, OutputSpec(), "auto", ExecutionMode(accelerator=accelerator), "")
     assert soft_targets._batch_size(params, [np.zeros((1, 3, side, side), np.float32)]) == size
 
 
